@@ -1,0 +1,282 @@
+"""The four classifiers, behind `get_model` and `load_model`.
+
+Every model takes float32 images `(B, 3, H, W)` in [0, 1], normalises them to ImageNet's mean and
+deviation itself, and gives float32 logits `(B, num_classes)`. Its `config` holds the arguments of
+`get_model` that rebuild it.
+"""
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
+
+from files import load_tensors
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESNETS = {18: resnet18, 34: resnet34, 50: resnet50}
+
+
+class ClassificationHead(nn.Sequential):
+    """Dense 256, ReLU, dropout, dense 128, ReLU, dropout, dense `num_classes`."""
+
+    def __init__(self, in_features: int, num_classes: int, dropout_rate: float) -> None:
+        super().__init__(
+            nn.Linear(in_features, 256),
+            nn.ReLU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(256, 128),
+            nn.ReLU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(128, num_classes),
+        )
+
+
+class LesionClassifier(nn.Module):
+    """A backbone from normalised images to features `(B, F)`, and the common head."""
+
+    def __init__(
+        self, backbone: nn.Module, in_features: int, num_classes: int, dropout_rate: float
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = ClassificationHead(in_features, num_classes, dropout_rate)
+        self.config: dict[str, Any] = {}
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features `(B, F)` of images `(B, 3, H, W)` in [0, 1]."""
+        return self.backbone((images - self.mean) / self.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of images `(B, 3, H, W)` in [0, 1]."""
+        features = self.features(images)
+        # Eight bits of mantissa would make different logits equal, so the head never runs in bf16.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(features.float())
+
+
+class SimpleCNN(LesionClassifier):
+    """Two convolutions with average pooling, dense 256, and the common head: the baseline.
+
+    Stride 2 in both 5 x 5 convolutions gives the published 3.4 million parameters at 224 pixels.
+    """
+
+    def __init__(self, num_classes: int, dropout_rate: float = 0.7, image_size: int = 224) -> None:
+        # Two convolutions of stride 2, which round up, and two poolings, which round down.
+        side = ((image_size + 1) // 2 // 2 + 1) // 2 // 2
+        if side < 1:
+            raise ValueError(f"image_size {image_size} is too small for SimpleCNN; use 11 or more")
+        backbone = nn.Sequential(
+            nn.Conv2d(3, 32, kernel_size=5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(32, 64, kernel_size=5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * side * side, 256),
+            nn.ReLU(),
+        )
+        super().__init__(backbone, 256, num_classes, dropout_rate)
+
+
+class ResNetFromScratch(LesionClassifier):
+    """A ResNet (He et al. 2015) from random weights, and the common head."""
+
+    def __init__(self, num_classes: int, layers: int = 50, dropout_rate: float = 0.7) -> None:
+        backbone = RESNETS[layers](weights=None)
+        in_features = backbone.fc.in_features
+        backbone.fc = nn.Identity()
+        super().__init__(backbone, in_features, num_classes, dropout_rate)
+
+
+class FinetunedResNet(ResNetFromScratch):
+    """A ResNet from pretrained weights, trained whole with the common head.
+
+    `weights` is "imagenet", the path of a torchvision state dict, or None for random weights.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        layers: int = 50,
+        dropout_rate: float = 0.7,
+        weights: str | Path | None = "imagenet",
+    ) -> None:
+        super().__init__(num_classes, layers, dropout_rate)
+        if weights is not None:
+            path = imagenet_weights(layers) if weights == "imagenet" else Path(weights)
+            _load_backbone(self.backbone, path, f"resnet{layers}")
+
+
+class FinetunedHeadResNet(FinetunedResNet):
+    """A pretrained ResNet that stays as it is, batch-norm statistics included; the head is trained.
+
+    `weights` as for FinetunedResNet.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        layers: int = 50,
+        dropout_rate: float = 0.7,
+        weights: str | Path | None = "imagenet",
+    ) -> None:
+        super().__init__(num_classes, layers, dropout_rate, weights)
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+
+    def train(self, mode: bool = True) -> "FinetunedHeadResNet":
+        """Sets the head alone to training mode: batch norm in the backbone keeps its statistics."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().features(images)
+
+
+MODELS: dict[str, type[LesionClassifier]] = {
+    "simple_cnn": SimpleCNN,
+    "resnet_scratch": ResNetFromScratch,
+    "resnet_head": FinetunedHeadResNet,
+    "resnet_finetuned": FinetunedResNet,
+}
+
+
+def get_model(
+    name: str,
+    num_classes: int,
+    *,
+    layers: int = 50,
+    dropout_rate: float = 0.7,
+    weights: str | Path | None = "imagenet",
+    image_size: int = 224,
+    seed: int | None = None,
+) -> LesionClassifier:
+    """The classifier of the given name, one of `MODELS`.
+
+    `layers` (18, 34 or 50) is the depth of the three ResNets, `image_size` the side in pixels that
+    SimpleCNN's dense layer is made for. `weights` is "imagenet" (torchvision's default weights,
+    downloaded once), the path of a torchvision state dict, or None; the two models that start from
+    random weights take no notice of "imagenet". With a `seed`, random weights depend on `(seed,
+    name)` alone and the global random state stays as it was; without, they are drawn from it.
+
+    Raises ValueError for an unknown name, depth or dropout rate, fewer than two classes, weights
+    that do not fit, or a path of weights for a model that starts from random ones, and
+    FileNotFoundError when the weights are not there and cannot be downloaded.
+
+    >>> get_model("simple_cnn", num_classes=9)(torch.rand(2, 3, 224, 224)).shape
+    torch.Size([2, 9])
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model is named {name!r}; the models are {', '.join(MODELS)}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; a classifier needs two classes or more")
+    if layers not in RESNETS:
+        raise ValueError(f"layers is {layers}; ResNets are built with 18, 34 or 50")
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"dropout_rate is {dropout_rate}; it must be 0 or more and less than 1")
+    pretrained = is_pretrained(name)
+    if not pretrained and weights not in ("imagenet", None):
+        raise ValueError(f"{name} starts from random weights and takes none from {weights}")
+
+    arguments: dict[str, Any] = {"num_classes": num_classes, "dropout_rate": dropout_rate}
+    if name == "simple_cnn":
+        arguments["image_size"] = image_size
+    else:
+        arguments["layers"] = layers
+    if pretrained:
+        arguments["weights"] = weights
+
+    # Weights are drawn on the CPU, so its generator alone is set and put back.
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            entropy = np.random.SeedSequence([seed, *name.encode()])
+            torch.default_generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        model = MODELS[name](**arguments)
+    model.config = {
+        "name": name,
+        "num_classes": num_classes,
+        "layers": layers,
+        "dropout_rate": dropout_rate,
+        "weights": None,  # what was loaded here has been trained since: a checkpoint brings its own
+        "image_size": image_size,
+    }
+    return model
+
+
+def load_model(path: str | Path) -> tuple[LesionClassifier, dict[str, Any]]:
+    """The trained model in a `model.pth`, on the CPU in evaluation mode, and what else it holds.
+
+    The second value is the file's dict without its weights: `config`, `classes` in label order,
+    `image_size`, `preprocessors` and `metrics`.
+
+    Raises FileNotFoundError when there is no such file, and ValueError when it is no `model.pth`.
+    """
+    info = load_tensors(path)
+    found = set(info) if isinstance(info, dict) else set()
+    missing = sorted({"config", "classes", "image_size", "state_dict"} - found)
+    if missing:
+        raise ValueError(f"{path}: not a model saved by this project (no {', '.join(missing)})")
+    state_dict = info.pop("state_dict")
+    try:
+        model = get_model(**info["config"])
+        model.load_state_dict(state_dict)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: its weights and its config do not match ({reason})") from error
+    return model.eval(), info
+
+
+def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """The number of parameters, or of those alone that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether the model of this name starts from pretrained weights."""
+    return issubclass(MODELS[name], FinetunedResNet)
+
+
+def imagenet_weights(layers: int, download: bool = True) -> Path:
+    """The file of torchvision's default ImageNet weights for a ResNet, downloaded when not there.
+
+    Raises FileNotFoundError, saying which file to put where, when it is not there and cannot be
+    downloaded.
+    """
+    url = get_model_weights(f"resnet{layers}").DEFAULT.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if path.exists():
+        return path
+    reason = "not downloaded"
+    if download:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hash_prefix = path.stem.rsplit("-", 1)[1]
+            torch.hub.download_url_to_file(url, str(path), hash_prefix)
+            return path
+        except (URLError, OSError) as error:
+            reason = str(getattr(error, "reason", error))
+    raise FileNotFoundError(
+        f"no ImageNet weights for resnet{layers} ({reason}): download {url} elsewhere and put it "
+        f"at {path}, or give a file with --weights FILE, or start from random weights with "
+        "--weights none"
+    )
+
+
+def _load_backbone(backbone: nn.Module, path: Path, architecture: str) -> None:
+    state_dict = load_tensors(path)
+    try:
+        own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("fc.")}
+        backbone.load_state_dict(own)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a torchvision state dict of {architecture}") from error
