@@ -61,9 +61,7 @@ def rotate_batch(images: Tensor, generator: torch.Generator, degrees: float = 10
     return turned.clamp_(0, 1)
 
 
-def add_noise_to_batch(
-    images: Tensor, generator: torch.Generator, max_std: float = 0.03
-) -> Tensor:
+def add_noise_to_batch(images: Tensor, generator: torch.Generator, max_std: float = 0.03) -> Tensor:
     """Adds Gaussian noise, its standard deviation drawn for each image evenly from [0, max_std]."""
     std = _uniform(images, generator, 0.0, max_std)
     noise = torch.empty_like(images).normal_(generator=generator)
@@ -71,7 +69,7 @@ def add_noise_to_batch(
 
 
 def augment_batch(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The training views: both flips, rotation, brightness, contrast and noise at their defaults."""
+    """The training views: flips, rotation, brightness, contrast and noise at their defaults."""
     images = flip_batch_horizontally(images, generator)
     images = flip_batch_vertically(images, generator)
     images = rotate_batch(images, generator)

@@ -1,0 +1,999 @@
+"""Image folders → metadata → memory-mapped arrays → stratified splits → loaders."""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import secrets
+import stat
+import sysconfig
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import PIL
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from augmentation import augment_batch
+from files import lock, write_text
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
+MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling may show an image
+
+Preprocessor = Callable[[np.ndarray], np.ndarray]
+
+
+class UnreadableImageError(ValueError):
+    """A file that should be an image and cannot be read as one."""
+
+
+# ---------------------------------------------------------------------------- single images
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """The image in a file as a viewer shows it: uint8 RGB `(height, width, 3)`.
+
+    EXIF orientation is applied, transparency laid over white, 16 bits reduced to 8. Raises
+    UnreadableImageError naming the file.
+    """
+    try:
+        return np.array(_decode(_read_regular_file(path)[0]))
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{_shown(path)}: {error}") from error
+
+
+def resize(image: np.ndarray, size: int = 256) -> np.ndarray:
+    """Scales a uint8 RGB image `(h, w, 3)` to a shorter side of `size`, the aspect ratio kept."""
+    height, width = image.shape[:2]
+    scaled = _scaled_size(width, height, size)
+    return np.array(Image.fromarray(image).resize(scaled, Image.Resampling.BILINEAR))
+
+
+def center_crop(image: np.ndarray, size: int = 224) -> np.ndarray:
+    """The middle of an image `(h, w, 3)`, `size` on each side or the whole side if that is less."""
+    height, width = image.shape[:2]
+    top, left = round(max(height - size, 0) / 2), round(max(width - size, 0) / 2)
+    return image[top : top + size, left : left + size]
+
+
+def normalize(image: np.ndarray) -> np.ndarray:
+    """A uint8 image as float32 in [0, 1], x / 255."""
+    return image.astype(np.float32) / 255
+
+
+def _scaled_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
+    if width <= height:
+        return shorter_side, int(shorter_side * height / width)
+    return int(shorter_side * width / height), shorter_side
+
+
+def _fit(image: Image.Image, image_size: int) -> Image.Image:
+    """Shorter side to `round(image_size * 256 / 224)`, centre crop `image_size`, in one resampling.
+
+    What torchvision's Resize and CenterCrop make of a PIL image, to within one of 255 levels, but
+    only the pixels that stay are computed.
+    """
+    width, height = image.size
+    scaled_width, scaled_height = _scaled_size(width, height, round(image_size * 256 / 224))
+    left, top = round((scaled_width - image_size) / 2), round((scaled_height - image_size) / 2)
+    x, y = width / scaled_width, height / scaled_height
+    box = (left * x, top * y, (left + image_size) * x, (top + image_size) * y)
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+
+
+def _read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
+    """The bytes of a file, and its state just before they were read."""
+    try:
+        # A pipe would be waited on for ever, so the kind of file is looked at before it is opened.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImageError("not a regular file")
+        with open(path, "rb") as file:
+            return file.read(), os.fstat(file.fileno())
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or str(error)) from error
+
+
+def _decode(contents: bytes) -> Image.Image:
+    """The upright RGB image in the contents of a file."""
+    if not contents:
+        raise UnreadableImageError("empty file")
+    try:
+        image = Image.open(io.BytesIO(contents), formats=IMAGE_FORMATS)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except UnreadableImageError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise UnreadableImageError("not an image of a known format") from error
+    except Exception as error:  # Pillow documents no closed set of errors for damaged files
+        raise UnreadableImageError(str(error).strip() or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise UnreadableImageError("pixels are floating-point numbers of unknown range")
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UnreadableImageError("pixels have more than 16 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _shown(path: str | Path) -> str:
+    """A path as it fits into one line of a message."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+# ---------------------------------------------------------------------------- preprocessors
+
+
+def fingerprint(preprocessors: Sequence[Preprocessor]) -> str:
+    """What tells these preprocessors from others, 16 hex digits; empty for none.
+
+    Made from their code, constants, defaults, closures and the module's functions and values that
+    they use, and from what they make of a few probe images.
+    """
+    if not preprocessors:
+        return ""
+    digest = hashlib.sha256()
+    for preprocessor in preprocessors:
+        digest.update(_describe(preprocessor, set()).encode("utf-8", "surrogateescape"))
+        for probe in _probe_images():
+            digest.update(_probe(preprocessor, probe))
+    return digest.hexdigest()[:16]
+
+
+def _probe_images() -> Iterator[np.ndarray]:
+    rows, columns = np.mgrid[0:48, 0:64]
+    yield np.stack([rows * 5, columns * 4, rows + columns], axis=-1).astype(np.uint8)
+    yield np.random.default_rng(0).integers(0, 256, (300, 260, 3), dtype=np.uint8)
+
+
+def _probe(preprocessor: Preprocessor, image: np.ndarray) -> bytes:
+    try:
+        result = np.asarray(preprocessor(image.copy()))
+    except Exception as error:  # a user's code: that it refuses a probe tells it apart as well
+        return type(error).__name__.encode()
+    return f"{result.dtype}{result.shape}".encode() + result.tobytes()
+
+
+def _describe(value: Any, seen: set[int]) -> str:
+    """A text that changes when what the value does changes, and not from run to run."""
+
+    def describe_all(values: Any) -> str:
+        return "[" + ", ".join(_describe(v, seen) for v in values) + "]"
+
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    if id(value) in seen:
+        return "again"
+    seen.add(id(value))
+    if isinstance(value, list | tuple):
+        return describe_all(value)
+    if isinstance(value, set | frozenset):
+        return "{" + ", ".join(sorted(_describe(v, set(seen)) for v in value)) + "}"
+    if isinstance(value, dict):
+        return describe_all(value.items())
+    if isinstance(value, functools.partial):
+        return "partial" + describe_all([value.func, value.args, value.keywords])
+    if isinstance(value, types.MethodType):
+        return "method" + describe_all([value.__func__, value.__self__])
+    if isinstance(value, types.CodeType):
+        return f"{value.co_code.hex()} {value.co_names}" + describe_all(value.co_consts)
+    if isinstance(value, types.FunctionType):
+        return _describe_function(value, describe_all)
+    name = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, type):
+        own = [v for v in vars(value).values() if isinstance(v, types.FunctionType)]
+        return name + describe_all(own)
+    if isinstance(value, types.BuiltinFunctionType) or not hasattr(value, "__dict__"):
+        return name
+    return name + describe_all([type(value), vars(value)])
+
+
+def _describe_function(function: types.FunctionType, describe_all: Callable[[Any], str]) -> str:
+    if _is_installed(function.__code__.co_filename):
+        return f"{function.__module__}.{function.__qualname__}"
+    names = _names_used(function.__code__)
+    used = {n: function.__globals__[n] for n in names if n in function.__globals__}
+    enclosed = []
+    for cell in function.__closure__ or ():
+        try:
+            enclosed.append(cell.cell_contents)
+        except ValueError:  # a variable that is not bound yet
+            enclosed.append("unbound")
+    return "function" + describe_all(
+        [function.__code__, function.__defaults__, function.__kwdefaults__, enclosed, used]
+    )
+
+
+def _names_used(code: types.CodeType) -> list[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(_names_used(constant))
+    return sorted(names)
+
+
+def _is_installed(filename: str) -> bool:
+    paths = sysconfig.get_paths()
+    return filename.startswith(tuple(paths[kind] for kind in ("stdlib", "purelib", "platlib")))
+
+
+def _preprocess(image: np.ndarray, preprocessors: Sequence[Preprocessor]) -> np.ndarray:
+    for preprocessor in preprocessors:
+        name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
+        try:
+            result = preprocessor(image)
+        except Exception as error:
+            raise ValueError(f"preprocessor {name}: {type(error).__name__}: {error}") from error
+        image = _as_uint8(result, name)
+    return image
+
+
+def _as_uint8(image: Any, name: str) -> np.ndarray:
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"preprocessor {name} gave shape {image.shape}; it must be (h, w, 3)")
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(image)
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"preprocessor {name} gave {image.dtype}; it must be uint8 or float")
+    # Interpolation may leave [0, 1] by a rounding error; anything beyond that is another range.
+    if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):
+        low, high = image.min(), image.max()
+        raise ValueError(f"preprocessor {name} gave values from {low} to {high}; not in [0, 1]")
+    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------- image folders
+
+
+def find_images(data_dir: str | Path) -> pd.DataFrame:
+    """The images below a folder, a row each: `path`, `class`, `source_split`, sorted by path.
+
+    `path` is relative to `data_dir` with forward slashes, `class` the parent folder's name, and
+    `source_split` what lies above that. Hidden files and folders are passed over, links followed.
+
+    Raises FileNotFoundError for no such folder; ValueError for no images, for images that stand
+    directly in `data_dir`, and for fewer than two classes.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"{_shown(data_dir)}: no such folder")
+    paths = sorted(path.relative_to(data_dir).as_posix() for path in _walk(data_dir, frozenset()))
+    if not paths:
+        raise ValueError(
+            f"{_shown(data_dir)}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}); the layout is "
+            "one sub-folder a class"
+        )
+    parents = [path.split("/")[:-1] for path in paths]
+    if not all(parents):
+        stray = paths[parents.index([])]
+        raise ValueError(
+            f"{_shown(data_dir)}: {_shown(stray)} stands directly in it; the layout is one "
+            "sub-folder a class"
+        )
+    classes = [parent[-1] for parent in parents]
+    if len(set(classes)) < 2:
+        raise ValueError(
+            f"{_shown(data_dir)}: all images are of one class, {_shown(classes[0])}; a classifier "
+            "needs two or more"
+        )
+    source_splits = ["/".join(parent[:-1]) for parent in parents]
+    return pd.DataFrame({"path": paths, "class": classes, "source_split": source_splits})
+
+
+def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in ancestors:  # a link to a folder that it lies in
+        return
+    for name in os.listdir(folder):
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if os.path.isdir(path):
+            yield from _walk(path, ancestors | {identity})
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
+
+
+# ---------------------------------------------------------------------------- the array on disk
+
+
+@dataclass(frozen=True)
+class _FileRecord:
+    """What the build knows of one image file; its row in the array has the same number."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    content_hash: str
+    width: int  # of the original, upright
+    height: int
+    error: str  # empty when the image could be read
+
+    def matches(self, status: os.stat_result) -> bool:
+        recorded = (self.size, self.mtime_ns, self.ctime_ns)
+        return recorded == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What `index.json` says of an array. An array that no index names does not exist."""
+
+    version: str
+    array: str
+    hashed_at_ns: int
+    records: list[_FileRecord]
+
+
+class _ArrayCache:
+    """The array of one image folder at one size, after certain preprocessors, in its own folder.
+
+    The array is written first and the index, which makes it count, last and in one piece: a build
+    that is killed leaves no index that names what it left.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        cache_dir: Path,
+        image_size: int,
+        preprocessors: Sequence[Preprocessor],
+        num_workers: int | None,
+    ) -> None:
+        self.data_dir = data_dir.resolve()
+        self.image_size = image_size
+        self.preprocessors = preprocessors
+        self.num_workers = num_workers or os.cpu_count()
+        self.fingerprint = fingerprint(preprocessors)
+        identity = f"{self.data_dir}\n{self.fingerprint}".encode("utf-8", "surrogateescape")
+        code = hashlib.sha256(identity).hexdigest()[:8]
+        self.folder = cache_dir / f"{self.data_dir.name}-{image_size}-{code}"
+        self.version = f"1, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}"
+
+    def load(self, paths: Sequence[str]) -> tuple[Path, list[_FileRecord]]:
+        """The path of the array and a record for each image; built when there is none that fits."""
+        index = self._current_index(paths)
+        if index is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock(self.folder / ".lock"):
+                index = self._current_index(paths) or self._build(paths)
+        return self.folder / index.array, index.records
+
+    def _current_index(self, paths: Sequence[str]) -> _Index | None:
+        """The index, if the array it names is there and made from these images as they are now."""
+        index = self._read_index()
+        if index is None or [record.path for record in index.records] != list(paths):
+            return None
+        now = time.time_ns()
+        doubtful = [r for r in index.records if not self._is_surely_unchanged(r, index)]
+        if not doubtful:
+            return index
+        # A copy, a checkout or a touch changes the times alone; only the contents decide.
+        refreshed = {old.path: self._refreshed(old) for old in doubtful}
+        if any(record is None for record in refreshed.values()):
+            return None
+        records = [refreshed.get(r.path, r) or r for r in index.records]
+        index = _Index(index.version, index.array, now, records)
+        if os.access(self.folder, os.W_OK):
+            self._write_index(index)
+        return index
+
+    def _is_surely_unchanged(self, record: _FileRecord, index: _Index) -> bool:
+        try:
+            status = os.stat(self.data_dir / record.path)
+        except OSError:
+            return False
+        # File systems keep times in steps of up to two seconds: what was written just before it was
+        # hashed may have been written again since, in the same step.
+        settled = max(status.st_mtime_ns, status.st_ctime_ns) < index.hashed_at_ns - 2_000_000_000
+        return settled and record.matches(status)
+
+    def _refreshed(self, record: _FileRecord) -> _FileRecord | None:
+        """The record with the file's times as they are now, or None if its contents are others."""
+        try:
+            contents, status = _read_regular_file(self.data_dir / record.path)
+        except UnreadableImageError as error:
+            return record if str(error) == record.error else None
+        if hashlib.sha256(contents).hexdigest() != record.content_hash:
+            return None
+        values = asdict(record)
+        values.update(size=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
+        return _FileRecord(**values)
+
+    def _build(self, paths: Sequence[str]) -> _Index:
+        before = self._read_index()
+        self._remove_arrays(but=before.array if before else None)
+        started = time.time_ns()
+        array_path = self.folder / f"images-{secrets.token_hex(8)}.npy"
+        try:
+            records = self._write_array(array_path, paths)
+            index = _Index(self.version, array_path.name, started, records)
+            self._write_index(index)
+        except BaseException:
+            array_path.unlink(missing_ok=True)
+            raise
+        self._remove_arrays(but=index.array)
+        return index
+
+    def _write_array(self, array_path: Path, paths: Sequence[str]) -> list[_FileRecord]:
+        shape = (len(paths), self.image_size, self.image_size, 3)
+        array = _allocate_array(array_path, shape)
+        pool = ThreadPoolExecutor(self.num_workers)
+        try:
+            results = pool.map(functools.partial(self._write_row, array), range(len(paths)), paths)
+            progress = tqdm(
+                results, "preparing images", len(paths), unit="img", disable=None, leave=False
+            )
+            records = list(progress)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        array.flush()
+        return records
+
+    def _write_row(self, array: np.ndarray, row: int, path: str) -> _FileRecord:
+        contents, size, mtime_ns, ctime_ns = b"", 0, 0, 0
+        try:
+            contents, status = _read_regular_file(self.data_dir / path)
+            size, mtime_ns, ctime_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            image = _decode(contents)
+            width, height, problem = image.width, image.height, ""
+        except UnreadableImageError as error:
+            width, height, problem = 0, 0, str(error)
+        else:
+            array[row] = self._prepare(image, path)
+        content_hash = hashlib.sha256(contents).hexdigest()
+        return _FileRecord(path, size, mtime_ns, ctime_ns, content_hash, width, height, problem)
+
+    def _prepare(self, image: Image.Image, path: str) -> np.ndarray:
+        if self.preprocessors:
+            try:
+                image = Image.fromarray(_preprocess(np.array(image), self.preprocessors))
+            except ValueError as error:
+                raise ValueError(f"{error} (on {_shown(path)})") from error
+        return np.asarray(_fit(image, self.image_size))
+
+    def _read_index(self) -> _Index | None:
+        try:
+            contents = json.loads((self.folder / "index.json").read_text(encoding="ascii"))
+            columns = contents.pop("records")
+            records = [_FileRecord(*row) for row in zip(*columns, strict=True)]
+            index = _Index(records=records, **contents)
+            array = np.load(self.folder / index.array, mmap_mode="r")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # none there, or none of ours: the array is made anew
+        shape = (len(records), self.image_size, self.image_size, 3)
+        fits = array.shape == shape and array.dtype == np.uint8 and index.version == self.version
+        return index if fits else None
+
+    def _write_index(self, index: _Index) -> None:
+        names = [field.name for field in fields(_FileRecord)]
+        columns = [[getattr(record, name) for record in index.records] for name in names]
+        contents = {
+            "version": index.version,
+            "array": index.array,
+            "hashed_at_ns": index.hashed_at_ns,
+            "records": columns,
+        }
+        write_text(self.folder / "index.json", json.dumps(contents))
+
+    def _remove_arrays(self, but: str | None) -> None:
+        for path in self.folder.glob("images-*.npy"):
+            if path.name != but:
+                path.unlink(missing_ok=True)
+
+
+def _allocate_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A new array with its space on disk reserved: a full disk under a map kills the process."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        offset, num_bytes = file.tell(), int(np.prod(shape))
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), offset, num_bytes)
+            else:
+                os.ftruncate(file.fileno(), offset + num_bytes)
+        except OSError as error:
+            size = f"{num_bytes / 1e6:,.0f} MB"
+            raise OSError(error.errno, f"{error.strerror}; {size} are needed", str(path)) from error
+    return np.load(path, mmap_mode="r+")
+
+
+# ---------------------------------------------------------------------------- splits
+
+
+def stratified_split(
+    labels: np.ndarray, groups: np.ndarray, splits: Mapping[str, float], seed: int = 42
+) -> np.ndarray:
+    """The name of the split of each image, stratified by class, no group divided.
+
+    Parameters
+    ----------
+    labels : int array (N,), the class of each image, from 0
+    groups : array (N,), images with equal values stay together
+    splits : split names and their fractions, which sum to 1
+    seed : decides which groups go where, the numbers being given
+
+    Each split gets as near to its fraction of each class as whole groups allow; for groups of one
+    image that is the largest-remainder method. Every class is in the training split (the one named
+    `train`, or else the largest), and every split has every class that has at least as many groups
+    as there are splits, where groups of several classes leave that possible; otherwise a warning
+    says which class lacks where. Raises ValueError for fractions that cannot be.
+    """
+    names, fractions = _check_splits(splits)
+    group_ids, first_rows, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
+    num_classes = int(labels.max()) + 1
+    contents = np.zeros((len(group_ids), num_classes), dtype=np.int64)
+    np.add.at(contents, (group_of_row, labels), 1)
+
+    # Groups with the same number of images of each class are one kind, and stand for one another.
+    kinds, kind_of_group = np.unique(contents, axis=0, return_inverse=True)
+    kind_sizes = np.bincount(kind_of_group, minlength=len(kinds))
+    training = names.index("train") if "train" in names else int(fractions.argmax())
+    numbers = _numbers_of_groups(kinds, kind_sizes, fractions, training)
+
+    rng = np.random.default_rng(seed)
+    split_of_group = np.empty(len(group_ids), dtype=np.int64)
+    for kind in range(len(kinds)):
+        members = np.flatnonzero(kind_of_group == kind)
+        members = members[first_rows[members].argsort()]
+        split_of_group[rng.permutation(members)] = np.repeat(np.arange(len(names)), numbers[kind])
+    return np.array(names)[split_of_group[group_of_row]]
+
+
+def _check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
+    names, fractions = list(splits), np.array(list(splits.values()), dtype=np.float64)
+    if not names:
+        raise ValueError("splits is empty; give names and fractions, such as {'train': 0.8, ...}")
+    if not (fractions > 0).all():
+        raise ValueError(f"splits are {dict(splits)}; each fraction must be greater than 0")
+    if abs(fractions.sum() - 1) > 1e-6:
+        raise ValueError(f"splits are {dict(splits)}; they sum to {fractions.sum():g}, not to 1")
+    return names, fractions
+
+
+def _numbers_of_groups(
+    kinds: np.ndarray, kind_sizes: np.ndarray, fractions: np.ndarray, training: int
+) -> np.ndarray:
+    """How many groups of each kind go to each split, (kinds, splits).
+
+    Starts from the largest remainders of each kind, and while that brings the splits nearer to
+    their shares moves a group from one split to another, or exchanges two.
+    """
+    numbers = np.stack([_largest_remainder(size, fractions) for size in kind_sizes])
+    shares = np.outer(fractions, kind_sizes @ kinds)
+    groups_with_class = kind_sizes @ (kinds > 0)
+    must_have = np.tile(groups_with_class >= len(fractions), (len(fractions), 1))
+    must_have[training] = True
+
+    def cost(counts: np.ndarray) -> np.ndarray:
+        """How far splits are from their shares; `counts` (..., splits, classes)."""
+        by_class = ((counts - shares) ** 2).sum(axis=-1)
+        in_all = (counts.sum(axis=-1) - shares.sum(axis=-1)) ** 2
+        missing = ((counts == 0) & must_have) @ np.ones(kinds.shape[1])
+        return by_class + 1e-3 * in_all + 1e9 * missing
+
+    # A step takes `taken` from one split and gives it to another in exchange for `given`, a kind
+    # each; the last, empty kind makes a move of an exchange.
+    steps = np.vstack([kinds, np.zeros_like(kinds[:1])])
+    num_given = len(steps) if len(steps) <= 64 else 1  # pairs of hundreds of kinds are too many
+    given = np.arange(len(steps))[-num_given:]
+    change = steps[:-1, None, :] - steps[None, given, :]
+    while True:
+        counts = numbers.T @ kinds
+        now = cost(counts)
+        loses = cost(counts - change[:, :, None, :]) - now
+        gains = cost(counts + change[:, :, None, :]) - now
+        delta = loses[:, :, :, None] + gains[:, :, None, :]  # taken, given, from, to
+        available = np.vstack([numbers, np.ones_like(numbers[:1])]) > 0
+        delta[~np.broadcast_to(available[:-1, None, :, None], delta.shape)] = np.inf
+        delta[~np.broadcast_to(available[given][None, :, None, :], delta.shape)] = np.inf
+        delta[:, :, np.arange(len(now)), np.arange(len(now))] = np.inf
+        taken, other, source, target = np.unravel_index(delta.argmin(), delta.shape)
+        if not delta[taken, other, source, target] < -1e-9:
+            return numbers
+        numbers[taken, [source, target]] += [-1, 1]
+        if given[other] < len(kinds):
+            numbers[given[other], [source, target]] += [1, -1]
+
+
+def _largest_remainder(total: int, fractions: np.ndarray) -> np.ndarray:
+    exact = total * fractions
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    by_remainder = np.argsort(counts - exact, kind="stable")
+    counts[by_remainder[: total - counts.sum()]] += 1
+    return counts
+
+
+def _warn_of_missing_classes(metadata: pd.DataFrame, names: Sequence[str]) -> None:
+    table = pd.crosstab(metadata["class"], metadata["split"]).reindex(columns=names, fill_value=0)
+    lacks = [
+        f"{_shown(name)} ({row.sum()} images) is not in {', '.join(row.index[row == 0])}"
+        for name, row in table.iterrows()
+        if (row == 0).any()
+    ]
+    if lacks:
+        message = "; ".join(lacks)
+        warnings.warn(f"classes too small for every split: {message}", stacklevel=3)
+
+
+# ---------------------------------------------------------------------------- the builder
+
+
+class DatasetBuilder:
+    """Makes stratified data sets from a folder of images, one sub-folder a class.
+
+    Parameters
+    ----------
+    data_dir : folder of `<class>/<image>`, or of `<split>/<class>/<image>`, which are pooled
+    image_size : side in pixels of the square images that the models see
+    cache_dir : where the array of prepared images is kept; `processed/` beside `data_dir` if None
+    num_workers : threads that prepare images; None is one a processor
+    seed : decides which images go to which split
+    skip_unreadable : go on without images that cannot be read, with a warning, instead of raising
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        *,
+        image_size: int = 224,
+        cache_dir: str | Path | None = None,
+        num_workers: int | None = None,
+        seed: int = 42,
+        skip_unreadable: bool = False,
+    ) -> None:
+        if image_size < 8:
+            raise ValueError(f"image_size is {image_size}; it must be 8 or more")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
+        check_seed(seed)
+        self.data_dir = Path(data_dir)
+        self.image_size = image_size
+        default = Path(os.path.abspath(data_dir)).parent / "processed"
+        self.cache_dir = default if cache_dir is None else Path(cache_dir)
+        self.num_workers = num_workers
+        self.seed = seed
+        self.skip_unreadable = skip_unreadable
+
+    def build(
+        self,
+        preprocessors: Sequence[Preprocessor] = (),
+        splits: Mapping[str, float] | None = None,
+    ) -> tuple[dict[str, "LesionDataset"], pd.DataFrame]:
+        """The data set of each split, and the metadata of all images.
+
+        A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
+        or float in [0, 1]; they run in the order given, before the images are scaled and cropped.
+        `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Images of the
+        same content are never divided between splits.
+
+        The metadata has a row an image: `path`, `class`, `label`, `source_split`, `width`,
+        `height`, `content_hash`, `picture`, `group`, `split`.
+
+        Raises FileNotFoundError or ValueError for a folder or splits that cannot be used, and
+        UnreadableImageError, which names all images that cannot be read.
+        """
+        splits = DEFAULT_SPLITS if splits is None else splits
+        _check_splits(splits)
+        images = find_images(self.data_dir)
+        cache = _ArrayCache(
+            self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
+        )
+        array_path, records = cache.load(images["path"])
+        readable = self._check_readable(records)
+        metadata = _metadata(images, records)[readable].reset_index(drop=True)
+        if metadata["class"].nunique() < 2:
+            raise ValueError(
+                f"{_shown(self.data_dir)}: fewer than two classes have readable images"
+            )
+
+        classes = sorted(metadata["class"].unique())
+        metadata.insert(2, "label", metadata["class"].map(classes.index))
+        metadata["picture"] = pd.factorize(metadata["content_hash"])[0]
+        metadata["group"] = metadata["picture"]
+        metadata["split"] = stratified_split(
+            metadata["label"].to_numpy(), metadata["group"].to_numpy(), splits, self.seed
+        )
+        _warn_of_missing_classes(metadata, list(splits))
+        rows = np.flatnonzero(readable)
+        datasets = {}
+        for name in splits:
+            chosen = (metadata["split"] == name).to_numpy()
+            table = metadata[chosen].reset_index(drop=True)
+            datasets[name] = LesionDataset(
+                array_path, rows[chosen], table, classes, cache.fingerprint
+            )
+        return datasets, metadata
+
+    def _check_readable(self, records: Sequence[_FileRecord]) -> np.ndarray:
+        unreadable = [record for record in records if record.error]
+        if unreadable:
+            names = ", ".join(f"{_shown(r.path)} ({r.error})" for r in unreadable)
+            found = f"{len(unreadable)} of {len(records)} images cannot be read"
+            if not self.skip_unreadable:
+                raise UnreadableImageError(
+                    f"{found}: {names}; mend or remove them, or go on without them with "
+                    "--skip_unreadable (skip_unreadable=True)"
+                )
+            warnings.warn(f"{found} and are left out: {names}", stacklevel=3)
+        return np.array([not record.error for record in records])
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that numpy's and torch's generators do not both take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must be 0 or more and less than 2**63")
+
+
+def _metadata(images: pd.DataFrame, records: Sequence[_FileRecord]) -> pd.DataFrame:
+    metadata = images.copy()
+    for name in ("width", "height", "content_hash"):
+        metadata[name] = [getattr(record, name) for record in records]
+    return metadata
+
+
+# ---------------------------------------------------------------------------- data sets
+
+
+class LesionDataset(Dataset):
+    """Images and labels of one split; `dataset[i]` is `(float32 (3, H, W) in [0, 1], int)`.
+
+    The images lie in an array on disk that is opened where it is read: a copy of the data set in
+    another process opens it again.
+
+    Attributes: `classes`, the names in label order; `labels`, int64 `(N,)`; `metadata`, a row an
+    image; `image_size`; `preprocessors`, their fingerprint, empty for none.
+    """
+
+    def __init__(
+        self,
+        array_path: Path,
+        rows: np.ndarray,
+        metadata: pd.DataFrame,
+        classes: Sequence[str],
+        preprocessors: str = "",
+    ) -> None:
+        self.array_path = Path(array_path).absolute()
+        self.rows = rows
+        self.metadata = metadata
+        self.classes = list(classes)
+        self.labels = metadata["label"].to_numpy(np.int64)
+        self.preprocessors = preprocessors
+        self._array: np.ndarray | None = None
+        self.image_size = self._images().shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return to_float(torch.from_numpy(self.gather([index])))[0], int(self.labels[index])
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The images of these numbers as they lie on disk, uint8 `(B, H, W, 3)`."""
+        return self._images()[self.rows[np.asarray(indices)]]
+
+    def _images(self) -> np.ndarray:
+        if self._array is None:
+            self._array = np.load(self.array_path, mmap_mode="r")
+        return self._array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_array": None}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 `(B, H, W, 3)` as float32 `(B, 3, H, W)` in [0, 1], on the same device."""
+    return images.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
+
+
+# ---------------------------------------------------------------------------- loaders
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """A seed of 63 bits for one use of randomness, such as the order of epoch 3."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *numbers))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class LesionLoader:
+    """Batches `(images, labels)` of a data set, ready on the device: float32 in [0, 1], and int64.
+
+    `for images, labels in loader` is one epoch, the last batch as small as it comes.
+    `loader.batches(start=k)` is the endless stream of full batches that training reads; batch k
+    depends on the seed and k alone.
+    """
+
+    def __init__(
+        self,
+        dataset: LesionDataset,
+        batch_size: int = 32,
+        *,
+        shuffle: bool = False,
+        augmentation: bool = False,
+        balanced: bool = False,
+        device: torch.device | str | None = None,
+        seed: int = 42,
+        num_workers: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
+        if len(dataset) == 0:
+            raise ValueError("the data set has no images")
+        check_seed(seed)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augmentation = augmentation
+        self.balanced = balanced
+        self.device = torch.device(device) if device is not None else _default_device()
+        self.seed = seed
+        self.num_workers = num_workers
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self._epoch
+        self._epoch += 1
+        order = self._order(epoch)
+        parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        for number, batch in enumerate(self._gathered(iter(parts))):
+            yield self._finish(batch, derive_seed(self.seed, "epoch batch", epoch, number))
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from number `start` on, without end; each has `batch_size` images."""
+        parts = self._endless_order(start)
+        for number, batch in enumerate(self._gathered(parts), start):
+            yield self._finish(batch, derive_seed(self.seed, "batch", number))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The numbers of the images of one epoch, in the order in which they are shown."""
+        if not self.shuffle:
+            return np.arange(len(self.dataset))
+        rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
+        if not self.balanced:
+            return rng.permutation(len(self.dataset))
+        # Systematic sampling: each image as often as expected, rounded up or down.
+        images = rng.permutation(len(self.dataset))
+        expected = balanced_frequencies(self.dataset.labels)[images]
+        passed = np.floor(np.cumsum(expected) + rng.random() + 1e-9).astype(np.int64)
+        passed[-1] = len(images)
+        return rng.permutation(np.repeat(images, np.diff(passed, prepend=0)))
+
+    def _endless_order(self, start: int) -> Iterator[np.ndarray]:
+        epoch, skip = divmod(start * self.batch_size, len(self.dataset))
+        waiting = self._order(epoch)[skip:]
+        while True:
+            while len(waiting) < self.batch_size:
+                epoch += 1
+                waiting = np.concatenate([waiting, self._order(epoch)])
+            yield waiting[: self.batch_size]
+            waiting = waiting[self.batch_size :]
+
+    def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        gatherer = _Gatherer(self.dataset)
+        if self.num_workers == 0:
+            return map(gatherer.__getitem__, parts)
+        generator = torch.Generator()  # else DataLoader would draw from the global random state
+        return iter(
+            DataLoader(
+                gatherer,
+                batch_size=None,
+                sampler=parts,
+                num_workers=self.num_workers,
+                generator=generator,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def _finish(self, batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        images = to_float(images)
+        if self.augmentation:
+            generator = torch.Generator(self.device).manual_seed(seed)
+            images = augment_batch(images, generator)
+        return images, labels
+
+
+class _Gatherer(Dataset):
+    """A data set whose items are whole batches: item `indices` is `(uint8 (B, H, W, 3), int64)`."""
+
+    def __init__(self, dataset: LesionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(self.dataset.gather(indices))
+        return images, torch.from_numpy(self.dataset.labels[indices])
+
+
+def balanced_frequencies(labels: np.ndarray) -> np.ndarray:
+    """How often balanced sampling shows each image in an epoch of N draws, float64 `(N,)`.
+
+    Classes are drawn evenly, but no image more than `MOST_REPEATS` times; what a class falls short
+    of by that is spread evenly over the others.
+    """
+    num_images = len(labels)
+    classes, class_of_image, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    frequency = np.zeros(len(classes))
+    capped = np.zeros(len(classes), dtype=bool)
+    while not capped.all():
+        rest = num_images - MOST_REPEATS * sizes[capped].sum()
+        frequency[~capped] = rest / (~capped).sum() / sizes[~capped]
+        newly = ~capped & (frequency > MOST_REPEATS)
+        if not newly.any():
+            break
+        frequency[newly] = MOST_REPEATS
+        capped |= newly
+    return frequency[class_of_image]
+
+
+def create_dataloaders(
+    dataset_splits: Mapping[str, LesionDataset],
+    batch_size: int = 32,
+    *,
+    augmentation: bool = True,
+    balanced: bool = False,
+    device: torch.device | str | None = None,
+    seed: int = 42,
+    num_workers: int = 0,
+) -> dict[str, LesionLoader]:
+    """A loader for each split; the one named `train` is shuffled and augmented, the others neither.
+
+    `balanced` draws the classes of the training split evenly, but no image more than ten times as
+    often as plain shuffling would. `device` is where the batches are made ready, None for CUDA
+    where there is one; `num_workers` are processes that read ahead, 0 for none. Raises ValueError
+    for a split without images.
+    """
+    empty = [name for name, dataset in dataset_splits.items() if len(dataset) == 0]
+    if empty:
+        raise ValueError(f"no images are left for {', '.join(empty)}: there are too few in all")
+    return {
+        name: LesionLoader(
+            dataset,
+            batch_size,
+            shuffle=name == "train",
+            augmentation=augmentation and name == "train",
+            balanced=balanced and name == "train",
+            device=device,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        for name, dataset in dataset_splits.items()
+    }
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

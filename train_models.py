@@ -1,0 +1,574 @@
+"""The command: trains and compares the four models on a folder of images.
+
+    python train_models.py --data_dir ./data/raw --save_dir ./models
+
+It puts the other modules in order and has no logic of its own. They are imported where they are
+needed: importing torch takes seconds, which neither `--help` nor a mistyped flag should.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    from dataset import LesionDataset, LesionLoader
+    from models import LesionClassifier
+    from training import Evaluation
+
+MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
+# Settings in which two runs may differ and the second still go on with the first.
+NOT_RESULTS = {
+    "data_dir", "save_dir", "cache_dir", "models", "device", "num_workers", "checkpoint_every",
+    "resume",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is told; each is a flag of the same name."""
+
+    data_dir: str | None = None
+    save_dir: str = "models"
+    cache_dir: str | None = None
+    models: tuple[str, ...] = MODEL_NAMES
+    layers: int = 50
+    image_size: int = 224
+    weights: str = "imagenet"
+    splits: tuple[float, ...] = (0.7, 0.2, 0.1)
+    batch_size: int = 32
+    num_steps: int = 2000
+    learning_rate: float = 0.001
+    weight_decay: float = 1e-4
+    dropout_rate: float = 0.7
+    warmup_fraction: float = 0.2
+    schedule: str = "cosine"
+    augmentation: bool = True
+    balanced: bool = True
+    class_weights: str = "none"
+    eval_every: int = 100
+    early_stopping_patience: int = 0
+    checkpoint_every: int | None = None
+    precision: str = "auto"
+    device: str = "auto"
+    deterministic: bool = False
+    num_workers: int | None = None
+    seed: int = 42
+    skip_unreadable: bool = False
+    resume: bool = False
+
+
+DEMO_SETTINGS = Settings(
+    data_dir="data/demo", layers=18, image_size=64, num_steps=200, eval_every=50, dropout_rate=0.3
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and gives its exit status; a mistake of the user's ends in one line."""
+    settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            run(settings, is_demo)
+        except (ValueError, OSError) as error:
+            print(f"train_models.py: error: {_in_one_line(error)}", file=sys.stderr)
+            return 2
+    return 0
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage, which is a page long
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
+    """The settings, and whether this is the demo; exits with status 2 for a flag that is wrong."""
+    argv = [_with_underscores(word) for word in argv]
+    parser = _make_parser()
+    arguments = vars(parser.parse_args(argv))
+    if arguments["demo"]:
+        parser.set_defaults(**asdict(DEMO_SETTINGS))
+        arguments = vars(parser.parse_args(argv))
+    elif arguments["data_dir"] is None:
+        parser.error("give a folder of images with --data_dir, or try it without one with --demo")
+    is_demo = arguments.pop("demo")
+    arguments["models"] = tuple(dict.fromkeys(arguments["models"]))
+    arguments["splits"] = tuple(arguments["splits"])
+    if abs(sum(arguments["splits"]) - 1) > 1e-6:
+        shown = " ".join(f"{fraction:g}" for fraction in arguments["splits"])
+        parser.error(f"--splits {shown} sums to {sum(arguments['splits']):g}, not to 1")
+    return Settings(**arguments), is_demo
+
+
+def _with_underscores(word: str) -> str:
+    """The flag as argparse knows it: dashes and underscores both work, after `--no-` as well."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    prefix = "--no-" if flag.startswith(("--no-", "--no_")) else "--"
+    return prefix + flag[len(prefix) :].replace("-", "_") + equals + value
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train_models.py",
+        description="Trains, evaluates, pictures and compares models of skin lesions.",
+        epilog="For research and teaching, not for diagnosis.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    positive = _number(int, lambda n: n >= 1, "1 or more")
+    natural = _number(int, lambda n: n >= 0, "0 or more")
+    rate = _number(float, lambda x: 0 < x < math.inf, "greater than 0")
+    decay = _number(float, lambda x: 0 <= x < math.inf, "0 or more")
+    share = _number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+    part = _number(float, lambda x: 0 < x < 1, "greater than 0 and less than 1")
+    dropout = _number(float, lambda x: 0 <= x < 1, "0 or more and less than 1")
+    side = _number(int, lambda n: n >= 16, "16 or more")
+    seed = _number(int, lambda n: 0 <= n < 2**63, "0 or more and less than 2**63")
+    add = parser.add_argument
+
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data_dir", metavar="DIR", help="images, one sub-folder a class")
+    source.add_argument("--demo", action="store_true", help="draw a small set and train on it")
+    add("--save_dir", metavar="DIR", help="where results go")
+    add("--cache_dir", metavar="DIR", help="prepared images (None: processed/ beside data_dir)")
+    add("--skip_unreadable", action="store_true", help="go on without images that cannot be read")
+    add("--splits", nargs=3, type=part, metavar=("TRAIN", "VALID", "TEST"), help="fractions")
+    add("--image_size", type=side, metavar="PIXELS", help="side of the square images")
+
+    add("--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", help=", ".join(MODEL_NAMES))
+    add("--layers", type=int, choices=(18, 34, 50), help="depth of the ResNets")
+    add("--weights", metavar="imagenet|none|FILE", help="start of the two pretrained models")
+    add("--dropout_rate", type=dropout, metavar="P", help="of both dropout layers in the head")
+
+    add("--batch_size", type=positive, metavar="N", help="images a step")
+    add("--num_steps", type=positive, metavar="N", help="training steps")
+    add("--learning_rate", type=rate, metavar="X", help="the peak")
+    add("--weight_decay", type=decay, metavar="X", help="of AdamW")
+    add("--schedule", choices=("cosine", "constant"), help="warm-up and cosine, or the peak always")
+    add("--warmup_fraction", type=share, metavar="X", help="share of the steps")
+    add("--augmentation", action=argparse.BooleanOptionalAction, help="vary the training images")
+    add("--balanced", action=argparse.BooleanOptionalAction, help="draw the classes evenly")
+    add("--class_weights", choices=("none", "balanced"), help="weigh the loss against imbalance")
+    add("--eval_every", type=positive, metavar="N", help="steps between evaluations")
+    add("--early_stopping_patience", type=natural, metavar="N", help="evaluations; 0 is off")
+
+    add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 where there is hardware")
+    add("--device", metavar="auto|cpu|cuda", help="auto: CUDA where there is one")
+    add("--deterministic", action="store_true", help="the same weights on CUDA too, but slower")
+    add("--num_workers", type=natural, metavar="N", help="threads that build, workers that load")
+    add("--seed", type=seed, metavar="N", help="decides all that is random")
+    add("--checkpoint_every", type=positive, metavar="N", help="steps (None: every five minutes)")
+    add("--resume", action="store_true", help="go on with the run in save_dir")
+    parser.set_defaults(**asdict(Settings()))
+    return parser
+
+
+def _number(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An argparse type: an int or float for which `is_valid` holds."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of that kind") from None
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+def command(settings: Settings) -> str:
+    """The command that gives these settings, without those that are the defaults anyway."""
+    words = ["python", "train_models.py"]
+    for field in fields(Settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no-{field.name}")
+        elif isinstance(value, tuple):
+            words += [f"--{field.name}", *map(str, value)]
+        else:
+            words += [f"--{field.name}", str(value)]
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def run(settings: Settings, is_demo: bool = False) -> None:
+    """Trains and compares the models; nothing in `save_dir` is touched before all is in order."""
+    settings = _prepare_demo(settings) if is_demo else settings
+    save_dir = Path(settings.save_dir)
+    _check_folders(settings)
+
+    import torch
+
+    from dataset import DatasetBuilder, create_dataloaders
+
+    device = _choose_device(settings.device)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    _check_weights(settings)
+    builder = DatasetBuilder(
+        settings.data_dir,
+        image_size=settings.image_size,
+        cache_dir=settings.cache_dir,
+        num_workers=settings.num_workers or None,
+        seed=settings.seed,
+        skip_unreadable=settings.skip_unreadable,
+    )
+    splits = dict(zip(("train", "valid", "test"), settings.splits, strict=True))
+    datasets, metadata = builder.build(splits=splits)
+    classes = datasets["train"].classes
+    loaders = create_dataloaders(
+        datasets,
+        settings.batch_size,
+        augmentation=settings.augmentation,
+        balanced=settings.balanced,
+        device=device,
+        seed=settings.seed,
+        num_workers=settings.num_workers or 0,
+    )
+    for name in settings.models:
+        _make_model(name, len(classes), settings)  # what is wrong with one is said before any runs
+    sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
+    print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
+
+    _begin(settings, metadata)
+    _picture_data(save_dir, datasets["train"], metadata, settings)
+    rows = []
+    for number, name in enumerate(settings.models, 1):
+        print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
+        finished = save_dir / name / "metrics.json"
+        if settings.resume and finished.exists():
+            print("finished already")
+        else:
+            _train_one(name, settings, loaders, device)
+        rows.append(_comparison_row(json.loads(finished.read_text(encoding="utf-8"))))
+    _compare(save_dir, rows)
+
+
+def _prepare_demo(settings: Settings) -> Settings:
+    """Draws the synthetic set if it is not there yet, and says what the demo runs."""
+    from models import imagenet_weights
+    from synthetic import make_dataset
+
+    if not Path(settings.data_dir).exists():
+        print(f"drawing synthetic images in {settings.data_dir}", flush=True)
+        make_dataset(settings.data_dir)
+    if settings.weights == "imagenet":
+        try:
+            imagenet_weights(settings.layers, download=False)
+        except FileNotFoundError:
+            settings = replace(settings, weights="none")
+            print(
+                "no ImageNet weights on this machine: resnet_head and resnet_finetuned start from "
+                "random weights"
+            )
+    print(f"the demo is: {command(settings)}", flush=True)
+    return settings
+
+
+def _check_folders(settings: Settings) -> None:
+    data_dir, save_dir = Path(settings.data_dir).resolve(), Path(settings.save_dir).resolve()
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"--data_dir {settings.data_dir}: no such folder")
+    if save_dir.is_relative_to(data_dir):
+        raise ValueError(
+            f"--save_dir {settings.save_dir} lies in --data_dir, where its pictures would be taken "
+            "for images of lesions; choose a folder elsewhere"
+        )
+    if save_dir.exists() and not save_dir.is_dir():
+        raise ValueError(f"--save_dir {settings.save_dir} is a file; choose a folder")
+
+
+def _check_weights(settings: Settings) -> None:
+    """Raises FileNotFoundError when ImageNet weights are wanted and cannot be had."""
+    from models import imagenet_weights, is_pretrained
+
+    if settings.weights == "imagenet" and any(map(is_pretrained, settings.models)):
+        imagenet_weights(settings.layers)
+
+
+def _choose_device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for what is not there
+        raise ValueError(f"--device {name} cannot be used: {error}") from error
+    return device
+
+
+def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClassifier":
+    from models import get_model, is_pretrained
+
+    weights = None if settings.weights == "none" or not is_pretrained(name) else settings.weights
+    return get_model(
+        name,
+        num_classes,
+        layers=settings.layers,
+        dropout_rate=settings.dropout_rate,
+        weights=weights,
+        image_size=settings.image_size,
+        seed=settings.seed,
+    )
+
+
+def _begin(settings: Settings, metadata: "pd.DataFrame") -> None:
+    """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
+    from files import write_atomically, write_text
+
+    save_dir = Path(settings.save_dir)
+    config_path = save_dir / "config.json"
+    if settings.resume and config_path.exists():
+        _check_same_run(settings, config_path)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("comparison.csv", "comparison.png"):
+        (save_dir / name).unlink(missing_ok=True)
+    if not settings.resume:
+        for model in settings.models:
+            for name in ("metrics.json", "last.pth"):
+                (save_dir / model / name).unlink(missing_ok=True)
+    config = {"settings": asdict(settings), "command": command(settings)} | _environment()
+    write_text(config_path, json.dumps(config, indent=2) + "\n")
+    with write_atomically(save_dir / "splits.csv") as temporary:
+        metadata.to_csv(temporary, index=False, errors="surrogateescape")
+
+
+def _check_same_run(settings: Settings, config_path: Path) -> None:
+    before = json.loads(config_path.read_text(encoding="utf-8"))["settings"]
+    now = json.loads(json.dumps(asdict(settings)))
+    differing = [
+        f"{name} was {before.get(name)}, is {now[name]}"
+        for name in now
+        if name not in NOT_RESULTS and before.get(name) != now[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"--resume: the run in {settings.save_dir} had other settings: {'; '.join(differing)}"
+        )
+
+
+def _environment() -> dict[str, Any]:
+    import matplotlib
+    import numpy
+    import pandas
+    import PIL
+    import sklearn
+    import torch
+    import torchvision
+
+    packages = (torch, torchvision, numpy, pandas, PIL, sklearn, matplotlib)
+    versions = {package.__name__: package.__version__ for package in packages}
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {"python": platform.python_version()} | versions,
+        "machine": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _picture_data(
+    save_dir: Path, dataset: "LesionDataset", metadata: "pd.DataFrame", settings: Settings
+) -> None:
+    import torch
+
+    from augmentation import augment_batch
+    from dataset import to_float
+    from visualizations import plot_augmentations, plot_class_distribution, plot_samples
+
+    plot_class_distribution(metadata, save_path=save_dir / "class_distribution.png")
+    first = dataset.metadata.groupby("class").head(6).index.to_numpy()
+    plot_samples(
+        dataset.gather(first),
+        dataset.labels[first],
+        dataset.classes,
+        save_path=save_dir / "samples.png",
+    )
+    original = dataset.gather([0])
+    if settings.augmentation:
+        generator = torch.Generator().manual_seed(settings.seed)
+        views = augment_batch(to_float(torch.from_numpy(original)).repeat(11, 1, 1, 1), generator)
+        plot_augmentations(
+            original[0],
+            views.permute(0, 2, 3, 1).numpy(),
+            save_path=save_dir / "augmentations.png",
+        )
+
+
+def _train_one(
+    name: str, settings: Settings, loaders: "dict[str, LesionLoader]", device: "torch.device"
+) -> None:
+    """Trains one model and fills its folder; `metrics.json`, written last, says that it is done."""
+    from evaluation import compute_metrics
+    from models import count_parameters
+    from training import evaluate, make_optimizer, train, warmup_cosine
+
+    folder = Path(settings.save_dir) / name
+    classes = loaders["train"].dataset.classes
+    model = _make_model(name, len(classes), settings)
+    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
+    scheduler = None
+    if settings.schedule == "cosine":
+        scheduler = warmup_cosine(optimizer, settings.num_steps, settings.warmup_fraction)
+    model, history = train(
+        model=model,
+        train_loader=loaders["train"],
+        valid_loader=loaders["valid"],
+        num_classes=len(classes),
+        num_steps=settings.num_steps,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        device=device,
+        eval_every=settings.eval_every,
+        save_path=folder,
+        precision=settings.precision,
+        resume=settings.resume,
+        early_stopping_patience=settings.early_stopping_patience,
+        class_weights=_class_weights(settings, loaders["train"].dataset),
+        checkpoint_every=settings.checkpoint_every,
+        seed=settings.seed,
+    )
+    evaluation = evaluate(model, loaders["test"], device=device, precision=settings.precision)
+    metrics = compute_metrics(evaluation.labels, evaluation.probabilities, classes)
+    report = {
+        "model": name,
+        "classes": classes,
+        "training_time": _training_time(history, settings.batch_size),
+        "parameters": count_parameters(model),
+        "trainable_parameters": count_parameters(model, trainable_only=True),
+        "test": {"loss": evaluation.loss} | metrics,
+    }
+    _leave_results(folder, history, evaluation, loaders["test"].dataset, report)
+
+
+def _training_time(history: dict[str, list[float]], batch_size: int) -> float:
+    """Seconds spent in training steps, over all sessions of a run; evaluations are not counted."""
+    steps = zip([0, *history["step"]], history["step"], strict=False)
+    numbers = [(after - before) * batch_size for before, after in steps]
+    return sum(n / speed for n, speed in zip(numbers, history["images_per_second"], strict=True))
+
+
+def _class_weights(settings: Settings, dataset: "LesionDataset") -> "np.ndarray | None":
+    if settings.class_weights == "none":
+        return None
+    import numpy as np
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.arange(len(dataset.classes))
+    return compute_class_weight("balanced", classes=labels, y=dataset.labels)
+
+
+def _leave_results(
+    folder: Path,
+    history: dict[str, list[float]],
+    evaluation: "Evaluation",
+    dataset: "LesionDataset",
+    report: dict[str, Any],
+) -> None:
+    import numpy as np
+
+    from files import write_atomically, write_text
+    from visualizations import plot_confusion_matrix, plot_learning_curves
+
+    name = report["model"]
+    plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
+    plot_confusion_matrix(
+        np.array(report["test"]["confusion_matrix"]),
+        dataset.classes,
+        title=f"{name}, test split",
+        save_path=folder / "confusion_matrix.png",
+    )
+    with write_atomically(folder / "predictions.csv") as temporary:
+        table = _predictions(evaluation, dataset)
+        table.to_csv(temporary, index=False, errors="surrogateescape")
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "metrics.json", text + "\n")
+
+
+def _predictions(evaluation: "Evaluation", dataset: "LesionDataset") -> "pd.DataFrame":
+    import pandas as pd
+
+    classes = dataset.classes
+    columns: dict[str, Any] = {
+        "path": dataset.metadata["path"],
+        "true_class": [classes[label] for label in evaluation.labels],
+        "predicted_class": [classes[label] for label in evaluation.probabilities.argmax(axis=1)],
+    }
+    for label, name in enumerate(classes):
+        columns[f"prob_{name}"] = evaluation.probabilities[:, label]
+    return pd.DataFrame(columns)
+
+
+def _comparison_row(report: dict[str, Any]) -> dict[str, Any]:
+    names = ("precision", "recall", "f1", "accuracy", "balanced_accuracy")
+    row = {"model": report["model"]} | {name: report["test"][name] for name in names}
+    return row | {n: report[n] for n in ("training_time", "parameters", "trainable_parameters")}
+
+
+def _compare(save_dir: Path, rows: list[dict[str, Any]]) -> None:
+    import pandas as pd
+
+    from files import write_atomically
+    from visualizations import plot_model_comparison
+
+    comparison = pd.DataFrame(rows)
+    with write_atomically(save_dir / "comparison.csv") as temporary:
+        comparison.to_csv(temporary, index=False)
+    plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
+    shown = pd.DataFrame(
+        {
+            "model": comparison["model"],
+            "precision": comparison["precision"].map("{:.3f}".format),
+            "recall": comparison["recall"].map("{:.3f}".format),
+            "training time": comparison["training_time"].map(_duration),
+            "parameters": comparison["parameters"].map("{:,}".format),
+        }
+    )
+    print(f"\nOn the test split (weighted by class):\n{shown.to_string(index=False)}")
+    print(f"\nEverything is in {save_dir}.")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _show_warning(message: Warning | str, *details: Any) -> None:
+    print(f"train_models.py: warning: {_in_one_line(message)}", file=sys.stderr)
+
+
+def _in_one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,593 @@
+"""Optimiser, schedule, loop, checkpoints; `train` and `evaluate`."""
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from dataset import LesionLoader, check_seed, derive_seed
+from evaluation import compute_metrics
+from files import load_tensors, save_tensors, write_atomically
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "fp32", "bf16")
+SECONDS_BETWEEN_CHECKPOINTS = 300.0
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class NonFiniteLossError(ValueError):
+    """A loss that is infinite or not a number: training has diverged."""
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy, true labels int64 `(N,)` and probabilities float64 `(N, num_classes)`."""
+
+    loss: float
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 1e-4
+) -> AdamW:
+    """AdamW (Loshchilov and Hutter 2019) that decays neither biases nor normalisation weights.
+
+    What is multiplied with features, the tensors of two or more dimensions, is decayed; frozen
+    parameters are not in it. Raises ValueError for a rate that is not above 0, a negative decay, or
+    a model without trainable parameters.
+    """
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be greater than 0")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is {weight_decay}; it must be 0 or more")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("the model has no trainable parameters")
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    return AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=fused)
+
+
+def warmup_cosine(optimizer: Optimizer, num_steps: int, warmup_fraction: float = 0.2) -> LambdaLR:
+    """Linear warm-up and cosine decay (Loshchilov and Hutter 2017), stepped once a training step.
+
+    With the optimizer's rate as the peak p, N = `num_steps` and w = round(N * warmup_fraction):
+    p/10 + (p - p/10) s/w for s < w, then p/100 + (p - p/100) (1 + cos(pi (s - w)/(N - 1 - w))) / 2,
+    for steps s = 0 … N - 1; past the end it stays. Raises ValueError for fewer than one step or a
+    fraction outside [0, 1].
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be 1 or more")
+    if not 0 <= warmup_fraction <= 1:
+        raise ValueError(f"warmup_fraction is {warmup_fraction}; it must be from 0 to 1")
+    warmup_steps = round(num_steps * warmup_fraction)
+    decay_steps = num_steps - 1 - warmup_steps
+
+    def share_of_peak(step: int) -> float:
+        step = min(step, num_steps - 1)
+        if step < warmup_steps:
+            return 0.1 + 0.9 * step / warmup_steps
+        progress = (step - warmup_steps) / decay_steps if decay_steps > 0 else 0.0
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, share_of_peak)
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that convolutions and products run in on this device: bfloat16 or float32.
+
+    "auto" is bfloat16 where the hardware computes in it (CUDA from compute capability 8.0, CPUs
+    with AVX-512 bf16 or AMX). Raises ValueError for anything but "auto", "fp32" and "bf16".
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":  # torch has no public name for these yet
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return False
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Batches,
+    *,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+) -> Evaluation:
+    """The model's loss and probabilities on all images of a loader, in evaluation mode.
+
+    `loader` gives batches of float32 images `(B, 3, H, W)` in [0, 1] and int64 labels `(B,)`.
+    `device` is where the model is moved to, by default where it is. Raises ValueError for a loader
+    without batches.
+    """
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    dtype = resolve_precision(precision, device)
+    model.to(device)
+    was_training = model.training
+    model.eval()
+    all_logits, all_labels = [], []
+    with torch.inference_mode():
+        for images, labels in loader:
+            with _autocast(device, dtype):
+                all_logits.append(model(_move_images(images, device, dtype)).float())
+            all_labels.append(labels)
+    model.train(was_training)
+    if not all_labels:
+        raise ValueError("the loader gave no batches to evaluate on")
+    logits = torch.cat(all_logits).double().cpu()
+    labels = torch.cat([labels.cpu() for labels in all_labels])
+    loss = F.cross_entropy(logits, labels).item()
+    return Evaluation(loss, labels.numpy(), logits.softmax(dim=1).numpy())
+
+
+def train(
+    model: nn.Module,
+    train_loader: Batches,
+    valid_loader: Batches,
+    num_classes: int,
+    num_steps: int,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    device: torch.device | str | None = None,
+    eval_every: int = 100,
+    save_path: str | Path | None = None,
+    *,
+    precision: str = "auto",
+    resume: bool = False,
+    early_stopping_patience: int = 0,
+    class_weights: Sequence[float] | None = None,
+    checkpoint_every: int | None = None,
+    seed: int = 42,
+) -> tuple[nn.Module, dict[str, list[float]]]:
+    """Trains for `num_steps` batches, and gives the model with its best weights and the history.
+
+    The loaders are `dataset.LesionLoader`s or any iterables of float32 images `(B, 3, H, W)` in
+    [0, 1] and labels, int64 `(B,)` or in training also float `(B, num_classes)`; a training loader
+    that ends is begun again. The scheduler is stepped once a training step (`ReduceLROnPlateau`
+    once an evaluation, with the validation loss).
+
+    Every `eval_every` steps and at the end the model is evaluated on all of `valid_loader`. The
+    best weights are those of the highest balanced accuracy, ties by the lower loss; after
+    `early_stopping_patience` evaluations without a better one training ends (0 is never).
+
+    Parameters
+    ----------
+    precision : "auto", "fp32" or "bf16", see `resolve_precision`
+    resume : go on from `last.pth` in `save_path` if there is one; needs a LesionLoader
+    class_weights : `num_classes` factors of the loss, by true class
+    checkpoint_every : steps between writings of `last.pth`; None is every five minutes
+    seed : decides dropout; the data have their own seed in the loader
+
+    Returns
+    -------
+    The model in evaluation mode, and a dict of equally long lists, an entry an evaluation: `step`
+    (steps done), `learning_rate`, `train_loss` (mean since the last entry), `valid_loss`,
+    `valid_precision`, `valid_recall`, `valid_f1`, `valid_balanced_accuracy`, `images_per_second`.
+
+    In `save_path`, if given: `model.pth` (the best weights, for `models.load_model`), `last.pth`
+    (all that is needed to resume) and `history.csv`.
+
+    Raises ValueError for arguments that cannot be, or a `last.pth` of another run, and
+    NonFiniteLossError when training diverges.
+    """
+    _check_arguments(num_steps, eval_every, early_stopping_patience, checkpoint_every)
+    check_seed(seed)
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    dtype = resolve_precision(precision, device)
+    model.to(device, memory_format=_memory_format(dtype))
+    criterion = _make_criterion(class_weights, num_classes).to(device)
+    class_names = _class_names(valid_loader, num_classes)
+    checkpoint = None
+    progress = _Progress()
+    if save_path is not None:
+        settings = {
+            "num_steps": num_steps,
+            "eval_every": eval_every,
+            "early_stopping_patience": early_stopping_patience,
+            "class_weights": None if class_weights is None else [float(w) for w in class_weights],
+            "precision": str(dtype),
+            "seed": seed,
+        } | _describe_run(model, optimizer, scheduler, train_loader, valid_loader)
+        checkpoint = _Checkpoint(Path(save_path), model, optimizer, scheduler, settings)
+    if resume:
+        progress = _resume(checkpoint, train_loader)
+
+    window, checkpointed = _Window(), time.monotonic()
+    batches = _endless_batches(train_loader, progress.step)
+    model.train()
+    with _own_random_state(device), _StepBar(num_steps, progress) as bar:
+        while progress.step < num_steps and not progress.is_over(early_stopping_patience):
+            images, labels = next(batches)
+            learning_rate = optimizer.param_groups[0]["lr"]
+            torch.manual_seed(derive_seed(seed, "dropout", progress.step))
+            with _autocast(device, dtype):
+                logits = model(_move_images(images, device, dtype))
+            loss = criterion(logits.float(), labels.to(device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
+            progress.step += 1
+            window.add(progress.step, learning_rate, loss.detach(), len(images))
+            bar.update(window)
+
+            if progress.step % eval_every == 0 or progress.step == num_steps:
+                train_loss, speed = window.mean_loss(), window.images_per_second()
+                evaluation = evaluate(model, valid_loader, device=device, precision=precision)
+                metrics = _summarise(evaluation, class_names, progress.step)
+                is_best = progress.add(metrics, learning_rate, train_loss, speed)
+                if is_best:
+                    progress.best_state = _copy_to_cpu(model.state_dict())
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step(evaluation.loss)
+                if checkpoint is not None:
+                    checkpoint.save_history(progress)
+                    if is_best:
+                        checkpoint.save_best(progress, valid_loader, class_names)
+                bar.log(progress)
+                window = _Window()
+
+            if checkpoint is not None and _is_due(checkpoint_every, progress.step, checkpointed):
+                window.check_losses()
+                checkpoint.save_last(progress)
+                checkpointed = time.monotonic()
+    if checkpoint is not None:
+        checkpoint.save_last(progress)
+    model.load_state_dict(progress.best_state)
+    return model.eval(), progress.history
+
+
+# ---------------------------------------------------------------------------- the loop's parts
+
+
+@dataclass
+class _Progress:
+    """How far a run has come, and the best of it."""
+
+    step: int = 0
+    history: dict[str, list[float]] = field(default_factory=dict)
+    best_metrics: dict[str, Any] = field(default_factory=dict)
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    evaluations_since_best: int = 0
+
+    def add(
+        self,
+        metrics: dict[str, Any],
+        learning_rate: float,
+        train_loss: float,
+        images_per_second: float,
+    ) -> bool:
+        """Takes an evaluation into the history, and says whether it is the best so far."""
+        entry = {
+            "step": self.step,
+            "learning_rate": learning_rate,
+            "train_loss": train_loss,
+            "valid_loss": metrics["loss"],
+            "valid_precision": metrics["precision"],
+            "valid_recall": metrics["recall"],
+            "valid_f1": metrics["f1"],
+            "valid_balanced_accuracy": metrics["balanced_accuracy"],
+            "images_per_second": images_per_second,
+        }
+        for name, value in entry.items():
+            self.history.setdefault(name, []).append(value)
+
+        def rank(metrics: dict[str, Any]) -> tuple[float, float]:
+            return metrics["balanced_accuracy"], -metrics["loss"]
+
+        is_best = not self.best_metrics or rank(metrics) > rank(self.best_metrics)
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        if is_best:
+            self.best_metrics = metrics
+        return is_best
+
+    def is_over(self, patience: int) -> bool:
+        return 0 < patience <= self.evaluations_since_best
+
+
+class _Window:
+    """The training steps since the last evaluation."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, float]] = []
+        self.losses: list[Tensor] = []  # they stay on the device: reading one waits for it
+        self.num_images = 0
+        self.started = time.monotonic()
+
+    def add(self, step: int, learning_rate: float, loss: Tensor, num_images: int) -> None:
+        self.steps.append((step, learning_rate))
+        self.losses.append(loss)
+        self.num_images += num_images
+
+    def check_losses(self) -> list[float]:
+        """The losses as numbers; raises NonFiniteLossError at the first that is none."""
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        for (step, learning_rate), loss in zip(self.steps, losses, strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the training loss is {loss} at step {step} (learning rate "
+                    f"{learning_rate:.3g}); try a smaller --learning_rate, or --precision fp32"
+                )
+        return losses
+
+    def mean_loss(self) -> float:
+        return float(np.mean(self.check_losses()))
+
+    def images_per_second(self) -> float:
+        return self.num_images / (time.monotonic() - self.started)
+
+
+class _StepBar:
+    """A progress bar over steps with loss, learning rate and the last validation."""
+
+    def __init__(self, num_steps: int, progress: _Progress) -> None:
+        self._num_steps = num_steps
+        self._bar = tqdm(
+            total=num_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            disable=None,
+            leave=False,
+        )
+        self._shown = time.monotonic()
+        self._validation = ""
+
+    def __enter__(self) -> "_StepBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def update(self, window: _Window) -> None:
+        self._bar.update()
+        if not self._bar.disable and time.monotonic() - self._shown > 1:
+            learning_rate, loss = window.steps[-1][1], window.losses[-1].item()
+            self._bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}{self._validation}")
+            self._shown = time.monotonic()
+
+    def log(self, progress: _Progress) -> None:
+        """One line on the last evaluation, to the log and from then on beside the bar."""
+        last = {name: values[-1] for name, values in progress.history.items()}
+        self._validation = f", valid balanced accuracy {last['valid_balanced_accuracy']:.3f}"
+        logger.info(
+            "step %d/%d: train loss %.3f, valid loss %.3f, precision %.3f, recall %.3f, "
+            "balanced accuracy %.3f, %.1f images/s%s",
+            last["step"],
+            self._num_steps,
+            last["train_loss"],
+            last["valid_loss"],
+            last["valid_precision"],
+            last["valid_recall"],
+            last["valid_balanced_accuracy"],
+            last["images_per_second"],
+            " (best)" if progress.evaluations_since_best == 0 else "",
+        )
+
+
+def _check_arguments(
+    num_steps: int, eval_every: int, early_stopping_patience: int, checkpoint_every: int | None
+) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be 1 or more")
+    if eval_every < 1:
+        raise ValueError(f"eval_every is {eval_every}; it must be 1 or more")
+    if early_stopping_patience < 0:
+        raise ValueError(
+            f"early_stopping_patience is {early_stopping_patience}; it must be 0 (off) or more"
+        )
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be 1 or more, or None")
+
+
+def _make_criterion(class_weights: Sequence[float] | None, num_classes: int) -> nn.CrossEntropyLoss:
+    if class_weights is None:
+        return nn.CrossEntropyLoss()
+    weights = torch.as_tensor(class_weights, dtype=torch.float32)
+    if weights.shape != (num_classes,) or not (weights.isfinite() & (weights > 0)).all():
+        raise ValueError(f"class_weights must be {num_classes} numbers greater than 0")
+    return nn.CrossEntropyLoss(weight=weights)
+
+
+def _class_names(loader: Batches, num_classes: int) -> list[str]:
+    names = getattr(getattr(loader, "dataset", None), "classes", None)
+    if names is None:
+        return [str(label) for label in range(num_classes)]
+    if len(names) != num_classes:
+        raise ValueError(f"num_classes is {num_classes}, but the data have {len(names)} classes")
+    return [str(name) for name in names]
+
+
+def _endless_batches(loader: Batches, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(loader, LesionLoader):
+        yield from loader.batches(start)
+    while True:
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise ValueError("the training loader gave no batches")
+
+
+def _memory_format(dtype: torch.dtype) -> torch.memory_format:
+    """bfloat16 convolutions are fastest with the channels last, on CPU and GPU alike."""
+    return torch.channels_last if dtype is torch.bfloat16 else torch.contiguous_format
+
+
+def _move_images(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return images.to(device, memory_format=_memory_format(dtype), non_blocking=True)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+def _own_random_state(device: torch.device) -> Any:
+    """A context after which torch's global random state is what it was before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def _summarise(evaluation: Evaluation, class_names: list[str], step: int) -> dict[str, Any]:
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteLossError(
+            f"the validation loss is {evaluation.loss} at step {step}; try a smaller "
+            "--learning_rate, or --precision fp32"
+        )
+    metrics = compute_metrics(evaluation.labels, evaluation.probabilities, class_names)
+    return {"step": step, "loss": evaluation.loss} | metrics
+
+
+def _is_due(checkpoint_every: int | None, step: int, checkpointed: float) -> bool:
+    if checkpoint_every is None:
+        return time.monotonic() - checkpointed > SECONDS_BETWEEN_CHECKPOINTS
+    return step % checkpoint_every == 0
+
+
+def _copy_to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def _describe_run(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    train_loader: Batches,
+    valid_loader: Batches,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on as if it had not stopped, as plain values."""
+    groups = [
+        {name: repr(value) for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    run = {
+        "model": getattr(model, "config", type(model).__name__),
+        "optimizer": [type(optimizer).__name__, groups],
+        "learning_rate": [group["lr"] for group in optimizer.param_groups],
+        "scheduler": type(scheduler).__name__,
+    }
+    for name, loader in {"train": train_loader, "valid": valid_loader}.items():
+        if isinstance(loader, LesionLoader):
+            images = loader.dataset.metadata[["path", "class", "content_hash"]]
+            run[f"{name} images"] = hashlib.sha256(
+                images.to_csv().encode(errors="replace")
+            ).hexdigest()
+            run[f"{name} loader"] = {
+                "batch_size": loader.batch_size,
+                "augmentation": loader.augmentation,
+                "balanced": loader.balanced,
+                "seed": loader.seed,
+                "image_size": loader.dataset.image_size,
+                "preprocessors": loader.dataset.preprocessors,
+            }
+    return run
+
+
+def _resume(checkpoint: "_Checkpoint | None", train_loader: Batches) -> _Progress:
+    if checkpoint is None:
+        raise ValueError("resume needs the save_path in which the run to go on with was saved")
+    if not isinstance(train_loader, LesionLoader):
+        raise ValueError(
+            "resume needs a LesionLoader (create_dataloaders): another training loader cannot go "
+            "on where it stopped"
+        )
+    return checkpoint.restore()
+
+
+class _Checkpoint:
+    """The files of one run in its `save_path`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        settings: dict[str, Any],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.settings = settings
+
+    def save_history(self, progress: _Progress) -> None:
+        with write_atomically(self.folder / "history.csv") as temporary:
+            pd.DataFrame(progress.history).to_csv(temporary, index=False)
+
+    def save_best(self, progress: _Progress, valid_loader: Batches, class_names: list[str]) -> None:
+        """Writes `model.pth`, all that is needed to use the best model."""
+        config = getattr(self.model, "config", {})
+        dataset = getattr(valid_loader, "dataset", None)
+        contents = {
+            "config": config,
+            "classes": class_names,
+            "image_size": getattr(dataset, "image_size", config.get("image_size")),
+            "preprocessors": getattr(dataset, "preprocessors", ""),
+            "metrics": progress.best_metrics,
+            "state_dict": progress.best_state,
+        }
+        save_tensors(self.folder / "model.pth", contents)
+
+    def save_last(self, progress: _Progress) -> None:
+        """Writes `last.pth`, all that is needed to go on from this step."""
+        contents = {
+            "settings": self.settings,
+            "progress": vars(progress),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+        save_tensors(self.folder / "last.pth", contents)
+
+    def restore(self) -> _Progress:
+        """Brings everything to where `last.pth` left it; a fresh start if there is none."""
+        path = self.folder / "last.pth"
+        if not path.exists():
+            return _Progress()
+        contents = load_tensors(path)
+        if not isinstance(contents, dict) or "settings" not in contents:
+            raise ValueError(f"{path}: not a checkpoint of this project")
+        before = contents["settings"]
+        differing = [
+            f"{name} was {before.get(name)}, is {self.settings.get(name)}"
+            for name in sorted(before.keys() | self.settings.keys())
+            if before.get(name) != self.settings.get(name)
+        ]
+        if differing:
+            raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
+        self.model.load_state_dict(contents["model"])
+        self.optimizer.load_state_dict(contents["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(contents["scheduler"])
+        return _Progress(**contents["progress"])
