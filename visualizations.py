@@ -1,0 +1,512 @@
+"""Every figure: arrays and tables in, a matplotlib `Figure` out.
+
+Figures are built without pyplot: no display is needed, none stays open, and nobody's rcParams
+change. Names and titles are shown as they are, never read as mathematics. With `save_path` the
+figure is also written there, whole or not at all, in the format that its suffix names (.png, .pdf,
+.svg and what else matplotlib can write); an unknown suffix is a ValueError, a missing folder a
+FileNotFoundError.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+from files import write_atomically
+
+_COLOURS = sns.color_palette("colorblind")
+_BLUE, _ORANGE, _GREEN = _COLOURS[:3]
+_DARK_GREY, _LIGHT_GREY = "0.35", "0.92"
+
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    "legend.frameon": False,
+    "text.usetex": False,
+    "pdf.fonttype": 42,  # journals ask for TrueType, and Type 3 is matplotlib's default
+}
+_INCHES_PER_CHARACTER = 0.6 * _STYLE["font.size"] / 72
+
+_LEARNING_PANELS = {  # y label: (history column, legend, colour) of each line
+    "Loss": [("train_loss", "training", _BLUE), ("valid_loss", "validation", _ORANGE)],
+    "Validation precision": [("valid_precision", "weighted", _ORANGE)],
+    "Validation recall": [
+        ("valid_recall", "weighted", _ORANGE),
+        ("valid_balanced_accuracy", "balanced accuracy", _GREEN),
+    ],
+    "Learning rate": [("learning_rate", "", _DARK_GREY)],
+}
+_METRICS = {
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "balanced_accuracy": "balanced accuracy",
+}
+_SAMPLES_PER_CLASS = 6
+
+
+def plot_learning_curves(
+    history: Mapping[str, Sequence[float | None]] | pd.DataFrame,
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Loss, precision, recall and learning rate over the steps, the best evaluation marked.
+
+    `history` holds equally long columns, an entry an evaluation: `step`, `learning_rate`,
+    `train_loss`, `valid_loss`, and in [0, 1] `valid_precision`, `valid_recall` and
+    `valid_balanced_accuracy`; others are passed over. None and NaN leave a gap. The best evaluation
+    has the highest `valid_balanced_accuracy`, of equal ones the lowest `valid_loss`.
+
+    Raises ValueError when a column is missing, lengths differ, or there is no entry.
+    """
+    table = _history_table(history)
+    with _figure((7.2, 5.0), title, save_path) as figure:
+        panels = figure.subplots(2, 2, sharex=True).flat
+        dot = 5 if len(table) <= 50 else 2  # small ones still show a value between two gaps
+        for ax, (name, lines) in zip(panels, _LEARNING_PANELS.items(), strict=True):
+            for column, label, colour in lines:
+                line = ax.plot(table["step"], table[column], color=colour, label=label)[0]
+                line.set(marker=".", markersize=dot)
+            ax.set_ylabel(name)
+            if name.startswith("Validation"):
+                ax.set_ylim(-0.02, 1.02)  # the same in every figure, so that models compare
+            if name == "Learning rate":
+                _use_log_scale(ax, table["learning_rate"])
+            else:
+                ax.legend()
+        for ax in figure.axes[2:]:
+            ax.set_xlabel("Step")
+            _use_whole_numbers(ax)
+        _mark_best_evaluation(figure, table)
+    return figure
+
+
+def plot_confusion_matrix(
+    confusion: np.ndarray | Sequence[Sequence[int]],
+    class_names: Sequence[str],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Each pair of true and predicted class: the count, and its share of the true class as colour.
+
+    `confusion` holds counts (C, C), a row a true class and a column a predicted one; `class_names`
+    the C names. The row of a class without images stays empty.
+
+    Raises ValueError when `confusion` is not square, holds anything but counts, or has another
+    number of classes than `class_names`.
+    """
+    confusion = _checked_confusion(confusion, class_names)
+    num_classes = len(confusion)
+    cell = float(np.clip(5.6 / num_classes, 0.45, 1.2))  # inches
+    names = _longest(class_names) * _INCHES_PER_CHARACTER
+    is_rotated = names > 0.9 * cell
+    size = (
+        num_classes * cell + names + 1.1,
+        num_classes * cell + (0.75 * names if is_rotated else 0.0) + 0.8,
+    )
+    with _figure(size, title, save_path) as figure:
+        ax = figure.add_subplot()
+        _draw_confusion(ax, confusion, cell)
+        ax.set_ylabel("True class", labelpad=8)
+        ax.set_yticks(range(num_classes), class_names, parse_math=False)
+        ax.set_xlabel("Predicted class")
+        ax.set_xticks(range(num_classes), class_names, parse_math=False)
+        if is_rotated:
+            for label in ax.get_xticklabels():
+                label.set(rotation=45, ha="right", rotation_mode="anchor")
+    return figure
+
+
+def plot_class_distribution(
+    metadata: pd.DataFrame, *, title: str | None = None, save_path: str | Path | None = None
+) -> Figure:
+    """The number of images of each class in each split, as bars, the largest class on top.
+
+    `metadata` is a table with a row an image and the columns `class` and `split`. The splits train,
+    valid and test come first, others after them in order of appearance.
+
+    Raises ValueError when a column is missing, a class or split is, or there is no row.
+    """
+    counts = _counts_by_class_and_split(metadata)
+    num_classes, num_splits = counts.shape
+    bar = 0.8 / num_splits
+    height = num_classes * max(0.14 * num_splits + 0.08, 0.3) + 0.9
+    size = (4.6 + _longest(counts.index) * _INCHES_PER_CHARACTER, height)
+    with _figure(size, title, save_path) as figure:
+        ax = figure.add_subplot()
+        handles = []
+        for index, split in enumerate(counts):
+            rows = np.arange(num_classes) + (index - (num_splits - 1) / 2) * bar
+            colour = _COLOURS[index % len(_COLOURS)]
+            bars = ax.barh(rows, counts[split], height=bar, color=colour)
+            texts = [f"{count:,}" for count in counts[split]]
+            ax.bar_label(bars, texts, padding=2, fontsize=6.5)
+            handles.append(bars)
+        _name_rows(ax, counts.index)
+        ax.margins(x=0.1)
+        ax.set_xlabel("Images")
+        _use_whole_numbers(ax)
+        totals = [f"{split} ({counts[split].sum():,})" for split in counts]
+        _put_legend_below(figure, handles, totals)
+    return figure
+
+
+def plot_samples(
+    images: np.ndarray,
+    labels: np.ndarray | Sequence[int],
+    class_names: Sequence[str],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """A row of images for each class: the first six given of it.
+
+    `images` is (N, H, W, 3), uint8 or float in [0, 1]; `labels` (N,) are the indices of their
+    classes in `class_names`. A class without images has no row.
+
+    Raises ValueError for no images, another shape or range, or labels that do not fit.
+    """
+    images = _checked_images(images, "images", ndim=4)
+    labels = _checked_labels(labels, len(images), len(class_names))
+    shown = np.unique(labels)
+    rows = [images[labels == label][:_SAMPLES_PER_CLASS] for label in shown]
+    names = [class_names[label] for label in shown]
+    columns = max(len(row) for row in rows)
+    aspect = images.shape[1] / images.shape[2]
+    size = (columns + _longest(names) * _INCHES_PER_CHARACTER + 0.2, len(rows) * aspect + 0.4)
+    with _figure(size, title, save_path) as figure:
+        ax = figure.add_subplot()
+        centres = _draw_montage(ax, rows, columns)
+        ax.set_yticks(centres, names, parse_math=False)
+    return figure
+
+
+def plot_augmentations(
+    original: np.ndarray,
+    augmented: np.ndarray,
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """An image, framed, followed by views of it, row by row.
+
+    `original` is (H, W, 3) and `augmented` (N, H, W, 3), both uint8 or float in [0, 1].
+
+    Raises ValueError for no views, another shape or range, or views of another size.
+    """
+    original = _checked_images(original, "original", ndim=3)
+    augmented = _checked_images(augmented, "augmented", ndim=4)
+    if augmented.shape[1:] != original.shape:
+        raise ValueError(
+            f"augmented has images of shape {augmented.shape[1:]}, original is {original.shape}"
+        )
+    images = np.concatenate([original[None], augmented])
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    height, width = original.shape[:2]
+    size = (1.4 * columns + 0.2, 1.4 * len(rows) * height / width + 0.5)
+    with _figure(size, title, save_path) as figure:
+        ax = figure.add_subplot()
+        _draw_montage(ax, rows, columns)
+        ax.set_yticks([])
+        frame = Rectangle((0, 0), width, height, fill=False, edgecolor=_ORANGE, linewidth=2)
+        ax.add_patch(frame).set_clip_on(False)
+        ax.annotate(
+            "original", (width / 2, 0), (0, 4), textcoords="offset points", ha="center", va="bottom"
+        )
+    return figure
+
+
+def plot_model_comparison(
+    comparison: pd.DataFrame, *, title: str | None = None, save_path: str | Path | None = None
+) -> Figure:
+    """The metrics of each model as bars, and beside them its training time and size.
+
+    `comparison` is a table with a row a model, shown in that order, and the columns `model`;
+    `precision`, `recall`, `f1` and `balanced_accuracy`, in [0, 1]; `training_time`, in seconds; and
+    `parameters`, their number. A value that is missing (NaN) is shown as n/a.
+
+    Raises ValueError when a column is missing or there is no row.
+    """
+    _check_table(comparison, "comparison", ["model", *_METRICS, "training_time", "parameters"])
+    names = comparison["model"].astype(str)
+    metrics = comparison[list(_METRICS)].astype(float)
+    time, unit = _in_readable_unit(comparison["training_time"].astype(float))
+    millions = comparison["parameters"].astype(float) / 1e6
+    size = (6.4 + _longest(names) * _INCHES_PER_CHARACTER, 0.7 * len(names) + 1.0)
+    with _figure(size, title, save_path) as figure:
+        scores, times, sizes = figure.subplots(1, 3, sharey=True, width_ratios=[3, 1.2, 1.2])
+        _draw_metric_bars(scores, metrics)
+        _draw_dots(times, time, f"Training time ({unit})")
+        _draw_dots(sizes, millions, "Parameters (millions)")
+        _name_rows(scores, names)
+        _put_legend_below(figure, scores.containers, list(_METRICS.values()))
+    return figure
+
+
+@contextmanager
+def _figure(
+    size: tuple[float, float], title: str | None, save_path: str | Path | None
+) -> Iterator[Figure]:
+    """An empty figure to fill inside the block, laid out and saved at its end."""
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes: once said is too often already.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+        figure = Figure(figsize=size, layout="compressed")
+        if title is not None:
+            figure.suptitle(title, parse_math=False)
+        yield figure
+        if save_path is None:
+            figure.draw_without_rendering()  # creates all ticks now, while the style holds
+            return
+        suffix = Path(save_path).suffix.removeprefix(".")
+        with write_atomically(save_path) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=200, bbox_inches="tight")
+
+
+def _history_table(history: Mapping[str, Sequence[float | None]] | pd.DataFrame) -> pd.DataFrame:
+    columns = ["step", *(line[0] for lines in _LEARNING_PANELS.values() for line in lines)]
+    missing = [name for name in columns if name not in history]
+    if missing:
+        raise ValueError(f"history lacks {', '.join(missing)}")
+    lengths = {name: len(history[name]) for name in columns}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"history has columns of different lengths: {lengths}")
+    if not lengths["step"]:
+        raise ValueError("history has no entry; there is nothing to draw")
+    return pd.DataFrame({name: np.asarray(history[name], dtype=float) for name in columns})
+
+
+def _mark_best_evaluation(figure: Figure, table: pd.DataFrame) -> None:
+    ranked = table.dropna(subset="valid_balanced_accuracy").sort_values(
+        ["valid_balanced_accuracy", "valid_loss"], ascending=[False, True], kind="stable"
+    )
+    if ranked.empty:
+        return
+    step, accuracy = ranked.iloc[0][["step", "valid_balanced_accuracy"]]
+    for ax in figure.axes:
+        line = ax.axvline(step, color=_DARK_GREY, linestyle="--", linewidth=0.8, zorder=0)
+    text = f"best evaluation: step {step:,.0f}, balanced accuracy {accuracy:.3f}"
+    _put_legend_below(figure, [line], [text])
+
+
+def _use_whole_numbers(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _use_log_scale(ax: Axes, values: pd.Series) -> None:
+    positive = values[values > 0]
+    if positive.empty:
+        return
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    if positive.max() < 10 * positive.min():  # only powers of ten are named: have two in sight
+        middle = math.sqrt(positive.min() * positive.max())
+        ax.set_ylim(middle / 10, middle * 10)
+
+
+def _checked_confusion(
+    confusion: np.ndarray | Sequence[Sequence[int]], class_names: Sequence[str]
+) -> np.ndarray:
+    confusion = np.asarray(confusion)
+    if confusion.ndim != 2 or len(set(confusion.shape)) != 1 or not confusion.size:
+        raise ValueError(f"confusion has shape {confusion.shape}; it must be (C, C)")
+    if len(class_names) != len(confusion):
+        raise ValueError(
+            f"confusion has {len(confusion)} classes, class_names has {len(class_names)}"
+        )
+    with np.errstate(invalid="ignore"):  # what NaN becomes is no longer equal to it
+        counts = confusion.astype(np.int64)
+    if (counts != confusion).any() or (counts < 0).any():
+        raise ValueError("confusion must hold counts: whole numbers from 0")
+    return counts
+
+
+def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
+    totals = confusion.sum(axis=1, keepdims=True)
+    shares = np.ma.masked_array(confusion / np.maximum(totals, 1))
+    shares[totals[:, 0] == 0] = np.ma.masked
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ax.set_facecolor(_LIGHT_GREY)
+    digits = len(f"{confusion.max():,}")
+    fontsize = min(9.0, 15 * cell, 72 * 0.9 * cell / (0.65 * digits))
+    for (row, column), count in np.ndenumerate(confusion):
+        if totals[row]:
+            share = shares[row, column]
+            colour = "white" if share > 0.7 else "black" if count else "0.6"
+            text = f"{count:,}\n{_percent(share)}"
+            ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize)
+    for row in np.flatnonzero(totals == 0):
+        middle = (len(confusion) - 1) / 2
+        ax.text(middle, row, "no images", ha="center", va="center", color=_DARK_GREY)
+    edges = np.arange(len(confusion) + 1) - 0.5
+    ax.hlines(edges, edges[0], edges[-1], color="white", linewidth=1)
+    ax.vlines(edges, edges[0], edges[-1], color="white", linewidth=1)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    scale = ax.figure.colorbar(image, cax=ax.inset_axes([1.03, 0, 0.035, 1]))
+    scale.set_label("Share of the true class")
+    scale.ax.yaxis.set_major_formatter(PercentFormatter(1))
+    scale.outline.set_visible(False)
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.005:
+        return "<1%"
+    if 0.995 <= share < 1:
+        return ">99%"
+    return f"{share:.0%}"
+
+
+def _counts_by_class_and_split(metadata: pd.DataFrame) -> pd.DataFrame:
+    _check_table(metadata, "metadata", ["class", "split"])
+    lacking = int(metadata[["class", "split"]].isna().any(axis=1).sum())
+    if lacking:
+        raise ValueError(f"metadata has {lacking} rows without a class or split")
+    classes, splits = metadata["class"].astype(str), metadata["split"].astype(str)
+    usual = ["train", "valid", "test"]
+    order = sorted(splits.unique(), key=lambda s: usual.index(s) if s in usual else len(usual))
+    counts = pd.crosstab(classes, splits)[order]
+    largest_first = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index
+    return counts.loc[largest_first]
+
+
+def _checked_images(images: np.ndarray, name: str, ndim: int) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim != ndim or images.shape[-1] != 3 or not images.size:
+        expected = "(N, H, W, 3)" if ndim == 4 else "(H, W, 3)"
+        raise ValueError(f"{name} has shape {images.shape}; it must be {expected}, and not empty")
+    if images.dtype == np.uint8:
+        return images
+    low, high = images.min(), images.max()
+    if not np.issubdtype(images.dtype, np.floating) or not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(
+            f"{name} is {images.dtype} from {low} to {high}; it must be uint8, or float in [0, 1]"
+        )
+    return (images.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _checked_labels(
+    labels: np.ndarray | Sequence[int], num_images: int, num_classes: int
+) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels are {labels.dtype} {labels.shape}; for {num_images} images they must be "
+            f"whole numbers ({num_images},)"
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels go from {labels.min()} to {labels.max()}; those of {num_classes} classes "
+            f"go from 0 to {num_classes - 1}"
+        )
+    return labels
+
+
+def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[float]:
+    """Draws rows of images (n, H, W, 3) on one white canvas; gives the height of their middles."""
+    height, width = rows[0].shape[1:3]
+    gap = max(1, round(0.04 * width))
+    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    canvas = np.full(shape, 255, dtype=np.uint8)
+    for index, row in enumerate(rows):
+        for column, image in enumerate(row):
+            top, left = index * (height + gap), column * (width + gap)
+            canvas[top : top + height, left : left + width] = image
+    ax.imshow(canvas, extent=(0, shape[1], shape[0], 0))
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return [index * (height + gap) + height / 2 for index in range(len(rows))]
+
+
+def _check_table(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"{name} lacks the columns {', '.join(missing)}")
+    if table.empty:
+        raise ValueError(f"{name} has no rows; there is nothing to draw")
+
+
+def _in_readable_unit(seconds: pd.Series) -> tuple[pd.Series, str]:
+    longest = seconds.max()
+    if longest >= 2 * 3600:
+        return seconds / 3600, "hours"
+    if longest >= 2 * 60:
+        return seconds / 60, "minutes"
+    return seconds, "seconds"
+
+
+def _draw_metric_bars(ax: Axes, metrics: pd.DataFrame) -> None:
+    bar = 0.8 / len(_METRICS)
+    for index, name in enumerate(_METRICS):
+        rows = np.arange(len(metrics)) + (index - (len(_METRICS) - 1) / 2) * bar
+        bars = ax.barh(rows, metrics[name].fillna(0), height=bar, color=_COLOURS[index])
+        texts = ["n/a" if math.isnan(value) else f"{value:.3f}" for value in metrics[name]]
+        ax.bar_label(bars, texts, padding=2, fontsize=6.5)
+    ax.set_xlim(0, 1.1)
+    ax.set_xticks(np.linspace(0, 1, 6))
+    ax.set_xlabel("Score")
+
+
+def _draw_dots(ax: Axes, values: pd.Series, label: str) -> None:
+    """A dot and its value for each row: what may span decades, where a bar would have no zero."""
+    rows = np.arange(len(values))
+    ax.hlines(rows, 0, 1, transform=ax.get_yaxis_transform(), color=_LIGHT_GREY, zorder=0)
+    ax.plot(values, rows, marker="o", linestyle="", color=_DARK_GREY)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel(label)
+    low, high = values.min(), values.max()
+    if low > 0 and high > 20 * low:
+        ax.set_xscale("log")
+        ax.set_xlim(low / 3, high * 3)
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    elif high > 0:
+        ax.set_xlim(0, 1.25 * high)
+    else:
+        ax.set_xticks([])
+    middle = sum(ax.get_xlim()) / 2
+    for row, value in zip(rows, values.fillna(middle), strict=True):
+        text = "n/a" if values.isna().iloc[row] else f"{value:.3g}"
+        ax.annotate(
+            text, (value, row), (0, 5), textcoords="offset points", ha="center", fontsize=6.5
+        )
+
+
+def _name_rows(ax: Axes, names: Sequence[str]) -> None:
+    ax.set_yticks(range(len(names)), names, parse_math=False)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+
+
+def _put_legend_below(figure: Figure, handles: Sequence[object], names: Sequence[str]) -> None:
+    columns = min(len(names), 4)
+    legend = figure.legend(handles, [""] * len(names), loc="outside lower center", ncols=columns)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)  # given at once, a name with a leading underscore would be left out
+
+
+def _longest(names: Sequence[str]) -> int:
+    return max(len(name) for name in names)
