@@ -46,9 +46,9 @@ _INCHES_PER_CHARACTER = 0.6 * _STYLE["font.size"] / 72
 
 _LEARNING_PANELS = {  # y label: (history column, legend, colour) of each line
     "Loss": [("train_loss", "training", _BLUE), ("valid_loss", "validation", _ORANGE)],
-    "Validation precision": [("valid_precision", "weighted", _ORANGE)],
+    "Validation precision": [("valid_precision", "weighted mean", _ORANGE)],
     "Validation recall": [
-        ("valid_recall", "weighted", _ORANGE),
+        ("valid_recall", "weighted mean", _ORANGE),
         ("valid_balanced_accuracy", "balanced accuracy", _GREEN),
     ],
     "Learning rate": [("learning_rate", "", _DARK_GREY)],
@@ -353,7 +353,7 @@ def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
     for (row, column), count in np.ndenumerate(confusion):
         if totals[row]:
             share = shares[row, column]
-            colour = "white" if share > 0.7 else "black" if count else "0.6"
+            colour = "white" if share > 0.65 else "black" if count else "0.6"
             text = f"{count:,}\n{_percent(share)}"
             ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize)
     for row in np.flatnonzero(totals == 0):

@@ -1,0 +1,22 @@
+# Each target sets up what it needs on a fresh machine: a virtual environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+TOOLS = pytest hypothesis ruff
+
+.PHONY: demo test lint
+
+demo: $(VENV)/ready
+	$(VENV)/bin/python train_models.py --demo
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/ready: requirements.txt constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check \
+		--requirement requirements.txt $(TOOLS) --constraint constraints.txt
+	touch $@
