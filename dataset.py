@@ -205,13 +205,16 @@ def _describe(value: Any, seen: set[int]) -> str:
         return f"{value.co_code.hex()} {value.co_names}" + describe_all(value.co_consts)
     if isinstance(value, types.FunctionType):
         return _describe_function(value, describe_all)
-    name = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, types.BuiltinFunctionType | np.ufunc):
+        return repr(value.__name__)
+    kind = value if isinstance(value, type) else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, type):
-        own = [v for v in vars(value).values() if isinstance(v, types.FunctionType)]
-        return name + describe_all(own)
-    if isinstance(value, types.BuiltinFunctionType) or not hasattr(value, "__dict__"):
-        return name
-    return name + describe_all([type(value), vars(value)])
+        return name + describe_all(v for v in vars(value).values() if callable(v))
+    if hasattr(value, "__dict__"):
+        return name + describe_all([kind, vars(value)])
+    # The default text of an object is its address, which changes from run to run.
+    return name if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def _describe_function(function: types.FunctionType, describe_all: Callable[[Any], str]) -> str:
@@ -787,7 +790,7 @@ class LesionDataset(Dataset):
         self.rows = rows
         self.metadata = metadata
         self.classes = list(classes)
-        self.labels = metadata["label"].to_numpy(np.int64)
+        self.labels = metadata["label"].to_numpy(np.int64, copy=True)
         self.preprocessors = preprocessors
         self._array: np.ndarray | None = None
         self.image_size = self._images().shape[1]

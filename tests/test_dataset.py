@@ -1,0 +1,611 @@
+import functools
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import dataset
+from dataset import (
+    DatasetBuilder,
+    LesionLoader,
+    UnreadableImageError,
+    balanced_frequencies,
+    center_crop,
+    create_dataloaders,
+    find_images,
+    fingerprint,
+    normalize,
+    read_image,
+    resize,
+    stratified_split,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def build(root, image_size=16, splits=None, preprocessors=(), **options):
+    builder = DatasetBuilder(root, image_size=image_size, **options)
+    return builder.build(preprocessors=preprocessors, splits=splits)
+
+
+def array_file(root):
+    (path,) = (root.parent / "processed").glob("*/images-*.npy")
+    return path
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+def test_train_and_test_are_pooled_and_remembered(make_images):
+    root = make_images({"Train/melanoma": 2, "Test/melanoma": 1, "Train/nevus": 3})
+    images = find_images(root)
+    assert images["path"].tolist() == sorted(images["path"])
+    assert images["path"][0] == "Test/melanoma/0000.png"
+    assert images.groupby(["class", "source_split"]).size().to_dict() == {
+        ("melanoma", "Test"): 1,
+        ("melanoma", "Train"): 2,
+        ("nevus", "Train"): 3,
+    }
+
+
+def test_classes_alone_work_with_spaces_and_unicode(make_images):
+    root = make_images({"basal cell carcinoma": 1, "Нévus – 痣": 2})
+    images = find_images(root)
+    assert set(images["class"]) == {"basal cell carcinoma", "Нévus – 痣"}
+    assert set(images["source_split"]) == {""}
+
+
+def test_hidden_files_and_files_of_other_kinds_are_passed_over(make_images):
+    root = make_images({"a": 1, "b": 1, ".cache/c": 1})
+    shutil.copy(root / "a/0000.png", root / "a/._0000.png")
+    (root / "a/notes.txt").write_text("no image")
+    shutil.copy(root / "a/0000.png", root / "a/UPPER.PNG")
+    assert find_images(root)["path"].tolist() == ["a/0000.png", "a/UPPER.PNG", "b/0000.png"]
+
+
+def test_a_link_to_the_folder_it_lies_in_ends(make_images):
+    root = make_images({"a": 1, "b": 1})
+    (root / "a/again").symlink_to(root)
+    assert len(find_images(root)) == 2
+
+
+def test_folders_that_cannot_be_used_are_named(make_images, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_images(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no images"):
+        find_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="one class, a"):
+        find_images(make_images({"Train/a": 1, "Test/a": 1}, name="single"))
+    stray = make_images({"a": 1, "b": 1}, name="stray")
+    shutil.copy(stray / "a/0000.png", stray / "loose.png")
+    with pytest.raises(ValueError, match="loose.png stands directly"):
+        find_images(stray)
+
+
+# ---------------------------------------------------------------------------- decoding
+
+
+def test_sixteen_bits_are_reduced_not_clipped(tmp_path):
+    values = np.array([[0, 257, 30_000, 65_535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 117, 255]
+
+
+def test_transparency_lies_over_white(tmp_path):
+    pixels = np.array([[[200, 0, 0, 255], [200, 0, 0, 0]]], dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "alpha.png")
+    assert read_image(tmp_path / "alpha.png")[0].tolist() == [[200, 0, 0], [255, 255, 255]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    assert read_image(tmp_path / "palette.png")[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+def test_cmyk_and_grey_become_rgb(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    red = read_image(tmp_path / "cmyk.jpg")[4, 4]
+    assert red[0] > 240 and red[1] < 15 and red[2] < 15
+    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png")[0, 0].tolist() == [90, 90, 90]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    upright = np.zeros((16, 24, 3), dtype=np.uint8)
+    upright[:8, :8] = 255  # a mark in the upper left corner
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    assert np.array_equal(read_image(path), upright)
+
+
+def test_all_unreadable_images_are_named_at_once(make_images):
+    root = make_images({"a": 4, "b": 4})
+    Image.open(root / "a/0000.png").save(root / "a/cut.jpg")
+    whole = (root / "a/cut.jpg").read_bytes()
+    (root / "a/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "b/text.jpg").write_text("not an image")
+    (root / "b/empty.png").touch()
+    os.mkfifo(root / "b/pipe.png")
+    (root / "b/gone.png").symlink_to("nowhere.png")
+    for _ in range(2):  # the second time from the array on disk
+        with pytest.raises(UnreadableImageError) as caught:
+            build(root)
+        message = str(caught.value)
+        assert "5 of 13" in message and "\n" not in message
+        names = ("a/cut.jpg", "b/text.jpg", "b/empty.png", "b/pipe.png", "b/gone.png")
+        assert all(name in message for name in names)
+    with pytest.warns(UserWarning, match="5 of 13 images cannot be read and are left out"):
+        splits, metadata = build(root, skip_unreadable=True)
+    assert len(metadata) == 8 == sum(map(len, splits.values()))
+    images = np.concatenate([s.gather(np.arange(len(s))) for s in splits.values()])
+    assert images.reshape(8, -1).max(axis=1).min() > 0  # no row of zeros stands for an image
+
+
+# ---------------------------------------------------------------------------- preprocessing
+
+
+@pytest.mark.parametrize("size", [(33, 57), (60, 45), (224, 224), (7, 5), (300, 256), (100, 900)])
+def test_resize_and_crop_are_those_of_torchvision(size):
+    width, height = size
+    rng = np.random.default_rng(width)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(image)
+    difference = np.abs(np.asarray(dataset._fit(image, 224)).astype(int) - np.asarray(expected))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.3
+    resized = resize(np.asarray(image), 64)
+    assert np.array_equal(resized, np.asarray(transforms.Resize(64)(image)))
+    if min(size) >= 5:
+        crop = center_crop(np.asarray(image), 5)
+        assert np.array_equal(crop, np.asarray(transforms.CenterCrop(5)(image)))
+
+
+def test_preprocessors_run_in_order_and_may_change_size_and_range(make_images):
+    root = make_images({"a": 5, "b": 5}, size=50)
+    seen = []
+
+    def look(image):
+        seen.append((image.shape, image.dtype))
+        return image
+
+    chain = [functools.partial(resize, size=30), functools.partial(center_crop, size=20), look]
+    splits, _ = build(root, preprocessors=[*chain, normalize, look])
+    assert set(seen[-10:]) == {((20, 20, 3), np.dtype(np.uint8))}
+    plain, _ = build(root, preprocessors=chain)
+    for name in splits:  # x / 255 and back is exact
+        everything = np.arange(len(splits[name]))
+        assert np.array_equal(splits[name].gather(everything), plain[name].gather(everything))
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "message"),
+    [
+        (lambda x: x[:, :, 0], r"<lambda>.*shape \(40, 40\)"),
+        (lambda x: x.astype(np.int32), "<lambda>.*int32"),
+        (lambda x: x.astype(np.float32), r"<lambda>.*not in \[0, 1\]"),
+        (lambda x: x.astype(np.float32) * np.nan, r"<lambda>.*not in \[0, 1\]"),
+        (lambda x: x.nonsense, "<lambda>: AttributeError.*on a/0000.png"),
+    ],
+)
+def test_a_preprocessor_that_gives_no_image_is_named(make_images, preprocessor, message):
+    root = make_images({"a": 4, "b": 4})
+    with pytest.raises(ValueError, match=message):
+        build(root, preprocessors=[preprocessor], num_workers=1)
+
+
+def function_from(source):
+    namespace = {"np": np}
+    exec(source, namespace)
+    return namespace["f"]
+
+
+def test_a_fingerprint_tells_preprocessors_apart_and_the_same_ones_alike():
+    rare = "def f(x, limit={}):\n    return x * 0 if x.shape == (1, {}, 3) else {}"
+    helper = "def g(x):\n    return x if x.size else {}\ndef f(x):\n    return g(x)"
+    sources = [
+        rare.format(1, 2, "x"),
+        rare.format(2, 2, "x"),  # another default, which changes nothing in the probes
+        rare.format(1, 3, "x"),  # another constant
+        rare.format(1, 2, "x.copy()"),
+        helper.format("1"),
+        helper.format("2"),  # another function that it calls
+        "limit = 1\ndef f(x):\n    return x if x.size else limit",
+        "limit = 2\ndef f(x):\n    return x if x.size else limit",
+    ]
+    prints = [fingerprint([function_from(source)]) for source in sources]
+    assert len(set(prints)) == len(prints)
+    assert prints == [fingerprint([function_from(source)]) for source in sources]
+
+    def enclosing(value):
+        return lambda x: x if x.size else value
+
+    assert fingerprint([enclosing(1)]) == fingerprint([enclosing(1)])
+    assert fingerprint([enclosing(1)]) != fingerprint([enclosing(2)])
+    assert fingerprint([functools.partial(resize, size=9)]) != fingerprint([resize])
+    assert fingerprint([resize, normalize]) != fingerprint([normalize, resize])
+    assert fingerprint([]) == ""
+
+
+# ---------------------------------------------------------------------------- the array on disk
+
+
+def test_a_second_build_reads_the_array_of_the_first(make_images):
+    root = make_images({"a": 6, "b": 6})
+    first, metadata = build(root)
+    before = array_file(root).stat()
+    images = first["train"].gather(np.arange(len(first["train"])))
+    second, metadata_again = build(root)
+    assert array_file(root).stat().st_ino == before.st_ino
+    assert metadata.equals(metadata_again)
+    assert np.array_equal(second["train"].gather(np.arange(len(second["train"]))), images)
+
+
+def test_new_times_alone_rebuild_nothing(make_images):
+    root = make_images({"a": 6, "b": 6})
+    build(root)
+    before = array_file(root).stat()
+    os.utime(root / "a/0000.png")
+    build(root)
+    assert array_file(root).stat().st_ino == before.st_ino
+
+
+def shown(splits, path):
+    for split in splits.values():
+        found = np.flatnonzero(split.metadata["path"] == path)
+        if len(found):
+            return split.gather(found)[0]
+    raise KeyError(path)
+
+
+def test_a_changed_image_is_read_again_even_with_its_old_size_and_time(make_images):
+    root = make_images({"a": 6, "b": 6})
+    path = root / "a/0000.png"
+    for i, name in enumerate(("black", "white")):
+        Image.new("RGB", (40, 40), name).save(root / f"{name}.bmp")
+        (root / f"{name}.bmp").rename(root / f"a/{i}.bmp")
+    build(root)
+    before = (root / "a/0.bmp").stat()
+    (root / "a/0.bmp").write_bytes((root / "a/1.bmp").read_bytes())
+    (root / "a/1.bmp").unlink()
+    os.utime(root / "a/0.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (root / "a/0.bmp").stat().st_size == before.st_size
+    splits, metadata = build(root)
+    assert (shown(splits, "a/0.bmp") == 255).all()
+    assert len(metadata) == 13
+    path.unlink()
+    assert len(build(root)[1]) == 12
+
+
+def test_another_size_or_preprocessor_is_another_array(make_images):
+    root = make_images({"a": 6, "b": 6})
+    assert build(root)[0]["train"].image_size == 16
+    assert build(root, image_size=24)[0]["train"].image_size == 24
+    inverted, _ = build(root, preprocessors=[lambda x: 255 - x])
+    plain, _ = build(root)
+    assert (shown(inverted, "a/0000.png") != shown(plain, "a/0000.png")).mean() > 0.9
+    assert inverted["train"].preprocessors and not plain["train"].preprocessors
+
+
+SLOW_BUILD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from dataset import DatasetBuilder
+def slow(image):
+    print("at work", flush=True)
+    time.sleep({seconds})
+    return image
+DatasetBuilder({data!r}, image_size=16).build(preprocessors=[slow])
+"""
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_counts(make_images):
+    root = make_images({"a": 4, "b": 4})
+    script = SLOW_BUILD.format(root=str(ROOT), data=str(root), seconds=0.2)
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(4):  # two probe images, then the first real ones
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    processed = root.parent / "processed"
+    killed = array_file(root)  # it was in the middle of it
+    assert not list(processed.glob("*/index.json"))
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(list(processed.glob("*/index.json"))) == 1
+    assert array_file(root) != killed
+    assert (np.load(array_file(root)).reshape(8, -1).max(axis=1) > 0).all()
+
+
+def test_two_builds_at_once_give_one_array(make_images):
+    root = make_images({"a": 30, "b": 30})
+    script = SLOW_BUILD.format(root=str(ROOT), data=str(root), seconds=0.02)
+    command = [sys.executable, "-c", script]
+    pair = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in pair:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert array_file(root).exists()
+
+
+def test_a_damaged_index_or_array_is_made_anew(make_images):
+    root = make_images({"a": 6, "b": 6})
+    expected = shown(build(root)[0], "a/0000.png")
+    path = array_file(root)
+    (path.parent / "index.json").write_text("{")
+    assert np.array_equal(shown(build(root)[0], "a/0000.png"), expected)
+    path = array_file(root)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert np.array_equal(shown(build(root)[0], "a/0000.png"), expected)
+
+
+# ---------------------------------------------------------------------------- splits
+
+THREE = {"train": 0.7, "valid": 0.2, "test": 0.1}
+several_classes = st.lists(st.integers(1, 60), min_size=2, max_size=6)
+
+
+@given(several_classes, st.integers(0, 5))
+def test_single_images_are_split_by_the_largest_remainder(sizes, seed):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    split = stratified_split(labels, np.arange(len(labels)), THREE, seed)
+    for label, size in enumerate(sizes):
+        names = split[labels == label]
+        assert (names == "train").any()
+        for name, fraction in THREE.items():
+            count = (names == name).sum()
+            if size >= 3:
+                assert count >= 1
+            if size >= 10:  # with fewer, having every class everywhere comes first
+                assert abs(count - size * fraction) < 1
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_groups_are_never_divided_and_every_image_has_a_split(data):
+    num_images = data.draw(st.integers(2, 60))
+    numbers = st.lists(st.integers(0, 14), min_size=num_images, max_size=num_images)
+    labels = np.unique(data.draw(numbers), return_inverse=True)[1] % 4
+    labels = np.unique(labels, return_inverse=True)[1]
+    groups = np.array(data.draw(numbers))
+    split = stratified_split(labels, groups, THREE, data.draw(st.integers(0, 5)))
+    assert set(split) <= set(THREE)
+    for group in np.unique(groups):
+        assert len(set(split[groups == group])) == 1
+
+
+def test_the_seed_decides_who_and_not_how_many():
+    labels = np.repeat([0, 1, 2], [50, 20, 10])
+    groups = np.arange(80)
+    first, again, other = (stratified_split(labels, groups, THREE, seed) for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+    for label in range(3):
+        counts = [sorted((s[labels == label] == n).sum() for n in THREE) for s in (first, other)]
+        assert counts[0] == counts[1]
+
+
+def test_any_names_and_fractions_work(make_images):
+    root = make_images({"a": 8, "b": 8})
+    splits, metadata = build(root, splits={"fit": 0.5, "check": 0.5})
+    assert {name: len(split) for name, split in splits.items()} == {"fit": 8, "check": 8}
+    assert set(metadata["split"]) == {"fit", "check"}
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [{"train": 0.7, "test": 0.2}, {"train": 1.2, "test": -0.2}, {}, {"train": float("nan")}],
+)
+def test_fractions_that_cannot_be_are_refused(make_images, splits):
+    with pytest.raises(ValueError, match="splits"):
+        build(make_images({"a": 3, "b": 3}), splits=splits)
+
+
+def test_identical_files_stay_together_whatever_their_class(make_images):
+    root = make_images({"Train/a": 20, "Train/b": 20, "Test/b": 10})
+    for i in range(10):
+        shutil.copy(root / f"Train/a/{i:04d}.png", root / f"Test/b/copy{i}.png")
+    _, metadata = build(root)
+    assert metadata["picture"].nunique() == 50
+    assert metadata.groupby("content_hash")["split"].nunique().max() == 1
+    assert metadata.groupby("group")["split"].nunique().max() == 1
+
+
+def test_splits_do_not_depend_on_the_order_of_the_file_system(make_images, monkeypatch):
+    root = make_images({"Train/a": 20, "Test/a": 7, "Train/b": 13})
+    _, expected = build(root)
+    names = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(names(path), reverse=True))
+    _, metadata = build(root)
+    assert metadata.equals(expected)
+
+
+def test_a_class_of_one_image_is_trained_on_and_warned_of(make_images):
+    root = make_images({"a": 10, "b": 10, "lonely": 1})
+    with pytest.warns(UserWarning, match=r"lonely \(1 images\) is not in valid, test"):
+        _, metadata = build(root)
+    assert metadata.loc[metadata["class"] == "lonely", "split"].tolist() == ["train"]
+
+
+def test_metadata_has_a_row_an_image_with_all_columns(make_images):
+    root = make_images({"Train/b": 5, "Train/a": 5})
+    Image.new("RGB", (30, 20)).save(root / "Train/a/oblong.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, metadata = build(root)
+    assert metadata.columns.tolist() == [
+        "path", "class", "label", "source_split", "width", "height", "content_hash", "picture",
+        "group", "split",
+    ]  # fmt: skip
+    assert metadata.groupby("class")["label"].unique().map(list).to_dict() == {"a": [0], "b": [1]}
+    oblong = metadata.set_index("path").loc["Train/a/oblong.png"]
+    assert (oblong["width"], oblong["height"]) == (30, 20)
+
+
+# ---------------------------------------------------------------------------- data sets, loaders
+
+
+@pytest.fixture
+def splits(make_images):
+    return build(make_images({"a": 40, "b": 20, "c": 10}))[0]
+
+
+def test_an_item_is_a_float_image_and_a_label(splits):
+    train = splits["train"]
+    image, label = train[3]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+    stored = torch.from_numpy(train.gather([3])[0])
+    assert torch.equal(image, stored.permute(2, 0, 1) / 255)
+    assert label == train.labels[3] == train.classes.index(train.metadata["class"][3])
+
+
+def test_a_copy_in_another_process_opens_the_array_again(splits):
+    train = splits["train"]
+    train[0]
+    assert len(pickle.dumps(train)) < train.gather(np.arange(len(train))).nbytes
+    assert torch.equal(pickle.loads(pickle.dumps(train))[5][0], train[5][0])
+    alone = list(DataLoader(train, batch_size=8))
+    for context in ("fork", "spawn"):
+        helped = list(
+            DataLoader(train, batch_size=8, num_workers=1, multiprocessing_context=context)
+        )
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, helped, strict=True))
+
+
+def test_an_epoch_shows_each_image_once(splits):
+    loaders = create_dataloaders(splits, batch_size=16, device="cpu", augmentation=False)
+    train = splits["train"]
+    batches = list(loaders["train"])
+    assert [len(labels) for _, labels in batches] == [16, 16, 16, 1]
+    assert len(loaders["train"]) == 4
+    expected = sorted(train[i][0].sum().item() for i in range(len(train)))
+    assert sorted(torch.cat([x for x, _ in batches]).sum((1, 2, 3)).tolist()) == pytest.approx(
+        expected, rel=1e-5
+    )
+    valid = torch.cat([labels for _, labels in loaders["valid"]])
+    assert valid.tolist() == splits["valid"].labels.tolist()  # in order
+
+
+def take(stream, count):
+    return [next(stream) for _ in range(count)]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_batch_k_depends_on_the_seed_and_k_alone(splits, balanced):
+    def loader(**options):
+        return create_dataloaders(splits, 8, device="cpu", balanced=balanced, **options)["train"]
+
+    first = take(loader().batches(), 20)
+    assert {images.shape for images, _ in first} == {(8, 3, 16, 16)}
+    used = loader()
+    list(used)  # an epoch before changes nothing
+    assert same(take(used.batches(start=13), 7), first[13:])
+    assert same(take(loader(num_workers=2).batches(), 6), first[:6])
+    assert not same(take(loader(seed=7).batches(), 20), first)
+    images = torch.cat([images for images, _ in first])
+    assert len(torch.unique(images.flatten(1), dim=0)) == len(images)  # every view is its own
+
+
+def test_loaders_leave_the_global_random_state_alone(splits):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    loaders = create_dataloaders(splits, 8, device="cpu", balanced=True, num_workers=1)
+    take(loaders["train"].batches(), 3)
+    list(loaders["train"])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_only_the_training_split_is_augmented(splits):
+    loaders = create_dataloaders(splits, 1, device="cpu")
+    for number, (image, _) in enumerate(loaders["valid"]):
+        assert torch.equal(image[0], splits["valid"][number][0])
+    originals = {splits["train"][i][0].numpy().tobytes() for i in range(len(splits["train"]))}
+    assert not any(image.numpy().tobytes() in originals for image, _ in loaders["train"])
+
+
+@given(st.lists(st.integers(1, 200), min_size=2, max_size=9))
+def test_balanced_sampling_is_even_but_repeats_no_image_too_often(sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    frequency = balanced_frequencies(labels)
+    assert frequency.sum() == pytest.approx(len(labels))
+    assert frequency.max() <= 10 * (1 + 1e-9)
+    totals = np.bincount(labels, weights=frequency)
+    free = totals[frequency[np.cumsum(sizes) - 1] < 10 * (1 - 1e-9)]
+    assert np.allclose(free, free[:1])  # classes that are not held back are drawn alike
+    assert totals.max() <= free.max(initial=totals.max()) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(300, 30, 20), (300, 2, 98)])
+def test_balanced_epochs_draw_what_they_should(make_images, sizes):
+    counts = dict(zip("abc", sizes, strict=True))
+    splits, _ = build(make_images(counts, size=8), image_size=8, splits={"train": 1.0})
+    loader = LesionLoader(splits["train"], 50, shuffle=True, balanced=True, device="cpu")
+    drawn = np.concatenate([loader._order(epoch) for epoch in range(4)])
+    expected = balanced_frequencies(splits["train"].labels)
+    times = np.bincount(drawn, minlength=len(expected))
+    assert (np.abs(times - 4 * expected) <= 4).all()
+    by_class = np.bincount(splits["train"].labels, weights=times)
+    wanted = np.bincount(splits["train"].labels, weights=4 * expected)
+    assert np.abs(by_class - wanted).max() <= 8
+
+
+def test_mistakes_in_loaders_are_said(splits):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        create_dataloaders(splits, batch_size=0)
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        create_dataloaders(splits, num_workers=-1)
+    with pytest.raises(ValueError, match="seed is -1"):
+        create_dataloaders(splits, seed=-1)
+
+
+def test_a_split_without_images_is_named(make_images):
+    with pytest.warns(UserWarning, match="too small"):
+        splits, _ = build(make_images({"a": 1, "b": 1}))
+    with pytest.raises(ValueError, match="no images are left for valid, test"):
+        create_dataloaders(splits)
+
+
+def test_an_older_file_is_not_hashed_again(make_images, monkeypatch):
+    root = make_images({"a": 6, "b": 6})
+    long_ago = time.time() - 3600
+    build(root)
+    for path in root.rglob("*.png"):
+        os.utime(path, (long_ago, long_ago))
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10_000_000_000)
+    build(root)  # takes the new times into the index
+    monkeypatch.setattr(dataset, "_read_regular_file", None)
+    build(root)  # would fail if it read a file

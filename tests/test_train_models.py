@@ -1,0 +1,294 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import confusion_matrix, precision_score, recall_score
+from torchvision.models import resnet50
+
+import train_models
+from dataset import DatasetBuilder, create_dataloaders
+from models import MODELS, load_model
+from train_models import MODEL_NAMES, Settings, command, main, parse_arguments
+from training import evaluate
+
+ROOT = Path(__file__).parents[1]
+RUN_FILES = {
+    "config.json", "splits.csv", "comparison.csv", "comparison.png", "class_distribution.png",
+    "samples.png", "augmentations.png",
+}  # fmt: skip
+MODEL_FILES = {
+    "model.pth", "last.pth", "history.csv", "metrics.json", "predictions.csv",
+    "learning_curves.png", "confusion_matrix.png",
+}  # fmt: skip
+
+
+@pytest.fixture
+def arguments(make_images, tmp_path):
+    """A command line that trains in a second or two."""
+    root = make_images({"Train/melanoma": 16, "Train/mole $1_x": 14, "Test/melanoma": 4})
+    return [
+        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
+        "--layers", "18", "--num_steps", "4", "--eval_every", "2", "--batch_size", "8",
+        "--weights", "none",
+    ]  # fmt: skip
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def digest(folder):
+    """Every file below a folder with its contents and time, to see that nothing was touched."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+
+
+# ---------------------------------------------------------------------------- a run
+
+
+def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, capfd):
+    assert main(arguments) == 0
+    out = tmp_path / "out"
+    assert names(out) == RUN_FILES
+    assert {path.name for path in out.iterdir() if path.is_dir()} == set(MODEL_NAMES)
+    comparison = pd.read_csv(out / "comparison.csv").set_index("model")
+    assert list(comparison.index) == list(MODEL_NAMES)
+    metadata = pd.read_csv(out / "splits.csv")
+    tested = set(metadata.loc[metadata["split"] == "test", "path"])
+    for name in MODEL_NAMES:
+        assert names(out / name) == MODEL_FILES
+        predictions = pd.read_csv(out / name / "predictions.csv")
+        assert set(predictions["path"]) == tested
+        classes = ["melanoma", "mole $1_x"]
+        probabilities = predictions[[f"prob_{c}" for c in classes]]
+        assert np.allclose(probabilities.sum(axis=1), 1)
+        best = [classes[i] for i in probabilities.to_numpy().argmax(axis=1)]
+        assert predictions["predicted_class"].tolist() == best
+        report = json.loads((out / name / "metrics.json").read_text())
+        truth = (predictions["true_class"], predictions["predicted_class"])
+        options = {"average": "weighted", "zero_division": 0}
+        assert report["test"]["precision"] == pytest.approx(precision_score(*truth, **options))
+        assert comparison.loc[name, "recall"] == pytest.approx(recall_score(*truth, **options))
+        assert report["test"]["confusion_matrix"] == confusion_matrix(*truth).tolist()
+        for picture in ("learning_curves.png", "confusion_matrix.png"):
+            with Image.open(out / name / picture) as image:
+                image.load()
+    printed = capfd.readouterr().out
+    assert "resnet_finetuned (4 of 4)" in printed
+    assert "parameters" in printed and f"{comparison['parameters'].iloc[0]:,}" in printed
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["num_steps"] == 4
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_a_model_alone_is_the_same_as_among_others(arguments, tmp_path):
+    main([*arguments, "--models", "simple_cnn", "resnet_scratch"])
+    main([*arguments, "--models", "resnet_scratch", "--save_dir", str(tmp_path / "alone")])
+    first, _ = load_model(tmp_path / "out/resnet_scratch/model.pth")
+    alone, _ = load_model(tmp_path / "alone/resnet_scratch/model.pth")
+    expected = alone.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in first.state_dict().items())
+
+
+def test_resume_passes_over_what_is_finished_and_finishes_the_rest(arguments, tmp_path, capfd):
+    chosen = ["--models", "simple_cnn", "resnet_scratch"]
+    main([*arguments, *chosen])
+    out = tmp_path / "out"
+    (out / "resnet_scratch/metrics.json").unlink()
+    expected = pd.read_csv(out / "resnet_scratch/predictions.csv")
+    finished = digest(out / "simple_cnn")
+    capfd.readouterr()
+    assert main([*arguments, *chosen, "--resume"]) == 0
+    assert "finished already" in capfd.readouterr().out
+    assert digest(out / "simple_cnn") == finished
+    assert pd.read_csv(out / "resnet_scratch/predictions.csv").equals(expected)
+    assert list(pd.read_csv(out / "comparison.csv")["model"]) == chosen[1:]
+
+
+def test_resume_with_other_settings_is_refused(arguments, tmp_path, capfd):
+    main([*arguments, "--models", "simple_cnn"])
+    before = digest(tmp_path / "out")
+    assert main([*arguments, "--models", "simple_cnn", "--resume", "--num_steps", "6"]) == 2
+    assert "num_steps was 4, is 6" in capfd.readouterr().err
+    assert digest(tmp_path / "out") == before
+
+
+def test_an_older_run_is_never_taken_for_this_one(arguments, tmp_path, monkeypatch):
+    main([*arguments, "--models", "simple_cnn"])
+
+    def fails(*args, **kwargs):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("training.train", fails)
+    assert main([*arguments, "--models", "simple_cnn"]) == 2
+    left = names(tmp_path / "out/simple_cnn")
+    assert not {"metrics.json", "last.pth"} & left
+    assert "comparison.csv" not in names(tmp_path / "out")
+
+
+def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd):
+    root = make_images({"a": 12, "b": 12, "lonely": 1}, name="lonely")
+    options = ["--data_dir", str(root), "--models", "simple_cnn", "--class_weights", "balanced"]
+    assert main([*arguments, *options]) == 0
+    assert "warning: classes too small for every split: lonely" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
+def mistakes(make_images, tmp_path):
+    root = make_images({"a": 5, "b": 5}, name="good")
+    broken = make_images({"a": 5, "b": 5}, name="broken")
+    Image.open(broken / "a/0000.png").save(broken / "a/cut.jpg")
+    whole = (broken / "a/cut.jpg").read_bytes()
+    (broken / "a/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (broken / "b/text.jpg").write_text("no image")
+    (tmp_path / "bare").mkdir()
+    single = make_images({"Train/a": 3, "Test/a": 3}, name="single")
+    tiny = make_images({"a": 1, "b": 1}, name="tiny")
+    return [
+        (["--data_dir", str(tmp_path / "nowhere")], ["nowhere: no such folder"]),
+        (["--data_dir", str(tmp_path / "bare")], ["bare: no images"]),
+        (["--data_dir", str(single)], ["one class, a"]),
+        (["--data_dir", str(broken)], ["a/cut.jpg (", "b/text.jpg (", "--skip_unreadable"]),
+        (["--data_dir", str(tiny)], ["no images are left for valid, test"]),
+        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in --data_dir"]),
+        (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
+        (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
+        (["--learning_rate", "nan"], ["--learning_rate: nan"]),
+        (["--models", "nonsense"], ["--models", "nonsense", "resnet_head"]),
+        (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 sums to 0.9"]),
+        (["--weights", "imagenet"], ["resnet18-f37072fd.pth", "--weights none"]),
+        (["--weights", str(tmp_path / "gone.pth")], ["gone.pth: no such file"]),
+        (["--device", "nonsense"], ["--device nonsense"]),
+        (["--image_size", "8"], ["--image_size: 8"]),
+        (["--demo"], ["--demo", "--data_dir"]),
+        (["--no-such-flag"], ["no_such_flag"]),
+    ]
+
+
+def test_mistakes_are_one_line_and_touch_nothing(
+    arguments, make_images, tmp_path, monkeypatch, capfd
+):
+    def no_network(url, *args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    out = tmp_path / "out"
+    (out / "simple_cnn").mkdir(parents=True)
+    (out / "simple_cnn/metrics.json").write_text("{}")
+    (out / "simple_cnn/last.pth").write_text("precious")
+    before = digest(out)
+    for flags, expected in mistakes(make_images, tmp_path):
+        try:
+            status = main([*arguments, *flags])
+        except SystemExit as stop:  # argparse leaves by itself
+            status = stop.code
+        message = capfd.readouterr().err
+        assert status == 2, flags
+        assert message.count("\n") == 1, message
+        assert all(part in message for part in expected), message
+        assert digest(out) == before, flags
+
+
+def test_a_warning_and_an_error_have_no_traceback_in_a_real_process(tmp_path):
+    words = [sys.executable, ROOT / "train_models.py", "--data_dir", tmp_path / "x"]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+def test_every_setting_is_a_flag_and_every_flag_a_setting():
+    flags = {a.dest for a in train_models._make_parser()._actions} - {"help", "demo"}
+    assert flags == {field.name for field in fields(Settings)}
+
+
+def test_the_models_of_the_driver_are_those_of_the_library():
+    assert tuple(MODELS) == MODEL_NAMES
+
+
+def test_dashes_and_underscores_both_work():
+    for flag in ("--batch-size", "--batch_size", "--batch-size=7"):
+        value = [] if "=" in flag else ["7"]
+        assert parse_arguments(["--data-dir", "a-b_c", flag, *value])[0].batch_size == 7
+    for flag in ("--no-balanced", "--no_balanced"):
+        assert parse_arguments(["--data_dir", "x", flag])[0].balanced is False
+    settings, _ = parse_arguments(["--data_dir", "x", "--no-skip-unreadable"][:2])
+    assert settings == Settings(data_dir="x")
+
+
+any_settings = st.builds(
+    Settings,
+    data_dir=st.sampled_from(["data/raw", "a folder", "it's"]),
+    models=st.lists(st.sampled_from(MODEL_NAMES), min_size=1, unique=True).map(tuple),
+    splits=st.sampled_from([(0.7, 0.2, 0.1), (0.5, 0.25, 0.25)]),
+    learning_rate=st.floats(1e-6, 1, exclude_min=True),
+    checkpoint_every=st.none() | st.integers(1, 9),
+    balanced=st.booleans(),
+    augmentation=st.booleans(),
+    resume=st.booleans(),
+    schedule=st.sampled_from(["cosine", "constant"]),
+)
+
+
+@given(any_settings)
+def test_the_command_printed_gives_the_same_settings(settings):
+    import shlex
+
+    words = shlex.split(command(settings))
+    assert words[:2] == ["python", "train_models.py"]
+    assert parse_arguments(words[2:])[0] == settings
+
+
+def test_help_and_mistyped_flags_do_not_wait_for_torch():
+    script = "import sys, train_models; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0
+
+
+# ---------------------------------------------------------------------------- the library's example
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(make_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    weights = tmp_path / "torch/hub/checkpoints/resnet50-11ad3fa6.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(resnet50(weights=None).state_dict(), weights)
+    make_images({"Train/melanoma": 14, "Train/nevus": 10, "Test/nevus": 4}, name="data/raw")
+    monkeypatch.chdir(tmp_path)
+
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "num_steps=2000" in code and 'DatasetBuilder("./data/raw")' in code
+    shorter = code.replace("num_steps=2000", "num_steps=2").replace("batch_size=32", "batch_size=4")
+    namespace = {}
+    exec(shorter.replace('("./data/raw")', '("./data/raw", image_size=32)'), namespace)
+    assert namespace["metrics"]["step"] == [2]
+    assert math.isfinite(namespace["metrics"]["valid_loss"][0])
+    assert names(tmp_path / "models/resnet_finetuned") == {"model.pth", "last.pth", "history.csv"}
+
+
+def test_a_saved_model_gives_the_probabilities_in_predictions_csv(arguments, tmp_path):
+    main([*arguments, "--models", "simple_cnn"])
+    model, info = load_model(tmp_path / "out/simple_cnn/model.pth")
+    builder = DatasetBuilder(arguments[1], image_size=info["image_size"])
+    splits, _ = builder.build()
+    loader = create_dataloaders(splits, 8, device="cpu")["test"]
+    expected = pd.read_csv(tmp_path / "out/simple_cnn/predictions.csv")
+    found = evaluate(model, loader).probabilities
+    assert np.allclose(expected.filter(like="prob_").to_numpy(), found, atol=1e-12)

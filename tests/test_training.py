@@ -1,0 +1,390 @@
+import csv
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from dataset import DatasetBuilder, create_dataloaders
+from models import get_model, load_model
+from training import (
+    NonFiniteLossError,
+    evaluate,
+    make_optimizer,
+    resolve_precision,
+    train,
+    warmup_cosine,
+)
+
+HISTORY = [
+    "step", "learning_rate", "train_loss", "valid_loss", "valid_precision", "valid_recall",
+    "valid_f1", "valid_balanced_accuracy", "images_per_second",
+]  # fmt: skip
+
+
+@pytest.fixture
+def loaders(make_images):
+    splits, _ = DatasetBuilder(make_images({"a": 24, "b": 16, "c": 12}), image_size=32).build()
+    return create_dataloaders(splits, batch_size=8, device="cpu")
+
+
+def run(loaders, num_steps=6, name="simple_cnn", learning_rate=1e-3, model=None, **options):
+    """Trains a small model as the driver does; `options` are those of `train`."""
+    if model is None:
+        model = get_model(name, 3, layers=18, weights=None, image_size=32, seed=0)
+    optimizer = make_optimizer(model, learning_rate)
+    scheduler = warmup_cosine(optimizer, num_steps)
+    arguments = {"eval_every": 3} | options
+    return train(
+        model, loaders["train"], loaders["valid"], 3, num_steps, optimizer, scheduler, **arguments
+    )
+
+
+def same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# ---------------------------------------------------------------------------- schedule, optimizer
+
+
+def rates(num_steps, warmup_fraction=0.2, peak=1e-3):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = warmup_cosine(optimizer, num_steps, warmup_fraction)
+    found = []
+    for _ in range(num_steps + 2):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_rate_warms_up_to_the_peak_and_falls_to_a_hundredth():
+    found = rates(2000)
+    assert found[0] == pytest.approx(1e-4)
+    assert found[200] == pytest.approx(5.5e-4)
+    assert found[400] == pytest.approx(1e-3)
+    assert found[400 + 1599 // 2] == pytest.approx(5.05e-4, rel=1e-3)
+    assert found[1999] == found[2001] == pytest.approx(1e-5)
+
+
+@given(st.integers(1, 60), st.floats(0, 1))
+def test_any_schedule_rises_once_and_falls_once_within_its_bounds(num_steps, warmup_fraction):
+    found = rates(num_steps, warmup_fraction)
+    warmup_steps = round(num_steps * warmup_fraction)
+    assert all(1e-5 * (1 - 1e-9) <= rate <= 1e-3 * (1 + 1e-9) for rate in found)
+    assert found[:warmup_steps] == sorted(found[:warmup_steps])
+    assert found[warmup_steps:] == sorted(found[warmup_steps:], reverse=True)
+    if warmup_steps < num_steps:
+        assert found[warmup_steps] == pytest.approx(1e-3)
+    if num_steps - 1 > warmup_steps:
+        assert found[-1] == pytest.approx(1e-5)
+
+
+def test_no_bias_and_no_normalisation_weight_is_decayed():
+    model = get_model("resnet_scratch", 3, layers=18)
+    optimizer = make_optimizer(model, weight_decay=0.5)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = name == "bias" or isinstance(module, nn.BatchNorm2d)
+            assert decay[id(parameter)] == (0.0 if plain else 0.5), f"{module_name}.{name}"
+
+
+def test_frozen_parameters_are_not_in_the_optimizer():
+    model = get_model("resnet_head", 3, layers=18, weights=None)
+    held = {id(p) for group in make_optimizer(model).param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.head.parameters()}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda p: make_optimizer(nn.Linear(2, 2), learning_rate=0),
+        lambda p: make_optimizer(nn.Linear(2, 2), learning_rate=math.nan),
+        lambda p: make_optimizer(nn.Linear(2, 2), weight_decay=-1),
+        lambda p: make_optimizer(nn.ReLU()),
+        lambda p: warmup_cosine(p, 0),
+        lambda p: warmup_cosine(p, 10, 1.5),
+        lambda p: resolve_precision("fp8", torch.device("cpu")),
+    ],
+)
+def test_values_that_cannot_be_are_refused(mistake):
+    with pytest.raises(ValueError, match="is|has"):
+        mistake(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1))
+
+
+# ---------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_sees_every_image_once_and_in_order(loaders):
+    model = get_model("simple_cnn", 3, image_size=32).train()
+    found = evaluate(model, loaders["valid"], precision="fp32")
+    valid = loaders["valid"].dataset
+    assert found.labels.tolist() == valid.labels.tolist()
+    assert model.training  # as it was before
+    images = torch.stack([valid[i][0] for i in range(len(valid))])
+    with torch.no_grad():
+        logits = model.eval()(images)
+    expected = logits.double().softmax(1).numpy()
+    assert found.probabilities.dtype == np.float64
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)
+    loss = nn.functional.cross_entropy(logits, torch.from_numpy(valid.labels)).item()
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_bf16_gives_the_probabilities_of_fp32_nearly(loaders):
+    model = get_model("resnet_scratch", 3, layers=18, seed=1)
+    exact = evaluate(model, loaders["valid"], precision="fp32")
+    fast = evaluate(model, loaders["valid"], precision="bf16")
+    np.testing.assert_allclose(fast.probabilities, exact.probabilities, atol=0.02)
+    assert not np.array_equal(fast.probabilities, exact.probabilities)
+
+
+# ---------------------------------------------------------------------------- train
+
+
+def test_training_learns_and_leaves_the_best_weights(loaders, tmp_path):
+    model, history = run(loaders, 60, learning_rate=3e-3, eval_every=20, save_path=tmp_path / "m")
+    assert history["step"] == [20, 40, 60]
+    assert list(history) == HISTORY
+    assert history["train_loss"][-1] < history["train_loss"][0]
+    assert max(history["valid_balanced_accuracy"]) > 0.9
+    assert not model.training
+    saved, info = load_model(tmp_path / "m/model.pth")
+    assert same_weights(model, saved)
+    best = int(np.argmax(history["valid_balanced_accuracy"]))
+    assert info["metrics"]["balanced_accuracy"] == history["valid_balanced_accuracy"][best]
+    assert info["classes"] == ["a", "b", "c"]
+    assert (info["image_size"], info["preprocessors"]) == (32, "")
+    found = evaluate(saved, loaders["valid"])
+    assert found.loss == pytest.approx(info["metrics"]["loss"], rel=1e-6)
+    with open(tmp_path / "m/history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["valid_loss"]) for row in rows] == history["valid_loss"]
+
+
+@pytest.mark.parametrize(("num_steps", "steps"), [(7, [3, 6, 7]), (6, [3, 6]), (2, [2])])
+def test_evaluation_comes_every_so_often_and_at_the_end_but_not_twice(loaders, num_steps, steps):
+    assert run(loaders, num_steps)[1]["step"] == steps
+
+
+def test_the_history_has_the_rate_of_the_last_step(loaders):
+    _, history = run(loaders, 10, eval_every=2)
+    expected = rates(10)
+    assert history["learning_rate"] == pytest.approx([expected[s - 1] for s in history["step"]])
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "resnet_scratch"])
+def test_the_same_seed_ends_in_identical_weights(loaders, name):
+    torch.manual_seed(1)
+    first, _ = run(loaders, name=name)
+    torch.manual_seed(2)
+    again, _ = run(loaders, name=name)
+    other, _ = run(loaders, name=name, seed=7)  # other dropout
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def test_training_leaves_the_global_random_state_alone(loaders):
+    before = torch.get_rng_state()
+    run(loaders)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_frozen_backbone_is_bit_identical_after_training(loaders):
+    model = get_model("resnet_head", 3, layers=18, weights=None, seed=0)
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    head = model.head[0].weight.clone()
+    run(loaders, model=model)
+    after = model.backbone.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not torch.equal(model.head[0].weight, head)
+
+
+def test_nothing_is_written_without_a_save_path(loaders, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(loaders)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_training_stops_early_when_nothing_gets_better(loaders):
+    _, history = run(loaders, 40, learning_rate=1e-12, eval_every=2, early_stopping_patience=3)
+    best = int(np.argmax(history["valid_balanced_accuracy"]))
+    assert len(history["step"]) < 20
+    losses, best_loss = history["valid_loss"], history["valid_loss"][best]
+    assert all(loss >= best_loss for loss in losses[-3:])
+
+
+def test_class_weights_turn_the_model_towards_a_class(loaders):
+    options = {"learning_rate": 1e-2, "num_steps": 15}
+    shares = []
+    for weights in ([1, 1, 1], [1e-3, 1e-3, 1]):
+        model, _ = run(loaders, class_weights=weights, **options)
+        shares.append(evaluate(model, loaders["train"]).probabilities[:, 2].mean())
+    assert shares[1] > shares[0] + 0.2
+    with pytest.raises(ValueError, match="class_weights must be 3"):
+        run(loaders, class_weights=[1, 2])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(loaders, tmp_path):
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = get_model("simple_cnn", 3, image_size=32, seed=0)
+            self.calls = 0
+
+        def forward(self, images):
+            self.calls += self.training
+            return self.inner(images) * (math.nan if self.calls >= 5 else 1)
+
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 5 \(learning rate"):
+        run(loaders, 9, model=Breaks(), save_path=tmp_path / "m")
+    assert (tmp_path / "m/model.pth").exists()  # the best before
+
+
+def test_any_iterable_optimizer_and_scheduler_will_do(make_images, tmp_path):
+    root = make_images({"a": 12, "b": 12})
+    data = ImageFolder(root, transforms.Compose([transforms.Resize(32), transforms.ToTensor()]))
+    model = get_model("simple_cnn", 2, image_size=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.5)
+    loader = DataLoader(data, batch_size=10, shuffle=True)  # 3 batches, so it begins again
+    model, history = train(model, loader, loader, 2, 10, optimizer, scheduler, eval_every=5)
+    assert history["learning_rate"] == [0.05, 0.025]
+    assert history["step"] == [5, 10]
+
+
+def test_a_plateau_scheduler_follows_the_validation_loss(loaders):
+    model = get_model("simple_cnn", 3, image_size=32, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.1)
+    arguments = (model, loaders["train"], loaders["valid"], 3, 6, optimizer, scheduler)
+    _, history = train(*arguments, eval_every=2)
+    assert history["learning_rate"] == pytest.approx([1e-12, 1e-12, 1e-13])
+
+
+def test_mixed_labels_are_trained_on(loaders):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(16, 3, 32, 32, generator=generator)
+    mixed = torch.rand(16, 3, generator=generator).softmax(dim=1)
+    loader = DataLoader(TensorDataset(images, mixed), batch_size=8)
+    _, history = run({"train": loader, "valid": loaders["valid"]}, 4)
+    assert np.isfinite(history["train_loss"]).all()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"eval_every": 0}, "eval_every is 0"),
+        ({"early_stopping_patience": -1}, "early_stopping_patience is -1"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"precision": "half"}, "precision is 'half'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"resume": True}, "resume needs the save_path"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(loaders, mistake, message):
+    with pytest.raises(ValueError, match=message):
+        run(loaders, **mistake)
+
+
+def test_loaders_without_batches_and_wrong_class_counts_are_refused(loaders):
+    with pytest.raises(ValueError, match="training loader gave no batches"):
+        run({"train": [], "valid": loaders["valid"]})
+    with pytest.raises(ValueError, match="gave no batches to evaluate"):
+        evaluate(get_model("simple_cnn", 3, image_size=32), [])
+    model = get_model("simple_cnn", 4, image_size=32)
+    with pytest.raises(ValueError, match="num_classes is 4, but the data have 3"):
+        train(model, loaders["train"], loaders["valid"], 4, 2, make_optimizer(model))
+
+
+# ---------------------------------------------------------------------------- resume
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(number):
+    """A hook of an optimizer that ends the run in this step of its, as a kill would."""
+    steps = iter(range(1, 1000))
+
+    def hook(optimizer, args, kwargs):
+        if next(steps) == number:
+            raise Stopped
+
+    return hook
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "resnet_scratch"])
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(loaders, tmp_path, name):
+    def go(path, stop_at=None, resume=False):
+        model = get_model(name, 3, layers=18, image_size=32, seed=0)
+        optimizer = make_optimizer(model)
+        scheduler = warmup_cosine(optimizer, 10)
+        optimizer.register_step_post_hook(stop_after(stop_at))
+        data = (loaders["train"], loaders["valid"], 3, 10)
+        return train(
+            model, *data, optimizer, scheduler, None, 3, path, resume=resume, checkpoint_every=2
+        )
+
+    whole, history = go(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        go(tmp_path / "halves", stop_at=6)  # the last checkpoint is that of step 4
+    resumed, history_resumed = go(tmp_path / "halves", resume=True)
+    assert same_weights(whole, resumed)
+    for column in set(HISTORY) - {"images_per_second", "train_loss"}:
+        assert history[column] == history_resumed[column]
+    last = [torch.load(tmp_path / n / "last.pth", weights_only=True) for n in ("whole", "halves")]
+    assert all(torch.equal(last[0]["model"][k], last[1]["model"][k]) for k in last[0]["model"])
+
+
+def test_resuming_a_finished_run_trains_no_further(loaders, tmp_path):
+    first, history = run(loaders, save_path=tmp_path)
+    again, history_again = run(loaders, save_path=tmp_path, resume=True)
+    assert same_weights(first, again)
+    assert history == history_again
+
+
+def test_resuming_where_nothing_is_starts_afresh(loaders, tmp_path):
+    fresh, _ = run(loaders, save_path=tmp_path / "a")
+    resumed, _ = run(loaders, save_path=tmp_path / "b", resume=True)
+    assert same_weights(fresh, resumed)
+
+
+def test_resuming_another_run_is_refused_and_names_the_difference(loaders, tmp_path):
+    run(loaders, save_path=tmp_path)
+    with pytest.raises(ValueError, match="num_steps was 6, is 9"):
+        run(loaders, 9, save_path=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="learning_rate was"):
+        run(loaders, learning_rate=5e-3, save_path=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="model was .*simple_cnn.*, is .*resnet_scratch"):
+        run(loaders, name="resnet_scratch", save_path=tmp_path, resume=True)
+
+
+def test_resuming_needs_a_loader_that_knows_its_place(loaders, tmp_path):
+    run(loaders, save_path=tmp_path)
+    plain = {"train": DataLoader(loaders["train"].dataset, 8), "valid": loaders["valid"]}
+    with pytest.raises(ValueError, match="LesionLoader"):
+        run(plain, save_path=tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(loaders, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "broken_into"), "w"))
+
+    (tmp_path / "last.pth").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="last.pth"):
+        run(loaders, save_path=tmp_path, resume=True)
+    assert not (tmp_path / "broken_into").exists()
