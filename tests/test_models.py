@@ -1,4 +1,4 @@
-"""The four classifiers: what they are made of, where their weights come from, and back from disk."""
+"""The four classifiers: what they are made of, where their weights come from, and loading them."""
 
 import urllib.error
 from pathlib import Path
