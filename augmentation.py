@@ -64,7 +64,7 @@ def rotate_batch(images: Tensor, generator: torch.Generator, degrees: float = 10
 def add_noise_to_batch(images: Tensor, generator: torch.Generator, max_std: float = 0.03) -> Tensor:
     """Adds Gaussian noise, its standard deviation drawn for each image evenly from [0, max_std]."""
     std = _uniform(images, generator, 0.0, max_std)
-    noise = torch.empty_like(images).normal_(generator=generator)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
     return torch.addcmul(images, noise, std).clamp_(0, 1)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,10 +56,11 @@ def load_tensors(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb"):  # a file that may not be read is no damaged file
+        pass
     try:
+        _check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # torch.load documents no closed set of errors for damaged files
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not a readable file of tensors ({reason})") from error
@@ -67,6 +69,15 @@ def load_tensors(path: str | Path) -> Any:
 def lock(path: str | Path) -> FileLock:
     """A lock between processes, held inside `with lock(path):`; it ends with its process."""
     return FileLock(path)
+
+
+def _check_zip(path: Path) -> None:
+    """Raises when the bytes in a zip are not those written: torch.load checks no sums."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -229,9 +229,12 @@ def load_model(path: str | Path) -> tuple[LesionClassifier, dict[str, Any]]:
         raise ValueError(f"{path}: not a model saved by this project (no {', '.join(missing)})")
     state_dict = info.pop("state_dict")
     try:
-        model = get_model(**info["config"])
+        if len(info["classes"]) != info["config"]["num_classes"]:
+            raise ValueError(f"{len(info['classes'])} classes, not as many as the config says")
+        # The weights are in this file: the config must not make another be read or downloaded.
+        model = get_model(**info["config"] | {"weights": None, "seed": 0})
         model.load_state_dict(state_dict)
-    except (TypeError, AttributeError, RuntimeError) as error:
+    except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: its weights and its config do not match ({reason})") from error
     return model.eval(), info
@@ -264,7 +267,7 @@ def imagenet_weights(layers: int, download: bool = True) -> Path:
             hash_prefix = path.stem.rsplit("-", 1)[1]
             torch.hub.download_url_to_file(url, str(path), hash_prefix)
             return path
-        except (URLError, OSError) as error:
+        except (URLError, OSError, RuntimeError) as error:  # the last: not the hash it should have
             reason = str(getattr(error, "reason", error))
     raise FileNotFoundError(
         f"no ImageNet weights for resnet{layers} ({reason}): download {url} elsewhere and put it "

@@ -73,7 +73,13 @@ class Settings:
 
 
 DEMO_SETTINGS = Settings(
-    data_dir="data/demo", layers=18, image_size=64, num_steps=200, eval_every=50, dropout_rate=0.3
+    data_dir="data/demo",
+    layers=18,
+    image_size=48,
+    num_steps=160,
+    eval_every=40,
+    learning_rate=0.003,
+    dropout_rate=0.1,
 )
 
 

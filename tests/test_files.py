@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 HALF_A_WRITE = """
 import sys
 from files import write_atomically
-with write_atomically(sys.argv[1]) as temporary:
-    temporary.write_text("half of the new")
+with write_atomically(sys.argv[1]) as temporary, temporary.open("w") as file:
+    print("half of the new,", file=file, flush=True)
     print(temporary, flush=True)
     sys.stdin.readline()
-    temporary.write_text("all of the new")
+    print("and the other half", file=file, flush=True)
 """
 HOLD_THE_LOCK = """
 import sys
@@ -172,7 +172,7 @@ def test_a_write_leaves_the_temporary_of_a_process_that_is_still_writing(tmp_pat
     write_text(path, "mine")
     process.communicate("go on\n")
     assert process.returncode == 0
-    assert path.read_text() == "all of the new"
+    assert path.read_text() == "half of the new,\nand the other half\n"
     assert names_in(tmp_path) == ["model.pth"]
 
 

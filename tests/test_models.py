@@ -316,7 +316,7 @@ def test_the_features_of_a_frozen_backbone_do_not_depend_on_the_rest_of_the_batc
 def test_the_other_models_train_whole(name):
     model = small_model(name)
     before = copy_of(model.state_dict())
-    train_steps(model)
+    train_steps(model, 1)
     unchanged = [
         key for key, value in model.state_dict().items() if torch.equal(value, before[key])
     ]
@@ -557,7 +557,7 @@ def assert_refused(path):
 @each_model
 def test_a_loaded_model_gives_the_logits_of_the_one_that_was_saved(name, tmp_path, downloads):
     model = small_model(name, seed=5)
-    train_steps(model)
+    train_steps(model, 1)
     contents = contents_of(model)
     save_tensors(tmp_path / "model.pth", contents)
 
