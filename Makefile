@@ -16,6 +16,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 $(VENV)/ready: requirements.txt constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check \
 		--requirement requirements.txt $(TOOLS) --constraint constraints.txt

@@ -7,9 +7,11 @@ import json
 import os
 import secrets
 import stat
+import sys
 import sysconfig
 import time
 import types
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +158,7 @@ def fingerprint(preprocessors: Sequence[Preprocessor]) -> str:
         return ""
     digest = hashlib.sha256()
     for preprocessor in preprocessors:
-        digest.update(_describe(preprocessor, set()).encode("utf-8", "surrogateescape"))
+        digest.update(_describe(preprocessor, {}).encode("utf-8", "surrogateescape"))
         for probe in _probe_images():
             digest.update(_probe(preprocessor, probe))
     return digest.hexdigest()[:16]
@@ -176,7 +178,7 @@ def _probe(preprocessor: Preprocessor, image: np.ndarray) -> bytes:
     return f"{result.dtype}{result.shape}".encode() + result.tobytes()
 
 
-def _describe(value: Any, seen: set[int]) -> str:
+def _describe(value: Any, seen: dict[int, Any]) -> str:
     """A text that changes when what the value does changes, and not from run to run."""
 
     def describe_all(values: Any) -> str:
@@ -184,37 +186,62 @@ def _describe(value: Any, seen: set[int]) -> str:
 
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray | np.generic):
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
-    if isinstance(value, types.ModuleType):
-        return value.__name__
     if id(value) in seen:
         return "again"
-    seen.add(id(value))
+    seen[id(value)] = value  # keeps it alive, or a later value might get its number
+    if isinstance(value, types.ModuleType):
+        return _describe_module(value)
     if isinstance(value, list | tuple):
         return describe_all(value)
     if isinstance(value, set | frozenset):
-        return "{" + ", ".join(sorted(_describe(v, set(seen)) for v in value)) + "}"
+        return "{" + ", ".join(sorted(_describe(v, dict(seen)) for v in value)) + "}"
     if isinstance(value, dict):
         return describe_all(value.items())
     if isinstance(value, functools.partial):
         return "partial" + describe_all([value.func, value.args, value.keywords])
     if isinstance(value, types.MethodType):
         return "method" + describe_all([value.__func__, value.__self__])
+    if isinstance(value, classmethod | staticmethod):
+        return type(value).__name__ + _describe(value.__func__, seen)
+    if isinstance(value, property):
+        return "property" + describe_all([value.fget])
     if isinstance(value, types.CodeType):
         return f"{value.co_code.hex()} {value.co_names}" + describe_all(value.co_consts)
     if isinstance(value, types.FunctionType):
         return _describe_function(value, describe_all)
     if isinstance(value, types.BuiltinFunctionType | np.ufunc):
         return repr(value.__name__)
-    kind = value if isinstance(value, type) else type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, type):
-        return name + describe_all(v for v in vars(value).values() if callable(v))
+        return _describe_class(value, describe_all)
     if hasattr(value, "__dict__"):
-        return name + describe_all([kind, vars(value)])
+        return "object" + describe_all([type(value), vars(value)])
     # The default text of an object is its address, which changes from run to run.
-    return name if type(value).__repr__ is object.__repr__ else repr(value)
+    return repr(type(value)) if type(value).__repr__ is object.__repr__ else repr(value)
+
+
+def _describe_module(module: types.ModuleType) -> str:
+    filename = getattr(module, "__file__", None)
+    if filename is None or _is_installed(filename):
+        return module.__name__
+    return module.__name__ + hashlib.sha256(Path(filename).read_bytes()).hexdigest()
+
+
+def _describe_class(kind: type, describe_all: Callable[[Any], str]) -> str:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__ == "builtins" or _is_installed(getattr(module, "__file__", None) or ""):
+        return name
+    behaviour = types.FunctionType | classmethod | staticmethod | property
+    own = {
+        member: value
+        for member, value in sorted(vars(kind).items())
+        if isinstance(value, behaviour) or not member.startswith("__")
+    }
+    return name + describe_all([own, kind.__bases__])
 
 
 def _describe_function(function: types.FunctionType, describe_all: Callable[[Any], str]) -> str:
@@ -300,7 +327,14 @@ def find_images(data_dir: str | Path) -> pd.DataFrame:
             f"{_shown(data_dir)}: {_shown(stray)} stands directly in it; the layout is one "
             "sub-folder a class"
         )
-    classes = [parent[-1] for parent in parents]
+    # One system writes é as one character, another as e and an accent: it is the same class.
+    classes = [unicodedata.normalize("NFC", parent[-1]) for parent in parents]
+    unwritable = [name for name in classes if not _is_unicode(name)]
+    if unwritable:
+        raise ValueError(
+            f"{_shown(data_dir)}: the name of the class folder {_shown(unwritable[0])} is not "
+            "valid UTF-8; rename it"
+        )
     if len(set(classes)) < 2:
         raise ValueError(
             f"{_shown(data_dir)}: all images are of one class, {_shown(classes[0])}; a classifier "
@@ -308,6 +342,14 @@ def find_images(data_dir: str | Path) -> pd.DataFrame:
         )
     source_splits = ["/".join(parent[:-1]) for parent in parents]
     return pd.DataFrame({"path": paths, "class": classes, "source_split": source_splits})
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]:
@@ -400,7 +442,8 @@ class _ArrayCache:
         if not doubtful:
             return index
         # A copy, a checkout or a touch changes the times alone; only the contents decide.
-        refreshed = {old.path: self._refreshed(old) for old in doubtful}
+        progress = tqdm(doubtful, "checking images", unit="img", disable=None, leave=False)
+        refreshed = {old.path: self._refreshed(old) for old in progress}
         if any(record is None for record in refreshed.values()):
             return None
         records = [refreshed.get(r.path, r) or r for r in index.records]
@@ -560,6 +603,7 @@ def stratified_split(
 
     # Groups with the same number of images of each class are one kind, and stand for one another.
     kinds, kind_of_group = np.unique(contents, axis=0, return_inverse=True)
+    kind_of_group = kind_of_group.ravel()  # numpy 2.0 alone gives it a second dimension
     kind_sizes = np.bincount(kind_of_group, minlength=len(kinds))
     training = names.index("train") if "train" in names else int(fractions.argmax())
     numbers = _numbers_of_groups(kinds, kind_sizes, fractions, training)
@@ -605,28 +649,39 @@ def _numbers_of_groups(
         missing = ((counts == 0) & must_have) @ np.ones(kinds.shape[1])
         return by_class + 1e-3 * in_all + 1e9 * missing
 
-    # A step takes `taken` from one split and gives it to another in exchange for `given`, a kind
-    # each; the last, empty kind makes a move of an exchange.
-    steps = np.vstack([kinds, np.zeros_like(kinds[:1])])
-    num_given = len(steps) if len(steps) <= 64 else 1  # pairs of hundreds of kinds are too many
-    given = np.arange(len(steps))[-num_given:]
-    change = steps[:-1, None, :] - steps[None, given, :]
     while True:
-        counts = numbers.T @ kinds
-        now = cost(counts)
-        loses = cost(counts - change[:, :, None, :]) - now
-        gains = cost(counts + change[:, :, None, :]) - now
-        delta = loses[:, :, :, None] + gains[:, :, None, :]  # taken, given, from, to
-        available = np.vstack([numbers, np.ones_like(numbers[:1])]) > 0
-        delta[~np.broadcast_to(available[:-1, None, :, None], delta.shape)] = np.inf
-        delta[~np.broadcast_to(available[given][None, :, None, :], delta.shape)] = np.inf
-        delta[:, :, np.arange(len(now)), np.arange(len(now))] = np.inf
-        taken, other, source, target = np.unravel_index(delta.argmin(), delta.shape)
-        if not delta[taken, other, source, target] < -1e-9:
+        step = _best_step(numbers, kinds, cost)
+        if step is None:
             return numbers
-        numbers[taken, [source, target]] += [-1, 1]
-        if given[other] < len(kinds):
-            numbers[given[other], [source, target]] += [1, -1]
+        numbers += step
+
+
+def _best_step(
+    numbers: np.ndarray, kinds: np.ndarray, cost: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray | None:
+    """The change of `numbers` that lowers the cost most, or None where none lowers it.
+
+    A step takes a group of one kind out of a split into another, in exchange for one of another
+    kind; with the empty kind in exchange it is a plain move.
+    """
+    num_splits = numbers.shape[1]
+    kinds = np.vstack([kinds, np.zeros_like(kinds[:1])])
+    available = np.vstack([numbers, np.ones_like(numbers[:1])]) > 0
+    # Exchanging each with each takes too long for hundreds of kinds; moving alone does there.
+    others = np.arange(len(kinds)) if len(kinds) <= 64 else np.array([len(kinds) - 1])
+    change = (kinds[:-1, None] - kinds[None, others])[:, :, None]
+    counts = numbers.T @ kinds[:-1]
+    losses, gains = cost(counts - change) - cost(counts), cost(counts + change) - cost(counts)
+    delta = losses[:, :, :, None] + gains[:, :, None, :]  # [taken, given, source, target]
+    possible = available[:-1, None, :, None] & available[None, others, None, :]
+    delta[~possible | np.eye(num_splits, dtype=bool)] = np.inf
+    taken, given, source, target = np.unravel_index(delta.argmin(), delta.shape)
+    if not delta[taken, given, source, target] < -1e-9:
+        return None
+    step = np.zeros((len(kinds), num_splits), dtype=np.int64)
+    step[taken, [source, target]] += [-1, 1]
+    step[others[given], [source, target]] += [1, -1]
+    return step[:-1]
 
 
 def _largest_remainder(total: int, fractions: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ deviation itself, and gives float32 logits `(B, num_classes)`. Its `config` hold
 `get_model` that rebuild it.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -85,6 +86,15 @@ class SimpleCNN(LesionClassifier):
             nn.ReLU(),
         )
         super().__init__(backbone, 256, num_classes, dropout_rate)
+        self.image_size = image_size
+
+    def features(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"this SimpleCNN is made for images of {self.image_size} pixels, not of "
+                f"{tuple(images.shape[-2:])}; give get_model the image_size of the data"
+            )
+        return super().features(images)
 
 
 class ResNetFromScratch(LesionClassifier):
@@ -265,7 +275,8 @@ def imagenet_weights(layers: int, download: bool = True) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             hash_prefix = path.stem.rsplit("-", 1)[1]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix)
+            is_shown = sys.stderr.isatty()
+            torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=is_shown)
             return path
         except (URLError, OSError, RuntimeError) as error:  # the last: not the hash it should have
             reason = str(getattr(error, "reason", error))

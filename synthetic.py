@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
+from tqdm import tqdm
 
 from files import lock
 
@@ -296,14 +297,18 @@ def make_dataset(root: str | Path, num_images: int = 600, seed: int = 42, size: 
 
 
 def _draw_files(root: Path, counts: np.ndarray, seed: int, size: int) -> None:
-    for (split, label), count in np.ndenumerate(counts):
-        class_name = CLASSES[label]
-        folder = root / SPLITS[split] / class_name
-        folder.mkdir(parents=True)
-        stem = f"{class_name.replace(' ', '_')}_{SPLITS[split].lower()}"
-        for i in range(count):
-            image = draw_lesion(class_name, np.random.default_rng([seed, split, label, i]), size)
-            image.save(folder / f"{stem}_{i:04d}.jpg", quality=90)
+    progress = tqdm(total=counts.sum(), desc="drawing", unit="img", disable=None, leave=False)
+    with progress:
+        for (split, label), count in np.ndenumerate(counts):
+            class_name = CLASSES[label]
+            folder = root / SPLITS[split] / class_name
+            folder.mkdir(parents=True)
+            stem = f"{class_name.replace(' ', '_')}_{SPLITS[split].lower()}"
+            for i in range(count):
+                rng = np.random.default_rng([seed, split, label, i])
+                image = draw_lesion(class_name, rng, size)
+                image.save(folder / f"{stem}_{i:04d}.jpg", quality=90)
+                progress.update()
 
 
 def _count_images(num_images: int) -> np.ndarray:

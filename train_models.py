@@ -7,6 +7,7 @@ needed: importing torch takes seconds, which neither `--help` nor a mistyped fla
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from training import Evaluation
 
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
-# Settings in which two runs may differ and the second still go on with the first.
+# Settings on which no result depends: a run may be resumed with others.
 NOT_RESULTS = {
     "data_dir", "save_dir", "cache_dir", "models", "device", "num_workers", "checkpoint_every",
     "resume",
@@ -92,9 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(settings, is_demo)
         except (ValueError, OSError) as error:
-            print(f"train_models.py: error: {_in_one_line(error)}", file=sys.stderr)
-            return 2
+            return _say_error(error)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            return _say_error(f"out of memory; try a --batch_size below {settings.batch_size}")
     return 0
+
+
+def _say_error(message: object) -> int:
+    print(f"train_models.py: error: {_in_one_line(message)}", file=sys.stderr)
+    return 2
 
 
 # ---------------------------------------------------------------------------- flags
@@ -230,6 +239,7 @@ def run(settings: Settings, is_demo: bool = False) -> None:
     _check_folders(settings)
 
     import torch
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from dataset import DatasetBuilder, create_dataloaders
 
@@ -263,7 +273,7 @@ def run(settings: Settings, is_demo: bool = False) -> None:
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
     print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
 
-    _begin(settings, metadata)
+    _begin(settings, metadata, is_demo)
     _picture_data(save_dir, datasets["train"], metadata, settings)
     rows = []
     for number, name in enumerate(settings.models, 1):
@@ -272,7 +282,8 @@ def run(settings: Settings, is_demo: bool = False) -> None:
         if settings.resume and finished.exists():
             print("finished already")
         else:
-            _train_one(name, settings, loaders, device)
+            with logging_redirect_tqdm():  # or a line of the log would break the bar
+                _train_one(name, settings, loaders, device)
         rows.append(_comparison_row(json.loads(finished.read_text(encoding="utf-8"))))
     _compare(save_dir, rows)
 
@@ -312,11 +323,16 @@ def _check_folders(settings: Settings) -> None:
 
 
 def _check_weights(settings: Settings) -> None:
-    """Raises FileNotFoundError when ImageNet weights are wanted and cannot be had."""
+    """Raises when ImageNet weights are wanted and cannot be had, or a file has no use."""
     from models import imagenet_weights, is_pretrained
 
-    if settings.weights == "imagenet" and any(map(is_pretrained, settings.models)):
+    is_wanted = any(map(is_pretrained, settings.models))
+    if settings.weights == "imagenet" and is_wanted:
         imagenet_weights(settings.layers)
+    elif settings.weights not in ("imagenet", "none") and not is_wanted:
+        raise ValueError(
+            f"--weights {settings.weights}: none of the chosen models starts from given weights"
+        )
 
 
 def _choose_device(name: str) -> "torch.device":
@@ -326,8 +342,8 @@ def _choose_device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for what is not there
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whichever torch raises
         raise ValueError(f"--device {name} cannot be used: {error}") from error
     return device
 
@@ -347,39 +363,73 @@ def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClass
     )
 
 
-def _begin(settings: Settings, metadata: "pd.DataFrame") -> None:
+def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
     """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
     from files import write_atomically, write_text
 
     save_dir = Path(settings.save_dir)
-    config_path = save_dir / "config.json"
-    if settings.resume and config_path.exists():
-        _check_same_run(settings, config_path)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("comparison.csv", "comparison.png"):
-        (save_dir / name).unlink(missing_ok=True)
-    if not settings.resume:
+    earlier = _read_config(save_dir)
+    if is_demo and earlier.get("settings", {}).get("data_dir") not in (None, settings.data_dir):
+        raise ValueError(
+            f"{save_dir} holds a run on other images; give the demo another --save_dir"
+        )
+    runs = earlier.get("runs", {})
+    run = _describe_run(settings, metadata)
+    if settings.resume:
+        _check_same_run(settings, runs, run)
+    else:
         for model in settings.models:
             for name in ("metrics.json", "last.pth"):
                 (save_dir / model / name).unlink(missing_ok=True)
-    config = {"settings": asdict(settings), "command": command(settings)} | _environment()
-    write_text(config_path, json.dumps(config, indent=2) + "\n")
+    save_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("comparison.csv", "comparison.png"):
+        (save_dir / name).unlink(missing_ok=True)
+    config = {
+        "command": command(settings),
+        "settings": asdict(settings),
+        "runs": runs | dict.fromkeys(settings.models, run),
+    }
+    write_text(save_dir / "config.json", json.dumps(config | _environment(), indent=2) + "\n")
     with write_atomically(save_dir / "splits.csv") as temporary:
         metadata.to_csv(temporary, index=False, errors="surrogateescape")
 
 
-def _check_same_run(settings: Settings, config_path: Path) -> None:
-    before = json.loads(config_path.read_text(encoding="utf-8"))["settings"]
-    now = json.loads(json.dumps(asdict(settings)))
-    differing = [
-        f"{name} was {before.get(name)}, is {now[name]}"
-        for name in now
-        if name not in NOT_RESULTS and before.get(name) != now[name]
-    ]
-    if differing:
+def _read_config(save_dir: Path) -> dict[str, Any]:
+    path = save_dir / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config["runs"], dict) else {}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--resume: the run in {settings.save_dir} had other settings: {'; '.join(differing)}"
-        )
+            f"{path} was not written by this program; choose another --save_dir"
+        ) from error
+
+
+def _describe_run(settings: Settings, metadata: "pd.DataFrame") -> dict[str, Any]:
+    """What a model's results depend on, as JSON gives it back."""
+    images = metadata[["path", "class", "content_hash", "split"]].to_csv(index=False)
+    digest = hashlib.sha256(images.encode("utf-8", "surrogateescape")).hexdigest()
+    kept = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
+    return json.loads(json.dumps(kept | {"images and splits": digest[:16]}))
+
+
+def _check_same_run(settings: Settings, runs: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raises ValueError when what stands in `save_dir` is no beginning of this run."""
+    for model in settings.models:
+        folder = Path(settings.save_dir) / model
+        if not any((folder / name).exists() for name in ("metrics.json", "last.pth")):
+            continue
+        before = runs.get(model, {})
+        differing = [
+            f"{n} was {before.get(n)}, is {run[n]}" for n in run if before.get(n) != run[n]
+        ]
+        if differing:
+            raise ValueError(
+                f"--resume: {folder} is of another run: {'; '.join(differing)}; run without "
+                "--resume, or with another --save_dir"
+            )
 
 
 def _environment() -> dict[str, Any]:
@@ -559,7 +609,7 @@ def _compare(save_dir: Path, rows: list[dict[str, Any]]) -> None:
             "parameters": comparison["parameters"].map("{:,}".format),
         }
     )
-    print(f"\nOn the test split (weighted by class):\n{shown.to_string(index=False)}")
+    print(f"\nOn the test split, weighted by class:\n{shown.to_string(index=False)}")
     print(f"\nEverything is in {save_dir}.")
 
 

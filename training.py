@@ -133,14 +133,14 @@ def evaluate(
     model.eval()
     all_logits, all_labels = [], []
     with torch.inference_mode():
-        for images, labels in loader:
+        for images, labels in tqdm(loader, "evaluating", disable=None, leave=False):
             with _autocast(device, dtype):
                 all_logits.append(model(_move_images(images, device, dtype)).float())
             all_labels.append(labels)
     model.train(was_training)
     if not all_labels:
         raise ValueError("the loader gave no batches to evaluate on")
-    logits = torch.cat(all_logits).double().cpu()
+    logits = torch.cat(all_logits).cpu().double()
     labels = torch.cat([labels.cpu() for labels in all_labels])
     loss = F.cross_entropy(logits, labels).item()
     return Evaluation(loss, labels.numpy(), logits.softmax(dim=1).numpy())
@@ -213,12 +213,12 @@ def train(
             "class_weights": None if class_weights is None else [float(w) for w in class_weights],
             "precision": str(dtype),
             "seed": seed,
-        } | _describe_run(model, optimizer, scheduler, train_loader, valid_loader)
+        } | _describe_run(model, optimizer, scheduler, train_loader, valid_loader, num_steps)
         checkpoint = _Checkpoint(Path(save_path), model, optimizer, scheduler, settings)
     if resume:
         progress = _resume(checkpoint, train_loader)
 
-    window, checkpointed = _Window(), time.monotonic()
+    window, checkpointed = _Window(progress.recent_losses), time.monotonic()
     batches = _endless_batches(train_loader, progress.step)
     model.train()
     with _own_random_state(device), _StepBar(num_steps, progress) as bar:
@@ -253,9 +253,10 @@ def train(
                         checkpoint.save_best(progress, valid_loader, class_names)
                 bar.log(progress)
                 window = _Window()
+                progress.recent_losses = []
 
             if checkpoint is not None and _is_due(checkpoint_every, progress.step, checkpointed):
-                window.check_losses()
+                progress.recent_losses = window.all_losses()
                 checkpoint.save_last(progress)
                 checkpointed = time.monotonic()
     if checkpoint is not None:
@@ -276,6 +277,7 @@ class _Progress:
     best_metrics: dict[str, Any] = field(default_factory=dict)
     best_state: dict[str, Tensor] = field(default_factory=dict)
     evaluations_since_best: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # since the last evaluation
 
     def add(
         self,
@@ -315,7 +317,8 @@ class _Progress:
 class _Window:
     """The training steps since the last evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, losses_before: Sequence[float] = ()) -> None:
+        self.losses_before = list(losses_before)  # of a run that is resumed
         self.steps: list[tuple[int, float]] = []
         self.losses: list[Tensor] = []  # they stay on the device: reading one waits for it
         self.num_images = 0
@@ -326,7 +329,7 @@ class _Window:
         self.losses.append(loss)
         self.num_images += num_images
 
-    def check_losses(self) -> list[float]:
+    def all_losses(self) -> list[float]:
         """The losses as numbers; raises NonFiniteLossError at the first that is none."""
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for (step, learning_rate), loss in zip(self.steps, losses, strict=True):
@@ -335,10 +338,10 @@ class _Window:
                     f"the training loss is {loss} at step {step} (learning rate "
                     f"{learning_rate:.3g}); try a smaller --learning_rate, or --precision fp32"
                 )
-        return losses
+        return self.losses_before + losses
 
     def mean_loss(self) -> float:
-        return float(np.mean(self.check_losses()))
+        return float(np.mean(self.all_losses()))
 
     def images_per_second(self) -> float:
         return self.num_images / (time.monotonic() - self.started)
@@ -426,14 +429,16 @@ def _class_names(loader: Batches, num_classes: int) -> list[str]:
 
 
 def _endless_batches(loader: Batches, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(loader, LesionLoader):
-        yield from loader.batches(start)
+    return loader.batches(start) if isinstance(loader, LesionLoader) else _repeat(loader)
+
+
+def _repeat(loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         batch = None
         for batch in loader:
             yield batch
         if batch is None:
-            raise ValueError("the training loader gave no batches")
+            raise ValueError("the training loader gave no batches (any more)")
 
 
 def _memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
@@ -452,7 +457,7 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def _own_random_state(device: torch.device) -> Any:
-    """A context after which torch's global random state is what it was before."""
+    """A context after which the random state of the CPU and this device is what it was before."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
@@ -485,6 +490,7 @@ def _describe_run(
     scheduler: LRScheduler | None,
     train_loader: Batches,
     valid_loader: Batches,
+    num_steps: int,
 ) -> dict[str, Any]:
     """What must be the same for a run to go on as if it had not stopped, as plain values."""
     groups = [
@@ -492,10 +498,10 @@ def _describe_run(
         for group in optimizer.param_groups
     ]
     run = {
-        "model": getattr(model, "config", type(model).__name__),
+        "model": _config(model) or type(model).__name__,
         "optimizer": [type(optimizer).__name__, groups],
         "learning_rate": [group["lr"] for group in optimizer.param_groups],
-        "scheduler": type(scheduler).__name__,
+        "scheduler": _describe_scheduler(scheduler, num_steps),
     }
     for name, loader in {"train": train_loader, "valid": valid_loader}.items():
         if isinstance(loader, LesionLoader):
@@ -512,6 +518,21 @@ def _describe_run(
                 "preprocessors": loader.dataset.preprocessors,
             }
     return run
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return config if isinstance(config, dict) else {}
+
+
+def _describe_scheduler(scheduler: LRScheduler | None, num_steps: int) -> list[str]:
+    if scheduler is None:
+        return []
+    described = [type(scheduler).__name__, repr(scheduler.state_dict())]
+    if isinstance(scheduler, LambdaLR):  # what its functions hold is not in its state
+        steps = range(0, num_steps, max(num_steps // 16, 1))
+        described += [repr([factor(s) for s in steps]) for factor in scheduler.lr_lambdas]
+    return described
 
 
 def _resume(checkpoint: "_Checkpoint | None", train_loader: Batches) -> _Progress:
@@ -536,7 +557,6 @@ class _Checkpoint:
         scheduler: LRScheduler | None,
         settings: dict[str, Any],
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
@@ -544,12 +564,13 @@ class _Checkpoint:
         self.settings = settings
 
     def save_history(self, progress: _Progress) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with write_atomically(self.folder / "history.csv") as temporary:
             pd.DataFrame(progress.history).to_csv(temporary, index=False)
 
     def save_best(self, progress: _Progress, valid_loader: Batches, class_names: list[str]) -> None:
         """Writes `model.pth`, all that is needed to use the best model."""
-        config = getattr(self.model, "config", {})
+        config = _config(self.model)
         dataset = getattr(valid_loader, "dataset", None)
         contents = {
             "config": config,
@@ -570,6 +591,7 @@ class _Checkpoint:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.folder / "last.pth", contents)
 
     def restore(self) -> _Progress:

@@ -483,7 +483,7 @@ def _draw_dots(ax: Axes, values: pd.Series, label: str) -> None:
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
     elif high > 0:
-        ax.set_xlim(0, 1.25 * high)
+        ax.set_xlim(-0.15 * high, 1.25 * high)  # room for the number over a dot at the edge
     else:
         ax.set_xticks([])
     middle = sum(ax.get_xlim()) / 2

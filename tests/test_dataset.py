@@ -69,6 +69,18 @@ def test_classes_alone_work_with_spaces_and_unicode(make_images):
     assert set(images["source_split"]) == {""}
 
 
+def test_one_class_written_in_two_ways_is_one_class(make_images):
+    root = make_images({"Train/n\u00e9vus": 2, "Test/ne\u0301vus": 1, "Train/b": 1})
+    assert sorted(find_images(root)["class"]) == ["b"] + ["n\u00e9vus"] * 3
+
+
+def test_a_class_name_that_no_table_could_hold_is_refused(make_images):
+    root = make_images({"a": 1, "b": 1})
+    os.rename(root / "b", os.fsencode(root) + b"/caf\xe9")
+    with pytest.raises(ValueError, match="not valid UTF-8; rename it"):
+        find_images(root)
+
+
 def test_hidden_files_and_files_of_other_kinds_are_passed_over(make_images):
     root = make_images({"a": 1, "b": 1, ".cache/c": 1})
     shutil.copy(root / "a/0000.png", root / "a/._0000.png")
@@ -227,6 +239,44 @@ def function_from(source):
     return namespace["f"]
 
 
+def with_options(image, **options):
+    return image
+
+
+CALLABLES = """
+class Base:
+    LIMIT = {0}
+    def __call__(self, x):
+        return x if x.size else {1}
+    @property
+    def size(self):
+        return {2}
+    @staticmethod
+    def helper():
+        return {3}
+class Sub(Base):
+    def __init__(self):
+        self.a, self.b, self.c, self.d = 1, 1, {4}, {5}
+f = Sub()
+one = two = three = 1
+four = {6}
+def g(x):
+    return f(x) if x.size else one + two + three + four
+"""
+
+
+def test_a_fingerprint_sees_all_of_an_object_and_of_what_a_function_uses():
+    def printed(numbers):
+        namespace = {"__name__": "of_the_user"}
+        exec(CALLABLES.format(*numbers), namespace)
+        return fingerprint([namespace["g"]])
+
+    plain = [1] * 7
+    found = [printed(plain)] + [printed([*plain[:i], 2, *plain[i + 1 :]]) for i in range(7)]
+    assert len(set(found)) == 8
+    assert printed(plain) == found[0]
+
+
 def test_a_fingerprint_tells_preprocessors_apart_and_the_same_ones_alike():
     rare = "def f(x, limit={}):\n    return x * 0 if x.shape == (1, {}, 3) else {}"
     helper = "def g(x):\n    return x if x.size else {}\ndef f(x):\n    return g(x)"
@@ -249,6 +299,9 @@ def test_a_fingerprint_tells_preprocessors_apart_and_the_same_ones_alike():
 
     assert fingerprint([enclosing(1)]) == fingerprint([enclosing(1)])
     assert fingerprint([enclosing(1)]) != fingerprint([enclosing(2)])
+    many = dict.fromkeys("abcd", 1)
+    changed = [fingerprint([functools.partial(with_options, **many | {k: 2})]) for k in many]
+    assert len({*changed, fingerprint([functools.partial(with_options, **many)])}) == 5
     assert fingerprint([functools.partial(resize, size=9)]) != fingerprint([resize])
     assert fingerprint([resize, normalize]) != fingerprint([normalize, resize])
     assert fingerprint([]) == ""

@@ -1,4 +1,4 @@
-"""The four classifiers: what they are made of, where their weights come from, and loading them."""
+"""The four classifiers: what they are made of, where weights come from, and back from disk."""
 
 import urllib.error
 from pathlib import Path

@@ -41,7 +41,7 @@ def arguments(make_images, tmp_path):
     return [
         "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
         "--layers", "18", "--num_steps", "4", "--eval_every", "2", "--batch_size", "8",
-        "--weights", "none",
+        "--weights", "none", "--device", "cpu",
     ]  # fmt: skip
 
 
@@ -125,6 +125,39 @@ def test_resume_with_other_settings_is_refused(arguments, tmp_path, capfd):
     assert digest(tmp_path / "out") == before
 
 
+def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, capfd):
+    simple = [*arguments, "--models", "simple_cnn"]
+    main(simple)
+    main([*arguments, "--models", "resnet_scratch", "--num_steps", "3"])
+    both = [*arguments, "--models", "simple_cnn", "resnet_scratch", "--resume", "--num_steps", "3"]
+    assert main(both) == 2
+    assert "simple_cnn is of another run: num_steps was 4, is 3" in capfd.readouterr().err
+    assert main([*simple, "--resume", "--save_dir", str(tmp_path / "out")]) == 0
+    (Path(arguments[1]) / "Train/melanoma/0000.png").unlink()
+    before = digest(tmp_path / "out")
+    assert main([*simple, "--resume"]) == 2
+    assert "images and splits was" in capfd.readouterr().err
+    assert digest(tmp_path / "out") == before
+
+
+def test_a_config_of_something_else_is_not_overwritten(arguments, tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text('{"model_type": "vit"}')
+    before = digest(tmp_path / "out")
+    assert main(arguments) == 2
+    assert "config.json was not written by this program" in capfd.readouterr().err
+    assert digest(tmp_path / "out") == before
+
+
+def test_the_demo_leaves_a_real_run_alone(arguments, tmp_path, monkeypatch, capfd):
+    main([*arguments, "--models", "simple_cnn"])
+    before = digest(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--demo", "--device", "cpu", "--save_dir", "out"]) == 2
+    assert "out holds a run on other images" in capfd.readouterr().err
+    assert digest(tmp_path / "out") == before
+
+
 def test_an_older_run_is_never_taken_for_this_one(arguments, tmp_path, monkeypatch):
     main([*arguments, "--models", "simple_cnn"])
 
@@ -175,7 +208,9 @@ def mistakes(make_images, tmp_path):
         (["--device", "nonsense"], ["--device nonsense"]),
         (["--image_size", "8"], ["--image_size: 8"]),
         (["--demo"], ["--demo", "--data_dir"]),
-        (["--no-such-flag"], ["no_such_flag"]),
+        (["--device", "meta"], ["--device meta"]),
+        (["--models", "simple_cnn", "--weights", str(root)], ["none of the chosen models"]),
+        (["--mistyped"], ["--mistyped"]),
     ]
 
 
