@@ -76,9 +76,9 @@ class Settings:
 DEMO_SETTINGS = Settings(
     data_dir="data/demo",
     layers=18,
-    image_size=48,
-    num_steps=160,
-    eval_every=40,
+    image_size=32,
+    num_steps=280,
+    eval_every=70,
     learning_rate=0.003,
     dropout_rate=0.1,
 )
