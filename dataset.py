@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ import pandas as pd
 import PIL
 import torch
 from PIL import Image, ImageOps
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -34,6 +36,28 @@ from files import lock, write_text
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
+STEM_COLUMNS = ("image_id", "image_name", "isic_id")  # HAM10000's, the 2020 challenge's, ISIC's
+METADATA_COLUMNS = (
+    "path",
+    "class",
+    "label",
+    "source_split",
+    "width",
+    "height",
+    "content_hash",
+    "picture",
+    "group",
+    "split",
+)
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "valid",
+    "valid": "valid",
+    "validation": "valid",
+    "test": "test",
+    "testing": "test",
+}
 MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling may show an image
 
 Preprocessor = Callable[[np.ndarray], np.ndarray]
@@ -302,14 +326,16 @@ def _as_uint8(image: Any, name: str) -> np.ndarray:
 # ---------------------------------------------------------------------------- image folders
 
 
-def find_images(data_dir: str | Path) -> pd.DataFrame:
+def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.DataFrame:
     """The images below a folder, a row each: `path`, `class`, `source_split`, sorted by path.
 
     `path` is relative to `data_dir` with forward slashes, `class` the parent folder's name, and
-    `source_split` what lies above that. Hidden files and folders are passed over, links followed.
+    `source_split` what lies above that. Without class folders there is no `class`, and
+    `source_split` is all that lies above the image. Hidden files and folders are passed over, links
+    followed.
 
-    Raises FileNotFoundError for no such folder; ValueError for no images, for images that stand
-    directly in `data_dir`, and for fewer than two classes.
+    Raises FileNotFoundError for no such folder; ValueError for no images, and where there are class
+    folders for images that stand directly in `data_dir` and for fewer than two classes.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -321,6 +347,8 @@ def find_images(data_dir: str | Path) -> pd.DataFrame:
             "one sub-folder a class"
         )
     parents = [path.split("/")[:-1] for path in paths]
+    if not has_class_folders:
+        return pd.DataFrame({"path": paths, "source_split": ["/".join(p) for p in parents]})
     if not all(parents):
         stray = paths[parents.index([])]
         raise ValueError(
@@ -365,6 +393,75 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
             yield from _walk(path, ancestors | {identity})
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
+
+
+# ---------------------------------------------------------------------------- the user's tables
+
+
+def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV file with a row an image, which it names in `path` or in one of `STEM_COLUMNS`.
+
+    Raises FileNotFoundError for no such file, and ValueError for a file that is no such table or
+    lacks one of `columns`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{_shown(path)}: no such file")
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(("path", *STEM_COLUMNS), str))
+    except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
+        raise ValueError(f"{_shown(path)}: not a table in CSV ({error})") from error
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise ValueError(
+            f"{_shown(path)}: no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+        )
+    return table
+
+
+def join_table(paths: Sequence[str], table: pd.DataFrame, name: str | Path) -> pd.DataFrame:
+    """The table's row for each image, in the images' order; empty values where it has none.
+
+    Images are found by `path`, relative to the data's folder, or else by the file's name without
+    its suffix in one of `STEM_COLUMNS`. `name` is what errors call the table. Raises ValueError
+    when the table names no images, names one twice, or names none of these.
+    """
+    keys = [column for column in ("path", *STEM_COLUMNS) if column in table]
+    if not keys:
+        raise ValueError(
+            f"{_shown(name)}: no column {', '.join(('path', *STEM_COLUMNS))} to know the images by"
+        )
+    wanted = pd.Index(paths)
+    if keys[0] != "path":
+        wanted = pd.Index([PurePosixPath(path).stem for path in paths])
+    rows = table.set_index(keys[0])
+    found = rows.index[rows.index.isin(wanted)]
+    if len(found) == 0:
+        raise ValueError(
+            f"{_shown(name)}: matches no image; its {keys[0]} are like {rows.index[0]!r}, those of "
+            f"the images like {wanted[0]!r}"
+        )
+    if found.has_duplicates:
+        twice = found[found.duplicated()][0]
+        raise ValueError(f"{_shown(name)}: has more than one row for {_shown(twice)}")
+    return rows.reindex(wanted).reset_index(drop=True)
+
+
+def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
+    """Numbers (N,) of the groups of images that belong together by any of these columns.
+
+    Images with the same value of a key are in one group, and so are those that others join: a
+    patient with two lesions joins the pictures of both. An empty value joins nothing.
+    """
+    num_images = len(metadata)
+    links = []
+    for key in keys:
+        codes = pd.factorize(metadata[key])[0]
+        first = pd.Series(range(num_images)).groupby(codes).transform("first").to_numpy()
+        named = np.flatnonzero(codes >= 0)
+        links.append(np.stack([named, first[named]]))
+    rows, columns = np.concatenate(links, axis=1)
+    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(num_images, num_images))
+    return connected_components(graph, directed=False)[1]
 
 
 # ---------------------------------------------------------------------------- the array on disk
@@ -617,6 +714,23 @@ def stratified_split(
     return np.array(names)[split_of_group[group_of_row]]
 
 
+def k_fold_splits(
+    metadata: pd.DataFrame, k: int = 5, seed: int = 42
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cross-validation, stratified and grouped: k pairs of training and validation row numbers.
+
+    `metadata` is that of `DatasetBuilder.build`, or some rows of it; its columns `label` and
+    `group` are used. Row numbers count from 0, whatever its index. Each row is in one validation
+    part, with all of its group. Raises ValueError for fewer than two folds or groups than folds.
+    """
+    if k < 2 or metadata["group"].nunique() < k:
+        raise ValueError(f"k is {k}; it must be from 2 to the number of groups")
+    folds = {str(fold): 1 / k for fold in range(k)}
+    labels = pd.factorize(metadata["label"], sort=True)[0]
+    fold = stratified_split(labels, metadata["group"].to_numpy(), folds, seed)
+    return [(np.flatnonzero(fold != name), np.flatnonzero(fold == name)) for name in folds]
+
+
 def _check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
     names, fractions = list(splits), np.array(list(splits.values()), dtype=np.float64)
     if not names:
@@ -701,7 +815,7 @@ def _warn_of_missing_classes(metadata: pd.DataFrame, names: Sequence[str]) -> No
     ]
     if lacks:
         message = "; ".join(lacks)
-        warnings.warn(f"classes too small for every split: {message}", stacklevel=3)
+        warnings.warn(f"not every split has every class: {message}", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------- the builder
@@ -718,6 +832,20 @@ class DatasetBuilder:
     num_workers : threads that prepare images; None is one a processor
     seed : decides which images go to which split
     skip_unreadable : go on without images that cannot be read, with a warning, instead of raising
+    labels_csv : a table whose column `class` overrides the folders of the images that it names
+    label_column : the column of `labels_csv`, or else of `metadata_csv`, that alone gives the
+        classes; the images then need no class folders
+    label_conflicts : what becomes of pictures that stand under several classes: "keep" them
+        (together, in one split), "drop" them all, or "error"
+    metadata_csv : a table whose columns are added to the metadata; a name that the metadata has
+        already gets the ending `_given`
+    group_by : columns of `metadata_csv`; images with the same lesion or patient stay in one split
+    split_by : "random", or "folders" for the splits that the folders Train, Test and, if there is
+        one, Valid make; without a Valid it is taken out of Train
+    splits_csv : a table whose column `split` gives the split of every image, such as an earlier
+        run's `splits.csv`
+
+    Tables name the images as `join_table` says.
     """
 
     def __init__(
@@ -729,11 +857,30 @@ class DatasetBuilder:
         num_workers: int | None = None,
         seed: int = 42,
         skip_unreadable: bool = False,
+        labels_csv: str | Path | None = None,
+        label_column: str | None = None,
+        label_conflicts: str = "keep",
+        metadata_csv: str | Path | None = None,
+        group_by: Sequence[str] = (),
+        split_by: str = "random",
+        splits_csv: str | Path | None = None,
     ) -> None:
         if image_size < 8:
             raise ValueError(f"image_size is {image_size}; it must be 8 or more")
         if num_workers is not None and num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
+        if label_conflicts not in ("keep", "drop", "error"):
+            raise ValueError(f"label_conflicts is {label_conflicts!r}; not keep, drop or error")
+        if split_by not in ("random", "folders"):
+            raise ValueError(f"split_by is {split_by!r}; it must be random or folders")
+        if split_by == "folders" and splits_csv is not None:
+            raise ValueError(
+                "splits come from split_by='folders' or from splits_csv, not from both"
+            )
+        if label_column is not None and labels_csv is None and metadata_csv is None:
+            raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
+        if group_by and metadata_csv is None:
+            raise ValueError("group_by needs the table its columns are in: metadata_csv")
         check_seed(seed)
         self.data_dir = Path(data_dir)
         self.image_size = image_size
@@ -742,6 +889,13 @@ class DatasetBuilder:
         self.num_workers = num_workers
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self.labels_csv = labels_csv
+        self.label_column = label_column
+        self.label_conflicts = label_conflicts
+        self.metadata_csv = metadata_csv
+        self.group_by = list(group_by)
+        self.split_by = split_by
+        self.splits_csv = splits_csv
 
     def build(
         self,
@@ -756,42 +910,149 @@ class DatasetBuilder:
         same content are never divided between splits.
 
         The metadata has a row an image: `path`, `class`, `label`, `source_split`, `width`,
-        `height`, `content_hash`, `picture`, `group`, `split`.
+        `height`, `content_hash`, `picture`, `group`, `split`, and the columns of `metadata_csv`.
 
-        Raises FileNotFoundError or ValueError for a folder or splits that cannot be used, and
-        UnreadableImageError, which names all images that cannot be read.
+        Raises FileNotFoundError or ValueError for a folder, tables or splits that cannot be used,
+        and UnreadableImageError, which names all images that cannot be read.
         """
         splits = DEFAULT_SPLITS if splits is None else splits
         _check_splits(splits)
-        images = find_images(self.data_dir)
+        images = self._find_labelled_images()
+        given = self._read_metadata(images)
         cache = _ArrayCache(
             self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
         )
         array_path, records = cache.load(images["path"])
         readable = self._check_readable(records)
-        metadata = _metadata(images, records)[readable].reset_index(drop=True)
-        if metadata["class"].nunique() < 2:
-            raise ValueError(
-                f"{_shown(self.data_dir)}: fewer than two classes have readable images"
-            )
 
-        classes = sorted(metadata["class"].unique())
-        metadata.insert(2, "label", metadata["class"].map(classes.index))
+        # Until the end, the index of the table is the row of the image in the array.
+        metadata = _metadata(images, records)[readable]
         metadata["picture"] = pd.factorize(metadata["content_hash"])[0]
-        metadata["group"] = metadata["picture"]
-        metadata["split"] = stratified_split(
-            metadata["label"].to_numpy(), metadata["group"].to_numpy(), splits, self.seed
-        )
-        _warn_of_missing_classes(metadata, list(splits))
-        rows = np.flatnonzero(readable)
+        metadata = self._settle_label_conflicts(metadata)
+        classes = sorted(metadata["class"].unique())
+        if len(classes) < 2:
+            raise ValueError(f"{_shown(self.data_dir)}: fewer than two classes are left")
+        metadata.insert(2, "label", metadata["class"].map(classes.index))
+        metadata = metadata.join(given)
+        keys = ["picture", *(_given_name(name) for name in self.group_by)]
+        groups = group_images(metadata, keys)
+        metadata.insert(metadata.columns.get_loc("picture") + 1, "group", groups)
+        split = self._split(metadata, splits)
+        metadata.insert(metadata.columns.get_loc("group") + 1, "split", split)
+
+        names = list(splits)
+        if self.splits_csv is not None or self.split_by == "folders":
+            usual = [name for name in DEFAULT_SPLITS if name in set(split)]
+            names = [*usual, *sorted(set(split) - set(usual))]
+        _warn_of_missing_classes(metadata, names)
         datasets = {}
-        for name in splits:
-            chosen = (metadata["split"] == name).to_numpy()
-            table = metadata[chosen].reset_index(drop=True)
+        for name in names:
+            part = metadata[metadata["split"] == name]
             datasets[name] = LesionDataset(
-                array_path, rows[chosen], table, classes, cache.fingerprint
+                array_path,
+                part.index.to_numpy(),
+                part.reset_index(drop=True),
+                classes,
+                cache.fingerprint,
             )
-        return datasets, metadata
+        return datasets, metadata.reset_index(drop=True)
+
+    def _find_labelled_images(self) -> pd.DataFrame:
+        images = find_images(self.data_dir, has_class_folders=self.label_column is None)
+        name = self.labels_csv or (self.metadata_csv if self.label_column else None)
+        if name is None:
+            return images
+        column = self.label_column or "class"
+        labels = join_table(images["path"], read_table(name, [column]), name)[column]
+        if self.label_column is None:
+            labels = labels.fillna(images["class"])
+        elif labels.isna().any():
+            without = images["path"][labels.isna()]
+            raise ValueError(
+                f"{_shown(name)}: no {column} for {len(without)} of {len(images)} images, such as "
+                f"{_shown(without.iloc[0])}; add them or move these images away"
+            )
+        images = images.drop(columns="class", errors="ignore")
+        images.insert(1, "class", labels.astype(str))
+        if images["class"].nunique() < 2:
+            raise ValueError(f"{_shown(name)}: all images are of one class")
+        return images
+
+    def _read_metadata(self, images: pd.DataFrame) -> pd.DataFrame:
+        """The user's columns, a row an image."""
+        if self.metadata_csv is None:
+            return pd.DataFrame(index=images.index)
+        table = read_table(self.metadata_csv, self.group_by)
+        given = join_table(images["path"], table, self.metadata_csv)
+        return given.rename(columns=_given_name)
+
+    def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
+        conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
+        if self.label_conflicts == "error" and conflicting.any():
+            first = metadata[metadata["picture"] == metadata["picture"][conflicting].iloc[0]]
+            names = ", ".join(map(_shown, first["path"]))
+            raise ValueError(
+                f"{conflicting.sum()} images are of pictures that stand under several classes, "
+                f"such as {names}"
+            )
+        return metadata[~conflicting].copy() if self.label_conflicts == "drop" else metadata
+
+    def _split(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
+        if self.splits_csv is not None:
+            split = self._read_splits(metadata)
+        elif self.split_by == "folders":
+            split = self._split_by_folders(metadata, splits)
+        else:
+            labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()
+            return stratified_split(labels, groups, splits, self.seed)
+        divided = pd.Series(split).groupby(metadata["group"].to_numpy()).nunique() > 1
+        if divided.any():
+            affected = metadata["group"].isin(divided.index[divided]).sum()
+            warnings.warn(
+                f"leakage: {divided.sum()} groups of images that belong together (same picture, "
+                f"lesion or patient), {affected} images, are divided between these splits",
+                stacklevel=3,
+            )
+        return split
+
+    def _read_splits(self, metadata: pd.DataFrame) -> np.ndarray:
+        table = read_table(self.splits_csv, ["split"])
+        split = join_table(metadata["path"], table, self.splits_csv)["split"]
+        without = metadata["path"][split.isna().to_numpy()]
+        if len(without) > 0:
+            raise ValueError(
+                f"{_shown(self.splits_csv)}: no split for {len(without)} of {len(metadata)} "
+                f"images, such as {_shown(without.iloc[0])}"
+            )
+        if len(table) > len(metadata):
+            extra = len(table) - len(metadata)
+            warnings.warn(
+                f"{_shown(self.splits_csv)}: {extra} of its images are not here", stacklevel=4
+            )
+        return split.astype(str).to_numpy()
+
+    def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
+        folder = metadata["source_split"].str.split("/").str[0]
+        split = folder.str.casefold().map(SPLIT_FOLDERS)
+        if split.isna().any():
+            stray = metadata["path"][split.isna()].iloc[0]
+            raise ValueError(
+                f"{_shown(stray)} is in no folder named Train, Valid or Test, which split_by needs"
+            )
+        missing = sorted({"train", "test"} - set(split))
+        if missing:
+            raise ValueError(f"{_shown(self.data_dir)}: no folder for the {missing[0]} split")
+        if "valid" not in set(split):
+            if not {"train", "valid"} <= set(splits):
+                raise ValueError("splits must have train and valid to take valid out of Train")
+            whole = splits["train"] + splits["valid"]
+            parts = {name: splits[name] / whole for name in ("train", "valid")}
+            rows = metadata[split == "train"]
+            labels = pd.factorize(rows["label"], sort=True)[0]
+            split[split == "train"] = stratified_split(
+                labels, rows["group"].to_numpy(), parts, self.seed
+            )
+        return split.to_numpy()
 
     def _check_readable(self, records: Sequence[_FileRecord]) -> np.ndarray:
         unreadable = [record for record in records if record.error]
@@ -805,6 +1066,10 @@ class DatasetBuilder:
                 )
             warnings.warn(f"{found} and are left out: {names}", stacklevel=3)
         return np.array([not record.error for record in records])
+
+
+def _given_name(column: str) -> str:
+    return f"{column}_given" if column in METADATA_COLUMNS else column
 
 
 def check_seed(seed: int) -> None:

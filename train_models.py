@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
 # Settings on which no result depends: a run may be resumed with others.
 NOT_RESULTS = {
-    "data_dir", "save_dir", "cache_dir", "models", "device", "num_workers", "checkpoint_every",
-    "resume",
+    "data_dir", "save_dir", "cache_dir", "labels_csv", "metadata_csv", "splits_csv", "models",
+    "device", "num_workers", "checkpoint_every", "resume",
 }  # fmt: skip
 
 
@@ -50,7 +50,14 @@ class Settings:
     layers: int = 50
     image_size: int = 224
     weights: str = "imagenet"
+    labels_csv: str | None = None
+    label_column: str | None = None
+    label_conflicts: str = "keep"
+    metadata_csv: str | None = None
+    group_by: tuple[str, ...] = ()
     splits: tuple[float, ...] = (0.7, 0.2, 0.1)
+    split_by: str = "random"
+    splits_csv: str | None = None
     batch_size: int = 32
     num_steps: int = 2000
     learning_rate: float = 0.001
@@ -127,6 +134,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
     is_demo = arguments.pop("demo")
     arguments["models"] = tuple(dict.fromkeys(arguments["models"]))
     arguments["splits"] = tuple(arguments["splits"])
+    arguments["group_by"] = tuple(arguments["group_by"])
     if abs(sum(arguments["splits"]) - 1) > 1e-6:
         shown = " ".join(f"{fraction:g}" for fraction in arguments["splits"])
         parser.error(f"--splits {shown} sums to {sum(arguments['splits']):g}, not to 1")
@@ -168,6 +176,14 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--cache_dir", metavar="DIR", help="prepared images (None: processed/ beside data_dir)")
     add("--skip_unreadable", action="store_true", help="go on without images that cannot be read")
     add("--splits", nargs=3, type=part, metavar=("TRAIN", "VALID", "TEST"), help="fractions")
+    add("--split_by", choices=("random", "folders"), help="folders: Train and Test as they are")
+    add("--splits_csv", metavar="FILE", help="splits from a table, such as an earlier splits.csv")
+    add("--labels_csv", metavar="FILE", help="classes that override the folders' names")
+    add("--label_column", metavar="NAME", help="the column that alone gives the classes")
+    conflicts = ("keep", "drop", "error")
+    add("--label_conflicts", choices=conflicts, help="pictures that stand under several classes")
+    add("--metadata_csv", metavar="FILE", help="a table to add, by path, image_id or isic_id")
+    add("--group_by", nargs="+", metavar="NAME", help="its columns that keep images together")
     add("--image_size", type=side, metavar="PIXELS", help="side of the square images")
 
     add("--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", help=", ".join(MODEL_NAMES))
@@ -255,9 +271,19 @@ def run(settings: Settings, is_demo: bool = False) -> None:
         num_workers=settings.num_workers or None,
         seed=settings.seed,
         skip_unreadable=settings.skip_unreadable,
+        labels_csv=settings.labels_csv,
+        label_column=settings.label_column,
+        label_conflicts=settings.label_conflicts,
+        metadata_csv=settings.metadata_csv,
+        group_by=settings.group_by,
+        split_by=settings.split_by,
+        splits_csv=settings.splits_csv,
     )
     splits = dict(zip(("train", "valid", "test"), settings.splits, strict=True))
     datasets, metadata = builder.build(splits=splits)
+    missing = [name for name in splits if name not in datasets]
+    if missing:
+        raise ValueError(f"--splits_csv {settings.splits_csv}: has no split {', '.join(missing)}")
     classes = datasets["train"].classes
     loaders = create_dataloaders(
         datasets,

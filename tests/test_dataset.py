@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +29,8 @@ from dataset import (
     create_dataloaders,
     find_images,
     fingerprint,
+    group_images,
+    k_fold_splits,
     normalize,
     read_image,
     resize,
@@ -521,6 +524,199 @@ def test_metadata_has_a_row_an_image_with_all_columns(make_images):
     assert (oblong["width"], oblong["height"]) == (30, 20)
 
 
+# ---------------------------------------------------------------------------- tables
+
+
+def write(path, table):
+    pd.DataFrame(table).to_csv(path, index=False)
+    return path
+
+
+def test_labels_from_a_table_override_those_of_the_folders(make_images, tmp_path):
+    root = make_images({"a": 12, "b": 12})
+    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "b/0003.png"], "class": ["b", "c"]})
+    with pytest.warns(UserWarning, match=r"c \(1 images\) is not in valid, test"):
+        _, metadata = build(root, labels_csv=labels)
+    found = metadata.set_index("path")["class"]
+    assert (found["a/0000.png"], found["b/0003.png"]) == ("b", "c")
+    assert found.drop(["a/0000.png", "b/0003.png"]).value_counts().to_dict() == {"a": 11, "b": 11}
+
+
+def test_a_flat_folder_trains_from_a_table_alone(make_images, tmp_path):
+    root = make_images({"all": 20})
+    names = [f"{i:04d}" for i in range(20)]
+    table = {"image_id": names, "dx": ["mel", "nv"] * 10, "age": [None, *range(19)]}
+    table = write(tmp_path / "HAM10000_metadata.csv", table)
+    splits, metadata = build(root / "all", metadata_csv=table, label_column="dx")
+    assert splits["train"].classes == ["mel", "nv"]
+    assert metadata.set_index("path").loc["0003.png", ["class", "dx", "age"]].tolist() == [
+        "nv", "nv", 2.0,
+    ]  # fmt: skip
+    write(table, {"image_id": names[1:], "dx": ["mel"] * 19})
+    with pytest.raises(ValueError, match=r"no dx for 1 of 20 images, such as 0000\.png"):
+        build(root / "all", metadata_csv=table, label_column="dx")
+
+
+def test_the_columns_of_a_table_come_into_the_metadata_and_its_groups_stay_whole(
+    make_images, tmp_path
+):
+    root = make_images({"Train/a": 30, "Train/b": 30})
+    paths = find_images(root)["path"].tolist()
+    table = {
+        "path": paths[:50],
+        "patient_id": [f"p{i // 5}" for i in range(45)] + [None] * 5,
+        "lesion_id": [i // 2 for i in range(50)],
+        "sex": ["f", "m"] * 25,
+        "split": ["x"] * 50,
+    }
+    table = write(tmp_path / "m.csv", table)
+    _, metadata = build(root, metadata_csv=table, group_by=["patient_id", "lesion_id"])
+    assert metadata.columns.tolist()[-4:] == ["patient_id", "lesion_id", "sex", "split_given"]
+    for key in ("patient_id", "lesion_id", "picture"):
+        assert metadata.groupby(key)["split"].nunique().max() == 1
+    with_none = metadata[metadata["patient_id"].isna()]
+    assert with_none["group"].nunique() > 5  # an empty value joins nothing
+    assert metadata["sex"].isna().sum() == 10
+
+
+def test_groups_are_joined_by_any_key():
+    metadata = pd.DataFrame(
+        {"picture": [0, 1, 2, 3, 3, 4], "patient": ["x", None, "y", "y", None, None]}
+    )
+    groups = group_images(metadata, ["picture", "patient"])
+    assert groups.tolist() == [0, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ({"path": ["x.png"], "class": ["a"]}, {"labels_csv": 1}, "matches no image"),
+        ({"path": ["a/0000.png"] * 2, "class": ["a"] * 2}, {"labels_csv": 1}, "more than one row"),
+        ({"path": ["a/0000.png"]}, {"labels_csv": 1}, "no column class; it has path"),
+        ({"name": ["a/0000.png"], "class": ["a"]}, {"labels_csv": 1}, "no column path, image_id"),
+        (
+            {"path": ["a/0000.png"]},
+            {"metadata_csv": 1, "group_by": ["lesion_id"]},
+            "no column lesion_id",
+        ),
+        ({"path": ["a/0000.png"], "split": ["train"]}, {"splits_csv": 1}, "no split for 7 of 8"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(make_images, tmp_path, table, options, message):
+    root = make_images({"a": 4, "b": 4})
+    path = write(tmp_path / "t.csv", table)
+    options = {name: path if value == 1 else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        build(root, **options)
+    assert not (root.parent / "processed").exists() or "splits_csv" in options
+
+
+def test_files_that_are_no_tables_are_refused(make_images, tmp_path):
+    root = make_images({"a": 4, "b": 4})
+    with pytest.raises(FileNotFoundError, match="gone.csv"):
+        build(root, labels_csv=tmp_path / "gone.csv")
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(ValueError, match="binary.csv"):
+        build(root, labels_csv=tmp_path / "binary.csv")
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(ValueError, match="empty.csv"):
+        build(root, labels_csv=tmp_path / "empty.csv")
+
+
+def test_options_that_contradict_one_another_are_refused(tmp_path):
+    for options, message in [
+        ({"split_by": "folders", "splits_csv": "x.csv"}, "not from both"),
+        ({"label_column": "dx"}, "label_column needs the table"),
+        ({"group_by": ["lesion_id"]}, "group_by needs the table"),
+        ({"split_by": "chance"}, "split_by is 'chance'"),
+        ({"label_conflicts": "ignore"}, "label_conflicts is 'ignore'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DatasetBuilder(tmp_path, **options)
+
+
+def with_conflicts(make_images):
+    root = make_images({"Train/a": 20, "Train/b": 20, "Test/a": 4, "Test/b": 8})
+    for i in range(6):
+        shutil.copy(root / f"Train/a/{i:04d}.png", root / f"Test/b/copy{i}.png")
+    shutil.copy(root / "Train/a/0010.png", root / "Train/a/again.png")  # no contradiction
+    return root
+
+
+def test_contradictory_labels_are_kept_dropped_or_an_error(make_images):
+    root = with_conflicts(make_images)
+    assert len(build(root)[1]) == 59
+    _, dropped = build(root, label_conflicts="drop")
+    assert len(dropped) == 47
+    assert dropped.groupby("picture")["class"].nunique().max() == 1
+    assert "Train/a/again.png" in set(dropped["path"])
+    with pytest.raises(ValueError, match=r"12 images .* such as .*Train/a/0000\.png"):
+        build(root, label_conflicts="error")
+
+
+def test_images_keep_their_pixels_when_others_are_left_out(make_images):
+    root = with_conflicts(make_images)
+    whole, _ = build(root)
+    part, metadata = build(root, label_conflicts="drop")
+    for path in metadata["path"]:
+        assert np.array_equal(shown(whole, path), shown(part, path))
+
+
+def test_splits_by_folders_take_validation_out_of_train_and_report_leakage(make_images):
+    root = with_conflicts(make_images)
+    with pytest.warns(UserWarning, match=r"leakage: 6 groups .* 12 images"):
+        splits, metadata = build(root, split_by="folders")
+    of_test = metadata["source_split"] == "Test"
+    assert (metadata["split"][of_test] == "test").all()
+    assert set(metadata["split"][~of_test]) == {"train", "valid"}
+    assert len(splits["valid"]) == pytest.approx(41 * 0.2 / 0.9, abs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(root, split_by="folders", label_conflicts="drop")
+
+
+def test_a_validation_folder_is_taken_as_it_is(make_images):
+    root = make_images({f"{s}/{c}": 3 for s in ("train", "VAL", "Test") for c in "ab"})
+    splits, metadata = build(root, split_by="folders")
+    assert {name: len(split) for name, split in splits.items()} == dict.fromkeys(splits, 6)
+    assert (metadata["split"] == metadata["source_split"].str.lower().replace("val", "valid")).all()
+    with pytest.raises(ValueError, match="is in no folder named Train"):
+        build(make_images({"a": 3, "b": 3}, name="plain"), split_by="folders")
+    untested = make_images({"Train/a": 3, "Train/b": 3}, name="untested")
+    with pytest.raises(ValueError, match="no folder for the test split"):
+        build(untested, split_by="folders")
+
+
+def test_an_earlier_table_of_splits_gives_the_same_splits(make_images, tmp_path):
+    root = make_images({"a": 20, "b": 20})
+    _, first = build(root)
+    path = write(tmp_path / "splits.csv", first.sample(frac=1, random_state=0))
+    splits, again = build(root, splits_csv=path, seed=7)
+    assert again["split"].tolist() == first["split"].tolist()
+    assert list(splits) == ["train", "valid", "test"]
+    (root / "a/0000.png").unlink()
+    with pytest.warns(UserWarning, match="1 of its images are not here"):
+        build(root, splits_csv=path)
+
+
+@given(several_classes, st.integers(2, 5))
+def test_folds_are_stratified_and_each_row_is_validated_once(sizes, k):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    metadata = pd.DataFrame({"label": labels, "group": np.arange(len(labels)) // 2})
+    if metadata["group"].nunique() < k:
+        with pytest.raises(ValueError, match="k is"):
+            k_fold_splits(metadata, k)
+        return
+    folds = k_fold_splits(metadata, k)
+    validated = np.concatenate([valid for _, valid in folds])
+    assert sorted(validated) == list(range(len(labels)))
+    for train, valid in folds:
+        assert sorted([*train, *valid]) == list(range(len(labels)))
+        assert not set(metadata["group"][train]) & set(metadata["group"][valid])
+        for label, size in enumerate(sizes):
+            assert abs((labels[valid] == label).sum() - size / k) <= 4
+
+
 # ---------------------------------------------------------------------------- data sets, loaders
 
 
@@ -645,7 +841,7 @@ def test_mistakes_in_loaders_are_said(splits):
 
 
 def test_a_split_without_images_is_named(make_images):
-    with pytest.warns(UserWarning, match="too small"):
+    with pytest.warns(UserWarning, match="not every split"):
         splits, _ = build(make_images({"a": 1, "b": 1}))
     with pytest.raises(ValueError, match="no images are left for valid, test"):
         create_dataloaders(splits)

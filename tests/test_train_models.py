@@ -171,11 +171,27 @@ def test_an_older_run_is_never_taken_for_this_one(arguments, tmp_path, monkeypat
     assert "comparison.csv" not in names(tmp_path / "out")
 
 
+def test_tables_and_official_splits_reach_the_run(arguments, tmp_path):
+    root = Path(arguments[1])
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    table = pd.DataFrame({"path": paths, "patient": [i // 3 for i in range(len(paths))]})
+    table.to_csv(tmp_path / "patients.csv", index=False)
+    options = ["--metadata_csv", str(tmp_path / "patients.csv"), "--group_by", "patient"]
+    assert main([*arguments, "--models", "simple_cnn", *options]) == 0
+    first = pd.read_csv(tmp_path / "out/splits.csv")
+    assert first.groupby("patient")["split"].nunique().max() == 1
+    (tmp_path / "out/splits.csv").rename(tmp_path / "splits.csv")
+    options = ["--splits_csv", str(tmp_path / "splits.csv"), "--seed", "7"]
+    assert main([*arguments, "--models", "simple_cnn", *options]) == 0
+    again = pd.read_csv(tmp_path / "out/splits.csv")
+    assert again["split"].tolist() == first["split"].tolist()
+
+
 def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd):
     root = make_images({"a": 12, "b": 12, "lonely": 1}, name="lonely")
     options = ["--data_dir", str(root), "--models", "simple_cnn", "--class_weights", "balanced"]
     assert main([*arguments, *options]) == 0
-    assert "warning: classes too small for every split: lonely" in capfd.readouterr().err
+    assert "warning: not every split has every class: lonely" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------- mistakes
