@@ -203,6 +203,28 @@ def test_resize_and_crop_are_those_of_torchvision(size):
         assert np.array_equal(crop, np.asarray(transforms.CenterCrop(5)(image)))
 
 
+def test_a_large_jpeg_is_decoded_smaller_but_looks_the_same(make_images, tmp_path):
+    root = make_images({"a": 4, "b": 4}, size=30)
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    large = small.resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    large.save(root / "a/large.jpg", quality=95)
+    large.rotate(90, expand=True).save(root / "a/turned.jpg", quality=95, exif=exif)
+    splits, metadata = build(root, image_size=56)
+    sizes = metadata.set_index("path")[["width", "height"]]
+    assert sizes.loc["a/large.jpg"].tolist() == [1600, 1200]  # of the original, upright
+    assert sizes.loc["a/turned.jpg"].tolist() == [1600, 1200]
+    expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(large)
+    for path in ("a/large.jpg", "a/turned.jpg"):
+        difference = np.abs(shown(splits, path).astype(int) - np.asarray(expected))
+        assert difference.mean() < 2
+    seen = []
+    build(root, image_size=56, preprocessors=[lambda x: seen.append(x.shape) or x])
+    assert seen.count((1200, 1600, 3)) == 2  # a preprocessor gets the original
+
+
 def test_preprocessors_run_in_order_and_may_change_size_and_range(make_images):
     root = make_images({"a": 5, "b": 5}, size=50)
     seen = []
