@@ -78,7 +78,7 @@ def audit(metadata: pd.DataFrame, thumbnails: np.ndarray) -> pd.DataFrame:
         findings.append(_finding(kind, metadata, rows, distance))
     for row in np.flatnonzero(np.ptp(thumbnails, axis=(1, 2)) == 0):
         findings.append(_finding("flat", metadata, [row], np.nan))
-    for _, rows in metadata.groupby("class").indices.items():
+    for rows in metadata.groupby("class").indices.values():
         if metadata["content_hash"].iloc[rows].nunique() < FEWEST_IMAGES:
             findings.append(_finding("small class", metadata, rows, np.nan))
     order = ["contradiction", "leakage", "identical", "near-duplicate", "flat", "small class"]

@@ -15,7 +15,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -582,9 +582,12 @@ class _ArrayCache:
             return record if str(error) == record.error else None
         if hashlib.sha256(contents).hexdigest() != record.content_hash:
             return None
-        values = asdict(record)
-        values.update(size=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
-        return _FileRecord(**values)
+        return replace(
+            record,
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+        )
 
     def _build(self, paths: Sequence[str]) -> _Index:
         before = self._read_index()

@@ -257,13 +257,32 @@ def run(settings: Settings, is_demo: bool = False) -> None:
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from dataset import DatasetBuilder, create_dataloaders
-
     device = _choose_device(settings.device)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     _check_weights(settings)
+    loaders, metadata = _load_data(settings, device)
+    _begin(settings, metadata, is_demo)
+    _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
+    rows = []
+    for number, name in enumerate(settings.models, 1):
+        print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
+        finished = save_dir / name / "metrics.json"
+        if settings.resume and finished.exists():
+            print("finished already")
+        else:
+            with logging_redirect_tqdm():  # or a line of the log would break the bar
+                _train_one(name, settings, loaders, device)
+        rows.append(_comparison_row(json.loads(finished.read_text(encoding="utf-8"))))
+    _compare(save_dir, rows)
+
+
+def _load_data(
+    settings: Settings, device: "torch.device"
+) -> "tuple[dict[str, LesionLoader], pd.DataFrame]":
+    from dataset import DatasetBuilder, create_dataloaders
+
     builder = DatasetBuilder(
         settings.data_dir,
         image_size=settings.image_size,
@@ -284,7 +303,6 @@ def run(settings: Settings, is_demo: bool = False) -> None:
     missing = [name for name in splits if name not in datasets]
     if missing:
         raise ValueError(f"--splits_csv {settings.splits_csv}: has no split {', '.join(missing)}")
-    classes = datasets["train"].classes
     loaders = create_dataloaders(
         datasets,
         settings.batch_size,
@@ -294,24 +312,10 @@ def run(settings: Settings, is_demo: bool = False) -> None:
         seed=settings.seed,
         num_workers=settings.num_workers or 0,
     )
-    for name in settings.models:
-        _make_model(name, len(classes), settings)  # what is wrong with one is said before any runs
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
-    print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
-
-    _begin(settings, metadata, is_demo)
-    _picture_data(save_dir, datasets["train"], metadata, settings)
-    rows = []
-    for number, name in enumerate(settings.models, 1):
-        print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
-        finished = save_dir / name / "metrics.json"
-        if settings.resume and finished.exists():
-            print("finished already")
-        else:
-            with logging_redirect_tqdm():  # or a line of the log would break the bar
-                _train_one(name, settings, loaders, device)
-        rows.append(_comparison_row(json.loads(finished.read_text(encoding="utf-8"))))
-    _compare(save_dir, rows)
+    num_classes = len(datasets["train"].classes)
+    print(f"{len(metadata):,} images of {num_classes} classes: {sizes}", flush=True)
+    return loaders, metadata
 
 
 def _prepare_demo(settings: Settings) -> Settings:
@@ -349,13 +353,14 @@ def _check_folders(settings: Settings) -> None:
 
 
 def _check_weights(settings: Settings) -> None:
-    """Raises when ImageNet weights are wanted and cannot be had, or a file has no use."""
-    from models import imagenet_weights, is_pretrained
+    """Raises when weights are wanted and cannot be had or do not fit, or a file has no use."""
+    from models import is_pretrained
 
-    is_wanted = any(map(is_pretrained, settings.models))
-    if settings.weights == "imagenet" and is_wanted:
-        imagenet_weights(settings.layers)
-    elif settings.weights not in ("imagenet", "none") and not is_wanted:
+    pretrained = [name for name in settings.models if is_pretrained(name)]
+    if pretrained and settings.weights != "none":
+        # They load into one as into the other, whatever the classes: one model is test enough.
+        _make_model(pretrained[0], 2, settings)
+    elif settings.weights not in ("imagenet", "none"):
         raise ValueError(
             f"--weights {settings.weights}: none of the chosen models starts from given weights"
         )

@@ -9,6 +9,7 @@ and how far the pixels differ, beside how far JPEG quality 90 moves them.
 """
 
 import argparse
+import io
 import multiprocessing
 import platform
 import resource
@@ -24,7 +25,7 @@ from PIL import Image
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dataset import DatasetBuilder, find_images
+from dataset import DatasetBuilder, LesionDataset, find_images
 
 SIZES = {(1024, 768): 400, (3000, 2000): 80}
 PLAIN = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
@@ -51,8 +52,8 @@ def plain_loop(root: Path) -> np.ndarray:
 
 
 def ours(root: Path, cache: Path) -> np.ndarray:
-    datasets, metadata = DatasetBuilder(root, cache_dir=cache).build(splits={"all": 1.0})
-    return datasets["all"].gather(np.arange(len(metadata)))
+    dataset = only_build(root, cache)
+    return dataset.gather(np.arange(len(dataset)))
 
 
 def measure_memory(function, arguments) -> float:
@@ -72,14 +73,13 @@ def measure_memory(function, arguments) -> float:
     return peak
 
 
-def only_build(root: Path, cache: Path) -> None:
-    DatasetBuilder(root, cache_dir=cache).build(splits={"all": 1.0})
+def only_build(root: Path, cache: Path) -> LesionDataset:
+    datasets, _ = DatasetBuilder(root, cache_dir=cache).build(splits={"all": 1.0})
+    return datasets["all"]
 
 
 def quality_90(images: np.ndarray) -> float:
     """The mean difference in levels of 255 that saving as JPEG at quality 90 makes."""
-    import io
-
     differences = []
     for image in images:
         buffer = io.BytesIO()
