@@ -1,45 +1,64 @@
 """What is wrong with a set of images, from a table of their hashes, thumbnails and labels.
 
-Knows neither image files nor torch: whoever decodes the images makes the thumbnails with
-`THUMBNAIL_SIZE` and gives them here.
+Knows neither image files nor torch: whoever decodes the images makes the thumbnails, grey and
+`THUMBNAIL_SIZE` on each side whatever the shape of the picture, and gives them here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.fft import dctn
 from scipy.spatial import cKDTree
 
-THUMBNAIL_SIZE = 32
-# Chosen on the ISIC nine-class set: pairs made by re-encoding (JPEG quality 40 to 95), resizing
-# (0.4 to 1.6), mirroring and turning reach 0.194; the closest of different pictures are 0.21 apart.
-MAX_DISTANCE = 0.2
-TREE_DIMENSIONS = 14  # in more, a k-d tree looks almost everywhere
-FEWEST_IMAGES = 10  # of a class, below which nothing can be learnt or measured
+THUMBNAIL_SIZE = 16
+# Chosen on the ISIC nine-class set from the curve that benchmarks/near_duplicates.py prints.
+MAX_DISTANCE = 0.13
+TREE_DIMENSIONS = 12  # in more, a k-d tree looks almost everywhere
+FLAT = 1.0  # standard deviation of a thumbnail's grey levels, of 255
+SMALL_SIDE = 32  # pixels, below which nothing of a lesion can be seen
+FEWEST_PICTURES = 10  # of a class, below which nothing can be learnt or measured
 
-FINDINGS = ["kind", "images", "classes", "distance"]
+# What a finding may be, the gravest first, and how the summary says it.
+KINDS = {
+    "unreadable": "{} files that cannot be read",
+    "contradiction": "{} times one picture under several classes, so that a label must be wrong: "
+    "--labels_csv corrects it, --label_conflicts drop leaves these pictures out",
+    "leakage": "{} times one picture on both sides of the given splits",
+    "identical": "{} groups of identical files",
+    "near-duplicate": "{} pairs of other files that show one picture",
+    "tiny": "{} images of less than " + str(SMALL_SIDE) + " pixels on a side",
+    "flat": "{} images of one colour",
+    "small class": "{} classes of fewer than " + str(FEWEST_PICTURES) + " pictures, too few to "
+    "learn or to measure",
+}
+PAIRS = ("contradiction", "leakage", "identical", "near-duplicate")
 
 
-def find_near_duplicates(thumbnails: np.ndarray) -> pd.DataFrame:
-    """The pairs of thumbnails that show the same picture, re-encoded, resized, mirrored or turned.
+def find_near_duplicates(thumbnails: np.ndarray, content_hashes: Sequence[str]) -> pd.DataFrame:
+    """The pairs of files that show the same picture, re-encoded, resized, mirrored or turned.
 
-    `thumbnails` is uint8 grey (N, 32, 32), each the whole picture whatever its shape. Gives a row a
-    pair: `first` and `second`, row numbers with first < second, and `distance`, the root mean
-    square difference in the best of the eight orientations, each thumbnail brought to mean 0 and
-    standard deviation 1: 0 for the same, the root of 2 for what has nothing in common.
+    `thumbnails` is uint8 grey (N, 16, 16). Gives a row a pair: `first` and `second`, row numbers
+    with first < second, and `distance`, the root mean square difference in the best of the eight
+    orientations, each thumbnail brought to mean 0 and standard deviation 1: 0 for the same, the
+    root of 2 for what has nothing in common. Of files with equal `content_hashes` the first alone
+    is compared, and images of one colour are not.
 
     Mirroring and turning by 90 degrees change only signs and order of the coefficients of the
-    discrete cosine transform, so the low ones without sign, averaged with their transposes, are the
-    same for all eight orientations, and no further apart than the thumbnails are: a k-d tree over
-    them gives candidates without missing any.
+    discrete cosine transform, so these without sign, averaged with their transposes, are the same
+    for all eight orientations, and no further apart than the thumbnails are: a k-d tree over them
+    gives candidates without missing any.
     """
-    described = _describe(thumbnails)
+    compared = pd.Series(content_hashes).drop_duplicates().index.to_numpy()
+    compared = compared[~_is_flat(thumbnails[compared])]
+    if len(compared) < 2:
+        return pd.DataFrame({"first": [], "second": [], "distance": []})
+    described = _describe(thumbnails[compared])
     reach = THUMBNAIL_SIZE * MAX_DISTANCE
     tree = cKDTree(described[:, -TREE_DIMENSIONS:])
     candidates = np.sort(tree.query_pairs(reach, output_type="ndarray"), axis=1)
     candidates = candidates[_is_within(described, candidates, reach)]
-    candidates = candidates[np.lexsort(candidates.T[::-1])]
+    candidates = compared[candidates[np.lexsort(candidates.T[::-1])]]
     parts = [candidates[i : i + 4096] for i in range(0, len(candidates), 4096)]
     distances = [_distance(thumbnails[a], thumbnails[b]) for a, b in (part.T for part in parts)]
     distance = np.concatenate(distances) if distances else np.empty(0)
@@ -48,59 +67,122 @@ def find_near_duplicates(thumbnails: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"first": first, "second": second, "distance": distance[found]})
 
 
-def audit(metadata: pd.DataFrame, thumbnails: np.ndarray) -> pd.DataFrame:
-    """What is wrong with the images, a row a finding: `kind`, `images`, `classes`, `distance`.
+def number_pictures(
+    content_hashes: Sequence[str], near_duplicates: pd.DataFrame, thumbnails: np.ndarray
+) -> np.ndarray:
+    """The number of the picture that each image shows, int (N,), from 0 in order of appearance.
 
-    `metadata` has a row an image and the columns `path`, `class`, `source_split` and
-    `content_hash`; `thumbnails` (N, 32, 32) are in the same order. Kinds, the gravest first:
-
-    `contradiction` : the same picture under several classes
-    `leakage` : the same picture in several folders named as splits
-    `identical` : files with the same contents
-    `near-duplicate` : other files of the same picture, with their distance
-    `flat` : an image of one colour
-    `small class` : fewer than 10 pictures
+    Files with equal contents show one picture, and so do near-duplicates, nearest first, as long as
+    no two files of a picture are further apart than copies of one original can be (twice
+    `MAX_DISTANCE`): a series that changes by small steps does not become one picture.
     """
-    one_of_each = metadata.drop_duplicates("content_hash").index
-    near = find_near_duplicates(thumbnails[one_of_each])
-    near["first"], near["second"] = one_of_each[near["first"]], one_of_each[near["second"]]
-    same = [rows for rows in metadata.groupby("content_hash").indices.values() if len(rows) > 1]
-    groups = [*same, *near[["first", "second"]].to_numpy()]
-    distances = [0.0] * len(same) + near["distance"].tolist()
-    kinds = ["identical"] * len(same) + ["near-duplicate"] * len(near)
+    content, first_rows = pd.factorize(pd.Series(content_hashes))[0], {}
+    for row, number in enumerate(content):
+        first_rows.setdefault(number, row)
+    picture = np.arange(len(first_rows))
+    members = {number: [number] for number in first_rows}
+    nearest_first = near_duplicates.sort_values("distance", kind="stable")
+    for rows in nearest_first[["first", "second"]].to_numpy():
+        kept, joining = sorted(picture[content[rows]])
+        if kept == joining:
+            continue
+        pairs = [(first_rows[a], first_rows[b]) for a in members[kept] for b in members[joining]]
+        first, second = np.array(pairs).T
+        if _distance(thumbnails[first], thumbnails[second]).max() > 2 * MAX_DISTANCE:
+            continue
+        members[kept] += members.pop(joining)
+        picture[members[kept]] = kept
+    return pd.factorize(picture[content])[0]
 
+
+def audit(
+    metadata: pd.DataFrame, near_duplicates: pd.DataFrame, thumbnails: np.ndarray
+) -> pd.DataFrame:
+    """What is wrong with the images, a row a finding, the gravest first.
+
+    `metadata` has a row an image and the columns `path`, `class`, `content_hash`, `width`,
+    `height`, `split` (of a folder or a table, empty for none) and `error` (empty for images that
+    could be read); `near_duplicates` comes from `find_near_duplicates`; `thumbnails` (N, 16, 16)
+    are in the same order.
+
+    The columns: `kind`; `images` and `classes`, a tuple of paths and one of the class of each;
+    `distance`, of a pair. The kinds: `unreadable`; `contradiction`, one picture under several
+    classes; `leakage`, one in several splits; `identical`, files with the same contents;
+    `near-duplicate`, two others of one picture; `tiny`, less than 32 pixels on a side; `flat`, of
+    one colour; `small class`, fewer than 10 pictures.
+    """
+    names = ("path", "class", "split", "content_hash")
+    paths, classes, splits, contents = (metadata[name].to_numpy(object) for name in names)
+    is_readable = (metadata["error"] == "").to_numpy()
     findings = []
-    for rows, distance, kind in zip(groups, distances, kinds, strict=True):
-        if metadata["class"].iloc[rows].nunique() > 1:
-            findings.append(_finding("contradiction", metadata, rows, distance))
-        if metadata["source_split"].iloc[rows].nunique() > 1:
-            findings.append(_finding("leakage", metadata, rows, distance))
-        findings.append(_finding(kind, metadata, rows, distance))
-    for row in np.flatnonzero(np.ptp(thumbnails, axis=(1, 2)) == 0):
-        findings.append(_finding("flat", metadata, [row], np.nan))
-    for rows in metadata.groupby("class").indices.values():
-        if metadata["content_hash"].iloc[rows].nunique() < FEWEST_IMAGES:
-            findings.append(_finding("small class", metadata, rows, np.nan))
-    order = ["contradiction", "leakage", "identical", "near-duplicate", "flat", "small class"]
-    table = pd.DataFrame(findings, columns=FINDINGS)
-    table["kind"] = pd.Categorical(table["kind"], categories=order)
+
+    def add(kind: str, rows: Iterable[int], distance: float = np.nan) -> None:
+        rows = list(rows)
+        findings.append((kind, tuple(paths[rows]), tuple(classes[rows]), distance))
+
+    def add_pictures(kind: str, rows: Iterable[int], distance: float) -> None:
+        if len(set(classes[rows])) > 1:
+            add("contradiction", rows, distance)
+        if len(set(splits[rows]) - {""}) > 1:
+            add("leakage", rows, distance)
+        add(kind, rows, distance)
+
+    for row in np.flatnonzero(~is_readable):
+        add("unreadable", [row])
+    readable = np.flatnonzero(is_readable)
+    for _, rows in pd.Series(readable).groupby(contents[readable], sort=False):
+        if len(rows) > 1:
+            add_pictures("identical", rows.to_numpy(), 0.0)
+    for pair in near_duplicates.itertuples():
+        add_pictures("near-duplicate", [pair.first, pair.second], pair.distance)
+    shorter_side = metadata[["width", "height"]].min(axis=1).to_numpy()
+    for row in readable[shorter_side[readable] < SMALL_SIDE]:
+        add("tiny", [row])
+    for row in readable[_is_flat(thumbnails[readable])]:
+        add("flat", [row])
+    for _, rows in pd.Series(readable).groupby(classes[readable]):
+        if len(set(contents[rows])) < FEWEST_PICTURES:
+            add("small class", rows)
+    table = pd.DataFrame(findings, columns=["kind", "images", "classes", "distance"])
+    table["kind"] = pd.Categorical(table["kind"], categories=list(KINDS))
     return table.sort_values(["kind", "distance"], kind="stable", ignore_index=True)
 
 
 def summarise(findings: pd.DataFrame) -> str:
     """The findings in a few lines that a person can act on; one line when there are none."""
     counts = findings["kind"].value_counts()
-    lines = {
-        "identical": "{} groups of identical files",
-        "near-duplicate": "{} pairs of near-duplicates",
-        "contradiction": "{} of these stand under several classes: at least one label of each is "
-        "wrong (--labels_csv corrects them, --label_conflicts drop leaves them out)",
-        "leakage": "{} of these stand on both sides of folders named as splits",
-        "flat": "{} images of one flat colour",
-        "small class": "{} classes of fewer than " + str(FEWEST_IMAGES) + " pictures",
-    }
-    said = [text.format(counts[kind]) for kind, text in lines.items() if counts.get(kind, 0) > 0]
+    said = [text.format(counts[kind]) for kind, text in KINDS.items() if counts.get(kind, 0) > 0]
     return "\n".join(said) if said else "nothing found"
+
+
+def worst_pairs(findings: pd.DataFrame, most: int = 12) -> pd.DataFrame:
+    """A choice of findings to look at, a row a picture: `kinds`, `images`, `classes`, `distance`.
+
+    `kinds` is all that was found of these images. Those with the gravest kinds come first, and of
+    each combination of classes one before any has a second.
+    """
+    pairs = findings[findings["kind"].isin(PAIRS)]
+    kinds = pairs.groupby("images", sort=False)["kind"].agg(tuple).rename("kinds")
+    pairs = pairs.drop_duplicates("images").join(kinds, on="images")
+    pairs["turn"] = pairs.groupby(["kinds", "classes"]).cumcount()
+    chosen = pairs.sort_values(["turn", "kind"], kind="stable", ignore_index=True)[:most]
+    return chosen[["kinds", "images", "classes", "distance"]]
+
+
+def unavoidable_errors(metadata: pd.DataFrame) -> int:
+    """How many of these images any classifier must call wrong: it gives a picture one answer.
+
+    `metadata` has the columns `picture` and `class`; of each picture the commonest class is right.
+    """
+    counts = metadata.groupby(["picture", "class"]).size()
+    return int(counts.sum() - counts.groupby("picture").max().sum())
+
+
+def _is_flat(thumbnails: np.ndarray) -> np.ndarray:
+    flat = [np.empty(0, dtype=bool)]
+    for start in range(0, len(thumbnails), 8192):
+        flat.append(thumbnails[start : start + 8192].std(axis=(1, 2), dtype=np.float32) < FLAT)
+    return np.concatenate(flat)
 
 
 def _describe(thumbnails: np.ndarray) -> np.ndarray:
@@ -108,14 +190,15 @@ def _describe(thumbnails: np.ndarray) -> np.ndarray:
 
     They are turned so that the last ones tell most (principal components).
     """
+    rows, columns = np.triu_indices(THUMBNAIL_SIZE)
+    weights = np.where(rows == columns, 1, np.sqrt(2)).astype(np.float32)
     parts = []
     for start in range(0, len(thumbnails), 8192):
         part = _standardise(thumbnails[start : start + 8192])
-        low = np.abs(dctn(part, axes=(1, 2), norm="ortho")[:, :16, :16])
-        low = (low + low.transpose(0, 2, 1)) / 2
-        rows, columns = np.triu_indices(16)
+        sizes = np.abs(dctn(part, axes=(1, 2), norm="ortho"))
+        sizes = (sizes + sizes.transpose(0, 2, 1)) / 2
         # What stands for two coefficients counts twice in a distance.
-        parts.append(low[:, rows, columns] * np.where(rows == columns, 1, np.sqrt(2)))
+        parts.append(sizes[:, rows, columns] * weights)
     described = np.concatenate(parts)
     centred = described - described.mean(axis=0)
     return centred @ np.linalg.eigh(centred.T @ centred)[1]
@@ -138,15 +221,9 @@ def _distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def _standardise(thumbnails: np.ndarray) -> np.ndarray:
     values = thumbnails.astype(np.float32)
     values -= values.mean(axis=(1, 2), keepdims=True)
-    return values / np.maximum(values.std(axis=(1, 2), keepdims=True), 1.0)
+    return values / values.std(axis=(1, 2), keepdims=True)
 
 
 def _orientations(images: np.ndarray) -> Iterable[np.ndarray]:
     for view in (images, images.transpose(0, 2, 1)):
         yield from (view, view[:, ::-1], view[:, :, ::-1], view[:, ::-1, ::-1])
-
-
-def _finding(kind: str, metadata: pd.DataFrame, rows: Iterable[int], distance: float) -> tuple:
-    chosen = metadata.iloc[list(rows)]
-    classes = "; ".join(sorted(chosen["class"].unique()))
-    return kind, "; ".join(chosen["path"]), classes, distance

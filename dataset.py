@@ -15,6 +15,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import audit
 from augmentation import augment_batch
 from files import lock, write_text
 
@@ -70,14 +72,17 @@ class UnreadableImageError(ValueError):
 # ---------------------------------------------------------------------------- single images
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, longest_side: int | None = None) -> np.ndarray:
     """The image in a file as a viewer shows it: uint8 RGB `(height, width, 3)`.
 
-    EXIF orientation is applied, transparency laid over white, 16 bits reduced to 8. Raises
-    UnreadableImageError naming the file.
+    EXIF orientation is applied, transparency laid over white, 16 bits reduced to 8; an image with a
+    side above `longest_side` is scaled down to it. Raises UnreadableImageError naming the file.
     """
     try:
-        return np.array(_decode(_read_regular_file(path)[0])[0])
+        image = _decode(_read_regular_file(path)[0])[0]
+        if longest_side is not None:
+            image.thumbnail((longest_side, longest_side))
+        return np.array(image)
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{_shown(path)}: {error}") from error
 
@@ -123,6 +128,12 @@ def _fit(image: Image.Image, image_size: int) -> Image.Image:
     x, y = width / scaled_width, height / scaled_height
     box = (left * x, top * y, (left + image_size) * x, (top + image_size) * y)
     return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    """The whole image as `audit` compares it, whatever its shape: grey, uint8."""
+    size = (audit.THUMBNAIL_SIZE, audit.THUMBNAIL_SIZE)
+    return np.asarray(image.resize(size, Image.Resampling.BOX).convert("L"))
 
 
 def _read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
@@ -506,8 +517,10 @@ class _Index:
 
     version: str
     array: str
+    thumbnails: str
     hashed_at_ns: int
     records: list[_FileRecord]
+    near_duplicates: pd.DataFrame  # of rows of the array, as audit.py finds them
 
 
 class _ArrayCache:
@@ -533,16 +546,32 @@ class _ArrayCache:
         identity = f"{self.data_dir}\n{self.fingerprint}".encode("utf-8", "surrogateescape")
         code = hashlib.sha256(identity).hexdigest()[:8]
         self.folder = cache_dir / f"{self.data_dir.name}-{image_size}-{code}"
-        self.version = f"2, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}"
+        self.version = f"3, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}"
 
-    def load(self, paths: Sequence[str]) -> tuple[Path, list[_FileRecord]]:
-        """The path of the array and a record for each image; built when there is none that fits."""
+    def load(self, paths: Sequence[str]) -> _Index:
+        """The index of these images as they are now; the array is built when there is none."""
         index = self._current_index(paths)
         if index is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with lock(self.folder / ".lock"):
+            with self._locked():
                 index = self._current_index(paths) or self._build(paths)
-        return self.folder / index.array, index.records
+        return index
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the folder, which it makes; whoever else wants to build there waits."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / ".lock", "ab"):
+                pass
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; choose another folder for prepared images with --cache_dir "
+                "(cache_dir)",
+                _shown(self.folder),
+            ) from error
+        with lock(self.folder / ".lock"):
+            yield
 
     def _current_index(self, paths: Sequence[str]) -> _Index | None:
         """The index, if the array it names is there and made from these images as they are now."""
@@ -559,7 +588,7 @@ class _ArrayCache:
         if any(record is None for record in refreshed.values()):
             return None
         records = [refreshed.get(r.path, r) or r for r in index.records]
-        index = _Index(index.version, index.array, now, records)
+        index = replace(index, hashed_at_ns=now, records=records)
         if os.access(self.folder, os.W_OK):
             self._write_index(index)
         return index
@@ -591,22 +620,32 @@ class _ArrayCache:
 
     def _build(self, paths: Sequence[str]) -> _Index:
         before = self._read_index()
-        self._remove_arrays(but=before.array if before else None)
+        self._remove_arrays(but=before)
         started = time.time_ns()
-        array_path = self.folder / f"images-{secrets.token_hex(8)}.npy"
+        token = secrets.token_hex(8)
+        array_path, thumbnails_path = (
+            self.folder / f"{name}-{token}.npy" for name in ("images", "thumbnails")
+        )
         try:
-            records = self._write_array(array_path, paths)
-            index = _Index(self.version, array_path.name, started, records)
+            records, near = self._write_arrays(array_path, thumbnails_path, paths)
+            index = _Index(
+                self.version, array_path.name, thumbnails_path.name, started, records, near
+            )
             self._write_index(index)
         except BaseException:
             array_path.unlink(missing_ok=True)
+            thumbnails_path.unlink(missing_ok=True)
             raise
-        self._remove_arrays(but=index.array)
+        self._remove_arrays(but=index)
         return index
 
-    def _write_array(self, array_path: Path, paths: Sequence[str]) -> list[_FileRecord]:
-        shape = (len(paths), self.image_size, self.image_size, 3)
-        array = _allocate_array(array_path, shape)
+    def _write_arrays(
+        self, array_path: Path, thumbnails_path: Path, paths: Sequence[str]
+    ) -> tuple[list[_FileRecord], pd.DataFrame]:
+        array = _allocate_array(array_path, (len(paths), self.image_size, self.image_size, 3))
+        side = audit.THUMBNAIL_SIZE
+        thumbnails = _allocate_array(thumbnails_path, (len(paths), side, side))
+        write_row = functools.partial(self._write_row, array, thumbnails, paths)
         pool = ThreadPoolExecutor(self.num_workers)
         try:
             progress = tqdm(
@@ -616,30 +655,33 @@ class _ArrayCache:
             with progress:
                 # A part at a time, or the tasks that wait would fill the memory.
                 for start in range(0, len(paths), 1024):
-                    rows = range(start, min(start + 1024, len(paths)))
-                    tasks = pool.map(functools.partial(self._write_row, array, paths), rows)
-                    for record in tasks:
+                    for record in pool.map(write_row, range(start, min(start + 1024, len(paths)))):
                         records.append(record)
                         progress.update()
         finally:
             pool.shutdown(cancel_futures=True)
         array.flush()
-        return records
+        thumbnails.flush()
+        hashes = [record.content_hash for record in records]
+        return records, audit.find_near_duplicates(thumbnails, hashes)
 
-    def _write_row(self, array: np.ndarray, paths: Sequence[str], row: int) -> _FileRecord:
+    def _write_row(
+        self, array: np.ndarray, thumbnails: np.ndarray, paths: Sequence[str], row: int
+    ) -> _FileRecord:
         path = paths[row]
         contents, size, mtime_ns, ctime_ns = b"", 0, 0, 0
         try:
             contents, status = _read_regular_file(self.data_dir / path)
             size, mtime_ns, ctime_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
             # A preprocessor sees the original; without one no more is decoded than is kept.
-            shorter_side = None if self.preprocessors else _shorter_side(self.image_size)
-            image, (width, height) = _decode(contents, shorter_side)
+            needed = max(_shorter_side(self.image_size), 4 * audit.THUMBNAIL_SIZE)
+            image, (width, height) = _decode(contents, None if self.preprocessors else needed)
             problem = ""
         except UnreadableImageError as error:
             width, height, problem = 0, 0, str(error)
         else:
             array[row] = self._prepare(image, path)
+            thumbnails[row] = _thumbnail(image)
         content_hash = hashlib.sha256(contents).hexdigest()
         return _FileRecord(path, size, mtime_ns, ctime_ns, content_hash, width, height, problem)
 
@@ -656,13 +698,18 @@ class _ArrayCache:
             contents = json.loads((self.folder / "index.json").read_text(encoding="ascii"))
             columns = contents.pop("records")
             records = [_FileRecord(*row) for row in zip(*columns, strict=True)]
-            index = _Index(records=records, **contents)
+            near = pd.DataFrame(contents.pop("near_duplicates"))
+            index = _Index(records=records, near_duplicates=near, **contents)
             array = np.load(self.folder / index.array, mmap_mode="r")
+            thumbnails = self.thumbnails(index)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # none there, or none of ours: the array is made anew
         shape = (len(records), self.image_size, self.image_size, 3)
         fits = array.shape == shape and array.dtype == np.uint8 and index.version == self.version
-        return index if fits else None
+        return index if fits and len(thumbnails) == len(records) else None
+
+    def thumbnails(self, index: _Index) -> np.ndarray:
+        return np.load(self.folder / index.thumbnails, mmap_mode="r")
 
     def _write_index(self, index: _Index) -> None:
         names = [field.name for field in fields(_FileRecord)]
@@ -670,14 +717,17 @@ class _ArrayCache:
         contents = {
             "version": index.version,
             "array": index.array,
+            "thumbnails": index.thumbnails,
             "hashed_at_ns": index.hashed_at_ns,
             "records": columns,
+            "near_duplicates": index.near_duplicates.to_dict("list"),
         }
         write_text(self.folder / "index.json", json.dumps(contents))
 
-    def _remove_arrays(self, but: str | None) -> None:
-        for path in self.folder.glob("images-*.npy"):
-            if path.name != but:
+    def _remove_arrays(self, but: _Index | None) -> None:
+        kept = (but.array, but.thumbnails) if but else ()
+        for path in self.folder.glob("*-*.npy"):
+            if path.name not in kept:
                 path.unlink(missing_ok=True)
 
 
@@ -694,8 +744,12 @@ def _allocate_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
             else:
                 os.ftruncate(file.fileno(), offset + num_bytes)
         except OSError as error:
-            size = f"{num_bytes / 1e6:,.0f} MB"
-            raise OSError(error.errno, f"{error.strerror}; {size} are needed", str(path)) from error
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; {num_bytes / 1e6:,.0f} MB are needed, on another disk with "
+                "--cache_dir (cache_dir)",
+                str(path),
+            ) from error
     return np.load(path, mmap_mode="r+")
 
 
@@ -934,8 +988,8 @@ class DatasetBuilder:
 
         A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
         or float in [0, 1]; they run in the order given, before the images are scaled and cropped.
-        `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Images of the
-        same content are never divided between splits.
+        `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Files of the
+        same picture, identical or nearly so, are never divided between splits.
 
         The metadata has a row an image: `path`, `class`, `label`, `source_split`, `width`,
         `height`, `content_hash`, `picture`, `group`, `split`, and the columns of `metadata_csv`.
@@ -947,16 +1001,16 @@ class DatasetBuilder:
         _check_splits(splits)
         images = self._find_labelled_images()
         given = self._read_metadata(images)
-        cache = _ArrayCache(
-            self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
-        )
-        array_path, records = cache.load(images["path"].tolist())
-        readable = self._check_readable(records)
+        cache = self._cache(preprocessors)
+        index = cache.load(images["path"].tolist())
+        readable = self._check_readable(index.records)
 
         # Until the end, the index of the table is the row of the image in the array.
-        metadata = _metadata(images, records)[readable]
-        metadata["picture"] = pd.factorize(metadata["content_hash"])[0]
-        metadata = self._settle_label_conflicts(metadata)
+        metadata = _metadata(images, index.records)
+        metadata["picture"] = audit.number_pictures(
+            metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
+        )
+        metadata = self._settle_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
             raise ValueError(f"{_shown(self.data_dir)}: fewer than two classes are left")
@@ -977,13 +1031,43 @@ class DatasetBuilder:
         for name in names:
             part = metadata[metadata["split"] == name]
             datasets[name] = LesionDataset(
-                array_path,
+                cache.folder / index.array,
                 part.index.to_numpy(),
                 part.reset_index(drop=True),
                 classes,
                 cache.fingerprint,
             )
         return datasets, metadata.reset_index(drop=True)
+
+    def audit(self, preprocessors: Sequence[Preprocessor] = ()) -> pd.DataFrame:
+        """What is wrong with the images, a row a finding, as `audit.audit` describes it.
+
+        All images count, whatever `label_conflicts` and `skip_unreadable` say; one that cannot be
+        read is a finding. Splits that a picture may be on both sides of are those of `splits_csv`,
+        or of a column `split` of `metadata_csv`, or of folders named Train, Valid and Test.
+
+        Raises what `build` raises for a folder or tables that cannot be used.
+        """
+        images = self._find_labelled_images()
+        given = self._read_metadata(images)
+        cache = self._cache(preprocessors)
+        index = cache.load(images["path"].tolist())
+        metadata = _metadata(images, index.records)
+        metadata["error"] = [record.error for record in index.records]
+        if self.splits_csv is not None:
+            table = read_table(self.splits_csv, ["split"])
+            split = join_table(metadata["path"], table, self.splits_csv)["split"]
+        elif "split_given" in given:
+            split = given["split_given"]
+        else:
+            split = _split_of_folder(metadata["source_split"])
+        metadata["split"] = split.fillna("").astype(str)
+        return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
+
+    def _cache(self, preprocessors: Sequence[Preprocessor]) -> _ArrayCache:
+        return _ArrayCache(
+            self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
+        )
 
     def _find_labelled_images(self) -> pd.DataFrame:
         images = find_images(self.data_dir, has_class_folders=self.label_column is None)
@@ -1060,8 +1144,7 @@ class DatasetBuilder:
         return split.astype(str).to_numpy()
 
     def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
-        folder = metadata["source_split"].str.split("/").str[0]
-        split = folder.str.casefold().map(SPLIT_FOLDERS)
+        split = _split_of_folder(metadata["source_split"])
         if split.isna().any():
             stray = metadata["path"][split.isna()].iloc[0]
             raise ValueError(
@@ -1094,6 +1177,11 @@ class DatasetBuilder:
                 )
             warnings.warn(f"{found} and are left out: {names}", stacklevel=3)
         return np.array([not record.error for record in records])
+
+
+def _split_of_folder(source_split: pd.Series) -> pd.Series:
+    """The split that a folder's name says, missing where it says none."""
+    return source_split.str.split("/").str[0].str.casefold().map(SPLIT_FOLDERS)
 
 
 def _given_name(column: str) -> str:

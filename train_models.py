@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from dataset import LesionDataset, LesionLoader
+    from dataset import DatasetBuilder, LesionDataset, LesionLoader
     from models import LesionClassifier
     from training import Evaluation
 
@@ -35,7 +35,7 @@ MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned"
 # Settings on which no result depends: a run may be resumed with others.
 NOT_RESULTS = {
     "data_dir", "save_dir", "cache_dir", "labels_csv", "metadata_csv", "splits_csv", "models",
-    "device", "num_workers", "checkpoint_every", "resume",
+    "device", "num_workers", "checkpoint_every", "resume", "audit_only",
 }  # fmt: skip
 
 
@@ -78,6 +78,7 @@ class Settings:
     seed: int = 42
     skip_unreadable: bool = False
     resume: bool = False
+    audit_only: bool = False
 
 
 DEMO_SETTINGS = Settings(
@@ -98,14 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            run(settings, is_demo)
+            return run(settings, is_demo)
         except (ValueError, OSError) as error:
             return _say_error(error)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
             return _say_error(f"out of memory; try a --batch_size below {settings.batch_size}")
-    return 0
 
 
 def _say_error(message: object) -> int:
@@ -184,6 +184,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--label_conflicts", choices=conflicts, help="pictures that stand under several classes")
     add("--metadata_csv", metavar="FILE", help="a table to add, by path, image_id or isic_id")
     add("--group_by", nargs="+", metavar="NAME", help="its columns that keep images together")
+    add("--audit_only", action="store_true", help="look for faults in the images, train nothing")
     add("--image_size", type=side, metavar="PIXELS", help="side of the square images")
 
     add("--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", help=", ".join(MODEL_NAMES))
@@ -248,11 +249,19 @@ def command(settings: Settings) -> str:
 # ---------------------------------------------------------------------------- the run
 
 
-def run(settings: Settings, is_demo: bool = False) -> None:
-    """Trains and compares the models; nothing in `save_dir` is touched before all is in order."""
+def run(settings: Settings, is_demo: bool = False) -> int:
+    """Trains and compares the models; nothing in `save_dir` is touched before all is in order.
+
+    Gives the exit status: 1 when only the audit was asked for and it found something.
+    """
     settings = _prepare_demo(settings) if is_demo else settings
     save_dir = Path(settings.save_dir)
     _check_folders(settings)
+    if settings.audit_only:
+        findings = _make_builder(settings).audit()
+        _leave_audit(settings, findings)
+        print(f"\nEverything is in {save_dir}.")
+        return 1 if len(findings) > 0 else 0
 
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -262,8 +271,12 @@ def run(settings: Settings, is_demo: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     _check_weights(settings)
-    loaders, metadata = _load_data(settings, device)
+    builder = _make_builder(settings)
+    findings = builder.audit()
+    loaders, metadata = _load_data(builder, settings, device)
     _begin(settings, metadata, is_demo)
+    _leave_audit(settings, findings)
+    _say_unavoidable_errors(loaders["test"].dataset)
     _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
     rows = []
     for number, name in enumerate(settings.models, 1):
@@ -276,14 +289,13 @@ def run(settings: Settings, is_demo: bool = False) -> None:
                 _train_one(name, settings, loaders, device)
         rows.append(_comparison_row(json.loads(finished.read_text(encoding="utf-8"))))
     _compare(save_dir, rows)
+    return 0
 
 
-def _load_data(
-    settings: Settings, device: "torch.device"
-) -> "tuple[dict[str, LesionLoader], pd.DataFrame]":
-    from dataset import DatasetBuilder, create_dataloaders
+def _make_builder(settings: Settings) -> "DatasetBuilder":
+    from dataset import DatasetBuilder
 
-    builder = DatasetBuilder(
+    return DatasetBuilder(
         settings.data_dir,
         image_size=settings.image_size,
         cache_dir=settings.cache_dir,
@@ -298,6 +310,13 @@ def _load_data(
         split_by=settings.split_by,
         splits_csv=settings.splits_csv,
     )
+
+
+def _load_data(
+    builder: "DatasetBuilder", settings: Settings, device: "torch.device"
+) -> "tuple[dict[str, LesionLoader], pd.DataFrame]":
+    from dataset import create_dataloaders
+
     splits = dict(zip(("train", "valid", "test"), settings.splits, strict=True))
     datasets, metadata = builder.build(splits=splits)
     missing = [name for name in splits if name not in datasets]
@@ -316,6 +335,43 @@ def _load_data(
     num_classes = len(datasets["train"].classes)
     print(f"{len(metadata):,} images of {num_classes} classes: {sizes}", flush=True)
     return loaders, metadata
+
+
+def _leave_audit(settings: Settings, findings: "pd.DataFrame") -> None:
+    """Says what was found, and writes `audit.csv` and, if there are pairs to show, `audit.png`."""
+    from audit import summarise, worst_pairs
+    from dataset import read_image
+    from files import write_atomically
+    from visualizations import plot_pairs
+
+    print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
+    save_dir = Path(settings.save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    table = findings.copy()
+    for name in ("images", "classes"):
+        table[name] = table[name].map("; ".join)
+    with write_atomically(save_dir / "audit.csv") as temporary:
+        table.to_csv(temporary, index=False, errors="surrogateescape")
+    pairs = worst_pairs(findings)
+    (save_dir / "audit.png").unlink(missing_ok=True)
+    if len(pairs) > 0:
+        data_dir = Path(settings.data_dir)
+        images = [
+            [read_image(data_dir / path, longest_side=400) for path in paths[:2]]
+            for paths in pairs["images"]
+        ]
+        plot_pairs(pairs, images, save_path=save_dir / "audit.png")
+
+
+def _say_unavoidable_errors(dataset: "LesionDataset") -> None:
+    from audit import unavoidable_errors
+
+    errors = unavoidable_errors(dataset.metadata)
+    if errors > 0:
+        print(
+            f"at least {errors} of the {len(dataset):,} test images will be called wrong, whatever "
+            "the model: their pictures stand under several classes"
+        )
 
 
 def _prepare_demo(settings: Settings) -> Settings:

@@ -8,6 +8,7 @@ FileNotFoundError.
 """
 
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -236,6 +237,39 @@ def plot_augmentations(
     return figure
 
 
+def plot_pairs(
+    pairs: pd.DataFrame,
+    images: Sequence[Sequence[np.ndarray]],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Findings of an audit, two images of each side by side with their classes and paths.
+
+    `pairs` is the table that `audit.worst_pairs` gives; `images` holds for each of its rows two
+    images (H, W, 3) of any size, uint8 or float in [0, 1].
+
+    Raises ValueError when a column is missing, there is no row, or images are of another number,
+    shape or range.
+    """
+    _check_table(pairs, "pairs", ["kinds", "images", "classes", "distance"])
+    if len(images) != len(pairs) or any(len(both) != 2 for both in images):
+        raise ValueError(f"images must hold two for each of the {len(pairs)} pairs")
+    num_rows = math.ceil(len(pairs) / 2)
+    with _figure((7.2, 2.35 * num_rows), title, save_path) as figure:
+        axes = figure.subplots(num_rows, 4, squeeze=False).reshape(-1, 2)
+        for both in axes[len(pairs) :]:
+            for ax in both:
+                ax.set_axis_off()
+        for pair, shown, both in zip(pairs.itertuples(), images, axes, strict=False):
+            heading = ", ".join(pair.kinds)
+            heading += f" ({pair.distance:.2f} apart)" if pair.distance > 0 else ""
+            both[0].set_title(heading, loc="left", fontsize=7)
+            for i in range(2):
+                _draw_named_image(both[i], shown[i], pair.classes[i], pair.images[i])
+    return figure
+
+
 def plot_model_comparison(
     comparison: pd.DataFrame, *, title: str | None = None, save_path: str | Path | None = None
 ) -> Figure:
@@ -438,6 +472,15 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[fl
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return [index * (height + gap) + height / 2 for index in range(len(rows))]
+
+
+def _draw_named_image(ax: Axes, image: np.ndarray, name: str, path: str) -> None:
+    ax.imshow(_checked_images(image, "an image of a pair", ndim=3))
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    lines = textwrap.wrap(path, 34) or [path]
+    ax.set_xlabel("\n".join([name, *lines]), parse_math=False, fontsize=6.5)
 
 
 def _check_table(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:

@@ -1,6 +1,8 @@
 import functools
+import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -36,6 +38,7 @@ from dataset import (
     resize,
     stratified_split,
 )
+from synthetic import CLASSES, draw_lesion
 
 ROOT = Path(__file__).parents[1]
 
@@ -432,6 +435,48 @@ def test_two_builds_at_once_give_one_array(make_images):
     assert array_file(root).exists()
 
 
+def test_builds_killed_at_any_moment_are_followed_by_correct_ones(make_images):
+    root = make_images({"a": 150, "b": 150}, size=120)
+    started = time.monotonic()
+    expected, metadata = build(root)
+    duration = time.monotonic() - started
+    moments = random.Random(0)
+    num_killed = 0
+    while num_killed < 20:
+        (array_file(root).parent / "index.json").unlink()
+        child = multiprocessing.get_context("fork").Process(target=build, args=(root,))
+        child.start()
+        time.sleep(moments.uniform(0, duration))
+        child.kill()
+        child.join()
+        num_killed += child.exitcode == -signal.SIGKILL
+        splits, metadata_after = build(root)
+        assert metadata_after.equals(metadata)
+        for name, split in splits.items():
+            numbers = np.arange(len(split))
+            assert np.array_equal(split.gather(numbers), expected[name].gather(numbers))
+        array_file(root)  # there is one alone
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder not even root writes")
+def test_a_cache_folder_that_cannot_be_written_is_named_with_the_flag(make_images, tmp_path):
+    root = make_images({"a": 3, "b": 3})
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/sys/kernel")):
+        with pytest.raises(OSError, match="--cache_dir") as caught:
+            build(root, cache_dir=folder)
+        assert str(folder) in str(caught.value)
+
+
+def test_a_read_only_data_folder_is_only_read(make_images, tmp_path):
+    root = make_images({"a": 3, "b": 3})
+    before = sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*"))
+    for folder in (root, root / "a", root / "b"):
+        folder.chmod(0o555)
+    build(root, cache_dir=tmp_path / "cache")
+    assert sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*")) == before
+
+
 def test_a_damaged_index_or_array_is_made_anew(make_images):
     root = make_images({"a": 6, "b": 6})
     expected = shown(build(root)[0], "a/0000.png")
@@ -478,6 +523,29 @@ def test_groups_are_never_divided_and_every_image_has_a_split(data):
         assert len(set(split[groups == group])) == 1
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_splits_of_whole_groups_are_within_the_largest_group_of_their_share(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.geometric(rng.uniform(0.2, 1), size=rng.integers(5, 200))
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    num_classes = rng.integers(2, 10)
+    shares = rng.dirichlet(np.full(num_classes, rng.uniform(0.3, 3)))
+    of_group = rng.choice(num_classes, len(sizes), p=shares)[groups]
+    of_image = rng.choice(num_classes, len(groups), p=shares)
+    is_mixed = (rng.random(len(sizes)) < rng.random())[groups]  # these hold several classes
+    labels = np.unique(np.where(is_mixed, of_image, of_group), return_inverse=True)[1]
+    split = stratified_split(labels, groups, THREE, seed)
+    for group in range(len(sizes)):
+        assert len(set(split[groups == group])) == 1
+    for label, size in enumerate(np.bincount(labels)):
+        # A class too small for one image in each split comes into each all the same.
+        lacking = sum(max(0, 1 - size * fraction) for fraction in THREE.values())
+        for name, fraction in THREE.items():
+            count = (split[labels == label] == name).sum()
+            assert abs(count - size * fraction) <= sizes.max() + lacking + 1e-9
+
+
 def test_the_seed_decides_who_and_not_how_many():
     labels = np.repeat([0, 1, 2], [50, 20, 10])
     groups = np.arange(80)
@@ -513,6 +581,71 @@ def test_identical_files_stay_together_whatever_their_class(make_images):
     assert metadata["picture"].nunique() == 50
     assert metadata.groupby("content_hash")["split"].nunique().max() == 1
     assert metadata.groupby("group")["split"].nunique().max() == 1
+
+
+def save_lesions(root, counts, seed=0):
+    rng = np.random.default_rng(seed)
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            lesion = draw_lesion(CLASSES[i % len(CLASSES)], rng, 96)
+            lesion.save(root / folder / f"{i:04d}.jpg", quality=90)
+    return root
+
+
+def turn_and_save_again(source, target):
+    with Image.open(source) as image:
+        image.transpose(Image.Transpose.ROTATE_90).resize((70, 70)).save(target, quality=70)
+
+
+def test_near_duplicates_stay_together_and_count_as_one_picture(tmp_path):
+    root = save_lesions(tmp_path / "raw", {"a": 20, "b": 20})
+    for i in range(10):
+        turn_and_save_again(root / f"a/{i:04d}.jpg", root / f"a/turned {i}.jpg")
+        turn_and_save_again(root / f"b/{i:04d}.jpg", root / f"a/contradicting {i}.jpg")
+    _, metadata = build(root)
+    assert metadata["picture"].nunique() == 40
+    assert metadata["content_hash"].nunique() == 60
+    assert metadata.groupby("picture")["split"].nunique().max() == 1
+    _, metadata = build(root, label_conflicts="drop")
+    assert len(metadata) == 40
+    assert not metadata["path"].str.contains("contradicting").any()
+
+
+def test_the_audit_knows_pictures_labels_splits_and_broken_files(tmp_path):
+    root = save_lesions(tmp_path / "raw", {"Train/a": 14, "Train/b": 12, "Test/a": 10})
+    turn_and_save_again(root / "Train/b/0003.jpg", root / "Train/a/turned.jpg")
+    shutil.copy(root / "Train/a/0001.jpg", root / "Test/a/copy.jpg")
+    (root / "Test/a/broken.jpg").write_bytes(b"GIF89a")
+    Image.new("RGB", (20, 90), "red").save(root / "Train/b/red.png")
+    builder = DatasetBuilder(root, image_size=16)
+    findings = builder.audit()
+    named = [(row.kind, row.images) for row in findings.itertuples()]
+    turned = ("Train/a/turned.jpg", "Train/b/0003.jpg")
+    copied = ("Test/a/copy.jpg", "Train/a/0001.jpg")
+    assert named == [
+        ("unreadable", ("Test/a/broken.jpg",)),
+        ("contradiction", turned),
+        ("leakage", copied),
+        ("identical", copied),
+        ("near-duplicate", turned),
+        ("tiny", ("Train/b/red.png",)),
+        ("flat", ("Train/b/red.png",)),
+    ]
+    assert builder.audit().equals(findings)  # from the array that is there
+
+
+@pytest.mark.parametrize("flag", ["splits_csv", "metadata_csv"])
+def test_the_audit_finds_leakage_between_the_splits_of_a_table(tmp_path, flag):
+    root = save_lesions(tmp_path / "raw", {"a": 12, "b": 12})
+    shutil.copy(root / "a/0003.jpg", root / "a/copy.jpg")
+    paths = find_images(root)["path"]
+    splits = pd.DataFrame({"path": paths, "split": "train"})
+    splits.loc[splits["path"] == "a/copy.jpg", "split"] = "test"
+    table = write(tmp_path / "table.csv", splits)
+    findings = DatasetBuilder(root, image_size=16, **{flag: table}).audit()
+    assert findings["kind"].tolist() == ["leakage", "identical"]
+    assert DatasetBuilder(root, image_size=16).audit()["kind"].tolist() == ["identical"]
 
 
 def test_splits_do_not_depend_on_the_order_of_the_file_system(make_images, monkeypatch):

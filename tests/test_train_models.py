@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -25,8 +26,8 @@ from training import evaluate
 
 ROOT = Path(__file__).parents[1]
 RUN_FILES = {
-    "config.json", "splits.csv", "comparison.csv", "comparison.png", "class_distribution.png",
-    "samples.png", "augmentations.png",
+    "config.json", "audit.csv", "splits.csv", "comparison.csv", "comparison.png",
+    "class_distribution.png", "samples.png", "augmentations.png",
 }  # fmt: skip
 MODEL_FILES = {
     "model.pth", "last.pth", "history.csv", "metrics.json", "predictions.csv",
@@ -91,6 +92,48 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["num_steps"] == 4
     assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_audit_alone_says_what_it_found_and_trains_nothing(arguments, tmp_path, capfd):
+    root, out = Path(arguments[1]), tmp_path / "out"
+    assert main([*arguments, "--audit_only"]) == 0
+    assert "audit: nothing found" in capfd.readouterr().out
+    assert names(out) == {"audit.csv"}
+    shutil.copy(root / "Train/melanoma/0000.png", root / "Test/melanoma/a copy.png")
+    shutil.copy(root / "Train/melanoma/0001.png", root / "Train/mole $1_x/other.png")
+    (root / "Test/melanoma/empty.jpg").touch()
+    assert main([*arguments, "--audit_only"]) == 1
+    printed = capfd.readouterr().out
+    for text in ("1 files that cannot be read", "1 times one picture under several classes",
+                 "2 groups of identical files"):  # fmt: skip
+        assert text in printed
+    assert names(out) == {"audit.csv", "audit.png"}
+    table = pd.read_csv(out / "audit.csv")
+    assert list(table.columns) == ["kind", "images", "classes", "distance"]
+    assert table["kind"].tolist() == [
+        "unreadable", "contradiction", "leakage", "identical", "identical",
+    ]  # fmt: skip
+    assert table["images"][2] == "Test/melanoma/a copy.png; Train/melanoma/0000.png"
+    with Image.open(out / "audit.png") as image:
+        image.load()
+    assert main(["--data_dir", str(root / "nothing"), "--audit_only"]) == 2
+
+
+def test_a_run_says_what_no_model_can_get_right(arguments, tmp_path, capfd):
+    root = Path(arguments[1])
+    for i in range(12):
+        copy = root / f"Train/mole $1_x/copy {i}.png"
+        shutil.copy(root / f"Train/melanoma/{i:04d}.png", copy)
+    main([*arguments, "--models", "simple_cnn"])
+    printed = capfd.readouterr().out
+    assert "audit: 12 times one picture under several classes" in printed
+    metadata = pd.read_csv(tmp_path / "out/splits.csv")
+    doubled = metadata[(metadata["split"] == "test") & metadata["path"].str.contains("copy")]
+    assert len(doubled) > 0
+    assert f"at least {len(doubled)} of the {(metadata['split'] == 'test').sum()} test" in printed
+    assert (tmp_path / "out/audit.png").exists()
+    main([*arguments, "--models", "simple_cnn", "--label_conflicts", "drop"])
+    assert "at least" not in capfd.readouterr().out
 
 
 def test_a_model_alone_is_the_same_as_among_others(arguments, tmp_path):
