@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 THUMBNAIL_SIZE = 16
 # Chosen on the ISIC nine-class set from the curve that benchmarks/near_duplicates.py prints.
-MAX_DISTANCE = 0.13
+MAX_DISTANCE = 0.14
 TREE_DIMENSIONS = 12  # in more, a k-d tree looks almost everywhere
 FLAT = 1.0  # standard deviation of a thumbnail's grey levels, of 255
 SMALL_SIDE = 32  # pixels, below which nothing of a lesion can be seen
@@ -21,28 +21,30 @@ FEWEST_PICTURES = 10  # of a class, below which nothing can be learnt or measure
 
 # What a finding may be, the gravest first, and how the summary says it.
 KINDS = {
-    "unreadable": "{} files that cannot be read",
-    "contradiction": "{} times one picture under several classes, so that a label must be wrong: "
+    "unreadable": "files that cannot be read: {}",
+    "contradiction": "pictures under several classes: {}, of which one label each must be wrong; "
     "--labels_csv corrects it, --label_conflicts drop leaves these pictures out",
-    "leakage": "{} times one picture on both sides of the given splits",
-    "identical": "{} groups of identical files",
-    "near-duplicate": "{} pairs of other files that show one picture",
-    "tiny": "{} images of less than " + str(SMALL_SIDE) + " pixels on a side",
-    "flat": "{} images of one colour",
-    "small class": "{} classes of fewer than " + str(FEWEST_PICTURES) + " pictures, too few to "
-    "learn or to measure",
+    "leakage": "pictures in several of the given splits: {}",
+    "identical": "groups of identical files: {}",
+    "near-duplicate": "pairs of other files that show the same picture: {}",
+    "tiny": "images of less than " + str(SMALL_SIDE) + " pixels on a side: {}",
+    "flat": "images of one colour: {}",
+    "small class": "classes of fewer than " + str(FEWEST_PICTURES) + " pictures, too few to learn "
+    "or to measure: {}",
 }
 PAIRS = ("contradiction", "leakage", "identical", "near-duplicate")
 
 
-def find_near_duplicates(thumbnails: np.ndarray, content_hashes: Sequence[str]) -> pd.DataFrame:
+def find_near_duplicates(
+    thumbnails: np.ndarray, content_hashes: Sequence[str], max_distance: float = MAX_DISTANCE
+) -> pd.DataFrame:
     """The pairs of files that show the same picture, re-encoded, resized, mirrored or turned.
 
     `thumbnails` is uint8 grey (N, 16, 16). Gives a row a pair: `first` and `second`, row numbers
-    with first < second, and `distance`, the root mean square difference in the best of the eight
-    orientations, each thumbnail brought to mean 0 and standard deviation 1: 0 for the same, the
-    root of 2 for what has nothing in common. Of files with equal `content_hashes` the first alone
-    is compared, and images of one colour are not.
+    with first < second, and `distance`, up to `max_distance`: the root mean square difference in
+    the best of the eight orientations, each thumbnail brought to mean 0 and standard deviation 1.
+    That is 0 for the same, the root of 2 for what has nothing in common. Of files with equal
+    `content_hashes` the first alone is compared, and images of one colour are not.
 
     Mirroring and turning by 90 degrees change only signs and order of the coefficients of the
     discrete cosine transform, so these without sign, averaged with their transposes, are the same
@@ -54,7 +56,7 @@ def find_near_duplicates(thumbnails: np.ndarray, content_hashes: Sequence[str]) 
     if len(compared) < 2:
         return pd.DataFrame({"first": [], "second": [], "distance": []})
     described = _describe(thumbnails[compared])
-    reach = THUMBNAIL_SIZE * MAX_DISTANCE
+    reach = THUMBNAIL_SIZE * max_distance
     tree = cKDTree(described[:, -TREE_DIMENSIONS:])
     candidates = np.sort(tree.query_pairs(reach, output_type="ndarray"), axis=1)
     candidates = candidates[_is_within(described, candidates, reach)]
@@ -62,7 +64,7 @@ def find_near_duplicates(thumbnails: np.ndarray, content_hashes: Sequence[str]) 
     parts = [candidates[i : i + 4096] for i in range(0, len(candidates), 4096)]
     distances = [_distance(thumbnails[a], thumbnails[b]) for a, b in (part.T for part in parts)]
     distance = np.concatenate(distances) if distances else np.empty(0)
-    found = distance <= MAX_DISTANCE
+    found = distance <= max_distance
     first, second = candidates[found].T
     return pd.DataFrame({"first": first, "second": second, "distance": distance[found]})
 

@@ -257,10 +257,11 @@ def plot_pairs(
         raise ValueError(f"images must hold two for each of the {len(pairs)} pairs")
     num_rows = math.ceil(len(pairs) / 2)
     with _figure((7.2, 2.35 * num_rows), title, save_path) as figure:
-        axes = figure.subplots(num_rows, 4, squeeze=False).reshape(-1, 2)
-        for both in axes[len(pairs) :]:
-            for ax in both:
-                ax.set_axis_off()
+        ratios = [1, 1, 0.05, 1, 1]  # a gap between two pairs
+        axes = figure.subplots(num_rows, 5, squeeze=False, width_ratios=ratios)
+        for ax in axes.flat:
+            ax.set_axis_off()
+        axes = np.delete(axes, 2, axis=1).reshape(-1, 2)
         for pair, shown, both in zip(pairs.itertuples(), images, axes, strict=False):
             heading = ", ".join(pair.kinds)
             heading += f" ({pair.distance:.2f} apart)" if pair.distance > 0 else ""
@@ -475,12 +476,13 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[fl
 
 
 def _draw_named_image(ax: Axes, image: np.ndarray, name: str, path: str) -> None:
+    ax.set_axis_on()
     ax.imshow(_checked_images(image, "an image of a pair", ndim=3))
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
-    lines = textwrap.wrap(path, 34) or [path]
-    ax.set_xlabel("\n".join([name, *lines]), parse_math=False, fontsize=6.5)
+    lines = [*textwrap.wrap(name, 30), *textwrap.wrap(path, 30)]
+    ax.set_xlabel("\n".join(lines), parse_math=False, fontsize=6.5)
 
 
 def _check_table(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:

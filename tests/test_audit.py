@@ -151,7 +151,7 @@ def test_each_kind_of_finding_names_its_images_and_classes(lesions):
     assert distances["contradiction"] == 0 and 0 < distances["near-duplicate"] <= MAX_DISTANCE
     text = summarise(findings)
     assert text.count("\n") == 7
-    assert "2 files that cannot be read" in text and "2 groups of identical files" in text
+    assert "files that cannot be read: 2\n" in text and "groups of identical files: 2\n" in text
 
 
 def test_nothing_wrong_is_said_in_one_line(lesions):

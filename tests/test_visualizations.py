@@ -22,6 +22,7 @@ from visualizations import (
     plot_confusion_matrix,
     plot_learning_curves,
     plot_model_comparison,
+    plot_pairs,
     plot_samples,
 )
 
@@ -93,13 +94,20 @@ def draw_model_comparison(names, title, save_path):
     return plot_model_comparison(table, title=title, save_path=save_path)
 
 
+def draw_pairs(names, title, save_path):
+    images = [colour_tiles("red", "blue")] * len(names)
+    rows = [(("identical",), (f"{n}/1.jpg", f"{n}/2.jpg"), (n, n), 0.0) for n in names]
+    table = pd.DataFrame(rows, columns=["kinds", "images", "classes", "distance"])
+    return plot_pairs(table, images, title=title, save_path=save_path)
+
+
 DRAWN_WITH_NAMES = [
     draw_confusion_matrix,
     draw_class_distribution,
     draw_samples,
     draw_model_comparison,
 ]
-ALL_DRAWN = [draw_learning_curves, draw_augmentations, *DRAWN_WITH_NAMES]
+ALL_DRAWN = [draw_learning_curves, draw_augmentations, draw_pairs, *DRAWN_WITH_NAMES]
 
 
 def row_names(figure: Figure) -> list[str]:
@@ -389,6 +397,43 @@ def test_the_original_comes_first_and_is_marked():
         np.testing.assert_array_equal(canvas[top : top + 8, left : left + 8], images[index])
     assert ax.patches[0].get_bbox().bounds == (0, 0, 8, 8)
     assert texts(figure) == ["original"]
+
+
+def pairs(*rows):
+    return pd.DataFrame(rows, columns=["kinds", "images", "classes", "distance"])
+
+
+def test_pairs_stand_side_by_side_with_their_kinds_classes_and_paths():
+    rows = pairs(
+        (("contradiction", "near-duplicate"), ("a_b $x$/1.jpg", "c/2.jpg"), ("a_b $x$", "c"), 0.07),
+        (("identical",), ("c/3.jpg", "c/4.jpg"), ("c", "c"), 0.0),
+        (("identical",), ("c/5.jpg", "c/6.jpg"), ("c", "c"), 0.0),
+    )
+    images = [(np.full((8, 5, 3), 10 * n, np.uint8), np.zeros((30, 60, 3))) for n in range(3)]
+    shown = [ax for ax in plot_pairs(rows, images).axes if ax.images]
+    assert [ax.get_xlabel().split("\n")[-1] for ax in shown] == [
+        "a_b $x$/1.jpg", "c/2.jpg", "c/3.jpg", "c/4.jpg", "c/5.jpg", "c/6.jpg",
+    ]  # fmt: skip
+    assert shown[0].get_xlabel().startswith("a_b $x$\n")
+    assert not shown[0].xaxis.label.get_parse_math()
+    headings = [ax.get_title(loc="left") for ax in shown]
+    assert headings[::2] == ["contradiction, near-duplicate (0.07 apart)"] + ["identical"] * 2
+    assert (shown[2].images[0].get_array() == 10).all()
+
+
+def test_long_names_below_pairs_are_clear_of_one_another():
+    figure = draw_pairs([f"{name} {'and a folder' * 6}" for name in LONG_NAMES], None, None)
+    labels = [ax.xaxis.label.get_window_extent() for ax in figure.axes if ax.images]
+    assert len(labels) == 18
+    assert not any(one.overlaps(other) for one, other in combinations(labels, 2))
+
+
+def test_pairs_without_two_images_each_are_refused():
+    rows = pairs((("identical",), ("a", "b"), ("a", "a"), 0.0))
+    with pytest.raises(ValueError, match="two for each of the 1 pairs"):
+        plot_pairs(rows, [colour_tiles("red")])
+    with pytest.raises(ValueError, match="no rows"):
+        plot_pairs(rows[:0], [])
 
 
 def test_images_that_do_not_fit_are_refused():
