@@ -255,19 +255,26 @@ def plot_pairs(
     _check_table(pairs, "pairs", ["kinds", "images", "classes", "distance"])
     if len(images) != len(pairs) or any(len(both) != 2 for both in images):
         raise ValueError(f"images must hold two for each of the {len(pairs)} pairs")
+    captions = [
+        tuple(_caption(*named) for named in zip(pair.classes, pair.images, strict=True))[:2]
+        for pair in pairs.itertuples()
+    ]
+    num_lines = max(text.count("\n") + 1 for both in captions for text in both)
     num_rows = math.ceil(len(pairs) / 2)
-    with _figure((7.2, 2.35 * num_rows), title, save_path) as figure:
+    with _figure((7.2, (2.0 + 0.12 * num_lines) * num_rows), title, save_path) as figure:
         ratios = [1, 1, 0.05, 1, 1]  # a gap between two pairs
         axes = figure.subplots(num_rows, 5, squeeze=False, width_ratios=ratios)
         for ax in axes.flat:
             ax.set_axis_off()
         axes = np.delete(axes, 2, axis=1).reshape(-1, 2)
-        for pair, shown, both in zip(pairs.itertuples(), images, axes, strict=False):
+        for pair, shown, texts, both in zip(
+            pairs.itertuples(), images, captions, axes, strict=False
+        ):
             heading = ", ".join(pair.kinds)
             heading += f" ({pair.distance:.2f} apart)" if pair.distance > 0 else ""
             both[0].set_title(heading, loc="left", fontsize=7)
             for i in range(2):
-                _draw_named_image(both[i], shown[i], pair.classes[i], pair.images[i])
+                _draw_captioned_image(both[i], shown[i], texts[i])
     return figure
 
 
@@ -475,14 +482,17 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[fl
     return [index * (height + gap) + height / 2 for index in range(len(rows))]
 
 
-def _draw_named_image(ax: Axes, image: np.ndarray, name: str, path: str) -> None:
+def _caption(class_name: str, path: str) -> str:
+    return "\n".join([*textwrap.wrap(class_name, 30), *textwrap.wrap(path, 30)])
+
+
+def _draw_captioned_image(ax: Axes, image: np.ndarray, caption: str) -> None:
     ax.set_axis_on()
     ax.imshow(_checked_images(image, "an image of a pair", ndim=3))
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
-    lines = [*textwrap.wrap(name, 30), *textwrap.wrap(path, 30)]
-    ax.set_xlabel("\n".join(lines), parse_math=False, fontsize=6.5)
+    ax.set_xlabel(caption, parse_math=False, fontsize=6.5)
 
 
 def _check_table(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
