@@ -571,7 +571,7 @@ def _train_one(
     name: str, settings: Settings, loaders: "dict[str, LesionLoader]", device: "torch.device"
 ) -> None:
     """Trains one model and fills its folder; `metrics.json`, written last, says that it is done."""
-    from evaluation import compute_metrics
+    from evaluation import compute_intervals, compute_metrics
     from models import count_parameters
     from training import evaluate, make_optimizer, train, warmup_cosine
 
@@ -601,14 +601,16 @@ def _train_one(
         seed=settings.seed,
     )
     evaluation = evaluate(model, loaders["test"], device=device, precision=settings.precision)
-    metrics = compute_metrics(evaluation.labels, evaluation.probabilities, classes)
+    predictions = (evaluation.labels, evaluation.probabilities, classes)
+    groups = loaders["test"].dataset.metadata["group"]
     report = {
         "model": name,
         "classes": classes,
         "training_time": _training_time(history, settings.batch_size),
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable_only=True),
-        "test": {"loss": evaluation.loss} | metrics,
+        "test": {"loss": evaluation.loss} | compute_metrics(*predictions),
+        "test_intervals": compute_intervals(*predictions, groups, seed=settings.seed),
     }
     _leave_results(folder, history, evaluation, loaders["test"].dataset, report)
 
@@ -672,8 +674,10 @@ def _predictions(evaluation: "Evaluation", dataset: "LesionDataset") -> "pd.Data
 
 
 def _comparison_row(report: dict[str, Any]) -> dict[str, Any]:
-    names = ("precision", "recall", "f1", "accuracy", "balanced_accuracy")
-    row = {"model": report["model"]} | {name: report["test"][name] for name in names}
+    row = {"model": report["model"]}
+    for name in ("precision", "recall", "f1", "accuracy", "balanced_accuracy"):
+        row[name] = report["test"][name]
+        row[f"{name}_low"], row[f"{name}_high"] = report["test_intervals"][name]
     return row | {n: report[n] for n in ("training_time", "parameters", "trainable_parameters")}
 
 
@@ -690,14 +694,24 @@ def _compare(save_dir: Path, rows: list[dict[str, Any]]) -> None:
     shown = pd.DataFrame(
         {
             "model": comparison["model"],
-            "precision": comparison["precision"].map("{:.3f}".format),
-            "recall": comparison["recall"].map("{:.3f}".format),
+            "precision": _with_intervals(comparison, "precision"),
+            "recall": _with_intervals(comparison, "recall"),
+            "balanced accuracy": _with_intervals(comparison, "balanced_accuracy"),
             "training time": comparison["training_time"].map(_duration),
             "parameters": comparison["parameters"].map("{:,}".format),
         }
     )
-    print(f"\nOn the test split, weighted by class:\n{shown.to_string(index=False)}")
+    print(
+        "\nOn the test split, with 95 % intervals (precision and recall are weighted by class):\n"
+        f"{shown.to_string(index=False)}"
+    )
     print(f"\nEverything is in {save_dir}.")
+
+
+def _with_intervals(comparison: "pd.DataFrame", name: str) -> list[str]:
+    columns = (comparison[column] for column in (name, f"{name}_low", f"{name}_high"))
+    values = zip(*columns, strict=True)
+    return [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in values]
 
 
 def _duration(seconds: float) -> str:

@@ -8,16 +8,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.stats import binomtest, norm
 from sklearn.metrics import (
     accuracy_score,
+    average_precision_score,
     balanced_accuracy_score,
+    brier_score_loss,
+    cohen_kappa_score,
     confusion_matrix,
+    log_loss,
+    matthews_corrcoef,
     precision_recall_fscore_support,
+    recall_score,
+    roc_auc_score,
+    top_k_accuracy_score,
 )
 
-from evaluation import compute_metrics
+from evaluation import HEADLINES, compare, compute_intervals, compute_metrics, wilson_interval
 
 AVERAGED = ("precision", "recall", "f1")
+PER_CLASS = ("precision", "recall", "specificity", "f1", "roc_auc", "average_precision")
+UNBOUNDED = {"log_loss": np.inf, "brier_score": 2.0}
 
 
 @st.composite
@@ -61,8 +72,18 @@ def test_every_figure_is_scikit_learns(case):
     assert list(metrics["per_class"]) == names
     for label in present:
         row = metrics["per_class"][names[label]]
-        assert [*row] == [*AVERAGED, "support"]
-        assert [*row.values()] == pytest.approx([column[label] for column in per_class])
+        assert [*row] == [*PER_CLASS, "support"]
+        figures = [row[name] for name in (*AVERAGED, "support")]
+        assert figures == pytest.approx([column[label] for column in per_class])
+        if len(present) > 1:
+            is_class, scores = y_true == label, y_prob[:, label]
+            specificity = recall_score(~is_class, y_pred != label, zero_division=0)
+            assert row["specificity"] == pytest.approx(specificity)
+            assert row["roc_auc"] == pytest.approx(roc_auc_score(is_class, scores))
+            area = average_precision_score(is_class, scores)
+            assert row["average_precision"] == pytest.approx(area)
+        else:
+            assert row["specificity"] is row["roc_auc"] is row["average_precision"] is None
 
     expected = confusion_matrix(y_true, y_pred, labels=labels)
     assert metrics["confusion_matrix"] == expected.tolist()
@@ -70,15 +91,44 @@ def test_every_figure_is_scikit_learns(case):
 
 @settings(deadline=None, max_examples=50)
 @given(predictions())
-def test_every_figure_lies_between_0_and_1_and_is_plain_json_without_a_warning(case):
+def test_figures_of_probabilities_are_scikit_learns(case):
+    y_true, y_prob, names = case
+    y_prob = y_prob + 0.01
+    y_prob /= y_prob.sum(axis=1, keepdims=True)
+    metrics = compute_metrics(y_true, y_prob, names)
+    labels = range(len(names))
+    assert metrics["log_loss"] == pytest.approx(log_loss(y_true, y_prob, labels=labels))
+    one_by_one = [brier_score_loss(y_true == label, y_prob[:, label]) for label in labels]
+    assert metrics["brier_score"] == pytest.approx(sum(one_by_one))
+    y_pred = y_prob.argmax(axis=1)
+    if len(set(y_true) | set(y_pred)) > 1:
+        kappa, matthews = cohen_kappa_score(y_true, y_pred), matthews_corrcoef(y_true, y_pred)
+        assert metrics["cohen_kappa"] == pytest.approx(kappa)
+        assert metrics["matthews_corrcoef"] == pytest.approx(matthews)
+    distinct = y_prob + np.arange(len(names)) * 1e-9  # scikit-learn ranks ties another way
+    top_2 = compute_metrics(y_true, distinct, names)["top_2_accuracy"]
+    if len(names) > 2:
+        assert top_2 == pytest.approx(top_k_accuracy_score(y_true, distinct, labels=labels))
+    else:
+        assert top_2 == 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(predictions())
+def test_every_figure_is_within_its_bounds_and_plain_json_without_a_warning(case):
+    y_true, y_prob, names = case
+    y_prob = y_prob / np.maximum(y_prob.sum(axis=1, keepdims=True), 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        metrics = compute_metrics(*case)
+        metrics = compute_metrics(y_true, y_prob, names)
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
-    means = [value for value in metrics.values() if isinstance(value, float)]
-    rows = [row[name] for row in metrics["per_class"].values() for name in AVERAGED]
-    assert len(means) == 8
-    assert all(0 <= value <= 1 for value in means + [value for value in rows if value is not None])
+    means = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    rows = [row[name] for row in metrics["per_class"].values() for name in PER_CLASS]
+    assert set(HEADLINES) <= set(means)
+    for name, value in means.items():
+        lowest = -1 if name in ("cohen_kappa", "matthews_corrcoef") else 0
+        assert lowest <= value <= UNBOUNDED.get(name, 1)
+    assert all(0 <= value <= 1 for value in rows if value is not None)
 
 
 @settings(deadline=None, max_examples=50)
@@ -96,7 +146,10 @@ def test_the_order_of_the_images_makes_no_difference(case, random):
     y_true, y_prob, names = case
     order = list(range(len(y_true)))
     random.shuffle(order)
-    assert compute_metrics(y_true[order], y_prob[order], names) == compute_metrics(*case)
+    again, metrics = compute_metrics(y_true[order], y_prob[order], names), compute_metrics(*case)
+    assert again.pop("per_class") == metrics.pop("per_class")
+    assert again.pop("confusion_matrix") == metrics.pop("confusion_matrix")
+    assert again == pytest.approx(metrics)  # sums of floats depend on their order
 
 
 def test_the_figures_of_a_small_case_counted_by_hand():
@@ -118,7 +171,7 @@ def test_a_class_without_images_has_no_figures_and_is_left_out_of_the_means():
     y_true = [0, 0, 1, 1]
     y_pred = [0, 2, 1, 1]  # class 2 has no image but is predicted, class 3 neither
     metrics = compute_metrics(y_true, one_hot(y_pred, 4), ["a", "b", "c", "d"])
-    nothing = {"precision": None, "recall": None, "f1": None, "support": 0}
+    nothing = dict.fromkeys(PER_CLASS) | {"support": 0}
     assert metrics["per_class"]["c"] == nothing
     assert metrics["per_class"]["d"] == nothing
     assert metrics["balanced_accuracy"] == pytest.approx((0.5 + 1) / 2)
@@ -131,7 +184,10 @@ def test_a_class_that_is_never_predicted_has_precision_0_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metrics = compute_metrics([0, 1], one_hot([0, 0], 2), ["a", "b"])
-    assert metrics["per_class"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+    assert metrics["per_class"]["b"] == {
+        "precision": 0.0, "recall": 0.0, "specificity": 1.0, "f1": 0.0, "roc_auc": 0.5,
+        "average_precision": 0.5, "support": 1,
+    }  # fmt: skip
     assert metrics["macro_precision"] == 0.25
 
 
@@ -141,6 +197,93 @@ def test_many_classes_and_few_images_give_no_warning():
         warnings.simplefilter("error")
         metrics = compute_metrics(labels, one_hot(labels, 20), [str(label) for label in range(20)])
     assert metrics["accuracy"] == 1
+
+
+# --- intervals --------------------------------------------------------------------------------
+
+
+def simulated(num_images, accuracy, seed, num_classes=3):
+    """Labels and probabilities of a model that is right with the given probability."""
+    rng = np.random.default_rng(seed)
+    y_true = rng.integers(num_classes, size=num_images)
+    is_right = rng.random(num_images) < accuracy
+    wrong = (y_true + rng.integers(1, num_classes, num_images)) % num_classes
+    return y_true, one_hot(np.where(is_right, y_true, wrong), num_classes)
+
+
+def test_an_interval_lies_about_its_figure_and_narrows_with_more_images():
+    widths = []
+    for num_images in (50, 800):
+        y_true, y_prob = simulated(num_images, 0.7, seed=0)
+        names = ["a", "b", "c"]
+        metrics = compute_metrics(y_true, y_prob, names)
+        intervals = compute_intervals(y_true, y_prob, names)
+        assert set(intervals) == {*HEADLINES, "per_class"}
+        for name in HEADLINES:
+            low, high = intervals[name]
+            assert 0 <= low <= metrics[name] <= high <= 1
+        for name in names:
+            for figure in ("precision", "recall"):
+                low, high = intervals["per_class"][name][figure]
+                assert low < metrics["per_class"][name][figure] < high
+        low, high = intervals["accuracy"]
+        widths.append(high - low)
+        error = np.sqrt(metrics["accuracy"] * (1 - metrics["accuracy"]) / num_images)
+        assert high - low == pytest.approx(2 * norm.ppf(0.975) * error, rel=0.15)
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.25)
+
+
+def test_images_that_belong_together_are_drawn_together():
+    y_true, y_prob = simulated(100, 0.7, seed=1)
+    names = ["a", "b", "c"]
+    low, high = compute_intervals(y_true, y_prob, names)["accuracy"]
+    copies = np.repeat(np.arange(100), 4)
+    doubled = compute_intervals(y_true[copies], y_prob[copies], names, groups=copies)
+    assert doubled["accuracy"] == pytest.approx([low, high], abs=0.02)
+    pretended = compute_intervals(y_true[copies], y_prob[copies], names)["accuracy"]
+    assert pretended[1] - pretended[0] < 0.6 * (high - low)
+
+
+def test_the_same_seed_gives_the_same_intervals():
+    case = (*simulated(60, 0.6, seed=2), ["a", "b", "c"])
+    assert compute_intervals(*case) == compute_intervals(*case)
+    assert compute_intervals(*case) != compute_intervals(*case, seed=1)
+
+
+def test_classes_without_images_or_predictions_have_no_interval():
+    intervals = compute_intervals([0, 0, 1], one_hot([0, 1, 1], 3), ["a", "b", "c"])
+    assert intervals["per_class"]["c"] == {"precision": None, "recall": None}
+    assert json.loads(json.dumps(intervals, allow_nan=False)) == intervals
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_wilson_intervals_are_those_of_scipy(successes, total):
+    successes = min(successes, total)
+    expected = binomtest(successes, total).proportion_ci(method="wilson")
+    assert wilson_interval(successes, total) == pytest.approx(list(expected), abs=1e-6)
+    assert wilson_interval(0, 0) is None
+
+
+def test_the_same_model_is_no_better_than_itself_and_a_better_one_is():
+    y_true, better = simulated(300, 0.9, seed=3)
+    worse = better.copy()
+    changed = np.flatnonzero(better.argmax(axis=1) == y_true)[:40]
+    worse[changed] = one_hot((y_true[changed] + 1) % 3, 3)
+    same = compare(y_true, better, better)
+    assert set(same) == set(HEADLINES)
+    for name in HEADLINES:
+        assert same[name] == {"difference": 0, "interval": [0, 0], "probability": 0.5}
+    compared = compare(y_true, better, worse)
+    assert compared["accuracy"]["difference"] == pytest.approx(40 / 300)
+    assert compared["accuracy"]["interval"][0] > 0
+    assert compared["accuracy"]["probability"] > 0.99
+    reverse = compare(y_true, worse, better)
+    assert reverse["accuracy"]["difference"] == pytest.approx(-40 / 300)
+
+
+def test_groups_of_another_number_are_refused():
+    with pytest.raises(ValueError, match="groups"):
+        compute_intervals([0, 1], np.eye(2), ["a", "b"], groups=[0])
 
 
 def test_arrays_are_left_as_they_were():

@@ -83,6 +83,9 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
         assert report["test"]["precision"] == pytest.approx(precision_score(*truth, **options))
         assert comparison.loc[name, "recall"] == pytest.approx(recall_score(*truth, **options))
         assert report["test"]["confusion_matrix"] == confusion_matrix(*truth).tolist()
+        low, high = report["test_intervals"]["recall"]
+        assert low <= report["test"]["recall"] <= high
+        assert comparison.loc[name, ["recall_low", "recall_high"]].tolist() == [low, high]
         for picture in ("learning_curves.png", "confusion_matrix.png"):
             with Image.open(out / name / picture) as image:
                 image.load()
