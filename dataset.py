@@ -433,7 +433,7 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{_shown(path)}: no such file")
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(("path", *STEM_COLUMNS), str))
+        table = pd.read_csv(path, dtype=dict.fromkeys(("path", "split", *STEM_COLUMNS), str))
     except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
         raise ValueError(f"{_shown(path)}: not a table in CSV ({error})") from error
     missing = [name for name in columns if name not in table]
@@ -459,17 +459,19 @@ def join_table(paths: Sequence[str], table: pd.DataFrame, name: str | Path) -> p
     wanted = pd.Index(paths)
     if keys[0] != "path":
         wanted = pd.Index([PurePosixPath(path).stem for path in paths])
+    if len(table) == 0:
+        raise ValueError(f"{_shown(name)}: has no rows")
     rows = table.set_index(keys[0])
-    found = rows.index[rows.index.isin(wanted)]
+    found = rows[rows.index.isin(wanted)]
     if len(found) == 0:
         raise ValueError(
             f"{_shown(name)}: matches no image; its {keys[0]} are like {rows.index[0]!r}, those of "
             f"the images like {wanted[0]!r}"
         )
-    if found.has_duplicates:
-        twice = found[found.duplicated()][0]
+    if found.index.has_duplicates:
+        twice = found.index[found.index.duplicated()][0]
         raise ValueError(f"{_shown(name)}: has more than one row for {_shown(twice)}")
-    return rows.reindex(wanted).reset_index(drop=True)
+    return found.reindex(wanted).reset_index(drop=True)
 
 
 def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
@@ -546,7 +548,10 @@ class _ArrayCache:
         identity = f"{self.data_dir}\n{self.fingerprint}".encode("utf-8", "surrogateescape")
         code = hashlib.sha256(identity).hexdigest()[:8]
         self.folder = cache_dir / f"{self.data_dir.name}-{image_size}-{code}"
-        self.version = f"3, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}"
+        self.version = (
+            f"3, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}, "
+            f"near-duplicates {audit.THUMBNAIL_SIZE}, {audit.MAX_DISTANCE}"
+        )
 
     def load(self, paths: Sequence[str]) -> _Index:
         """The index of these images as they are now; the array is built when there is none."""
@@ -663,7 +668,8 @@ class _ArrayCache:
         array.flush()
         thumbnails.flush()
         hashes = [record.content_hash for record in records]
-        return records, audit.find_near_duplicates(thumbnails, hashes)
+        with tqdm(desc="looking for near-duplicates", total=0, disable=None, leave=False):
+            return records, audit.find_near_duplicates(thumbnails, hashes)
 
     def _write_row(
         self, array: np.ndarray, thumbnails: np.ndarray, paths: Sequence[str], row: int
@@ -673,8 +679,8 @@ class _ArrayCache:
         try:
             contents, status = _read_regular_file(self.data_dir / path)
             size, mtime_ns, ctime_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-            # A preprocessor sees the original; without one no more is decoded than is kept.
-            needed = max(_shorter_side(self.image_size), 4 * audit.THUMBNAIL_SIZE)
+            # A preprocessor sees the original; without one no more is decoded than is needed.
+            needed = max(_shorter_side(self.image_size), 2 * audit.THUMBNAIL_SIZE)
             image, (width, height) = _decode(contents, None if self.preprocessors else needed)
             problem = ""
         except UnreadableImageError as error:
@@ -704,9 +710,12 @@ class _ArrayCache:
             thumbnails = self.thumbnails(index)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # none there, or none of ours: the array is made anew
-        shape = (len(records), self.image_size, self.image_size, 3)
-        fits = array.shape == shape and array.dtype == np.uint8 and index.version == self.version
-        return index if fits and len(thumbnails) == len(records) else None
+        expected = {
+            (len(records), self.image_size, self.image_size, 3): array,
+            (len(records), audit.THUMBNAIL_SIZE, audit.THUMBNAIL_SIZE): thumbnails,
+        }
+        fits = all(a.shape == shape and a.dtype == np.uint8 for shape, a in expected.items())
+        return index if fits and index.version == self.version else None
 
     def thumbnails(self, index: _Index) -> np.ndarray:
         return np.load(self.folder / index.thumbnails, mmap_mode="r")
@@ -733,23 +742,23 @@ class _ArrayCache:
 
 def _allocate_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """A new array with its space on disk reserved: a full disk under a map kills the process."""
-    with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.flush()
-        offset, num_bytes = file.tell(), int(np.prod(shape))
-        try:
+    num_bytes = int(np.prod(shape))
+    try:
+        with open(path, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), offset, num_bytes)
+                os.posix_fallocate(file.fileno(), file.tell(), num_bytes)
             else:
-                os.ftruncate(file.fileno(), offset + num_bytes)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}; {num_bytes / 1e6:,.0f} MB are needed, on another disk with "
-                "--cache_dir (cache_dir)",
-                str(path),
-            ) from error
+                os.ftruncate(file.fileno(), file.tell() + num_bytes)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}; {num_bytes / 1e6:,.0f} MB are needed, elsewhere with --cache_dir "
+            "(cache_dir)",
+            str(path),
+        ) from error
     return np.load(path, mmap_mode="r+")
 
 
@@ -999,17 +1008,9 @@ class DatasetBuilder:
         """
         splits = DEFAULT_SPLITS if splits is None else splits
         _check_splits(splits)
-        images = self._find_labelled_images()
-        given = self._read_metadata(images)
-        cache = self._cache(preprocessors)
-        index = cache.load(images["path"].tolist())
-        readable = self._check_readable(index.records)
-
         # Until the end, the index of the table is the row of the image in the array.
-        metadata = _metadata(images, index.records)
-        metadata["picture"] = audit.number_pictures(
-            metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
-        )
+        metadata, given, cache, index = self._load(preprocessors)
+        readable = self._check_readable(index.records)
         metadata = self._settle_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
@@ -1043,31 +1044,39 @@ class DatasetBuilder:
         """What is wrong with the images, a row a finding, as `audit.audit` describes it.
 
         All images count, whatever `label_conflicts` and `skip_unreadable` say; one that cannot be
-        read is a finding. Splits that a picture may be on both sides of are those of `splits_csv`,
-        or of a column `split` of `metadata_csv`, or of folders named Train, Valid and Test.
+        read is a finding. The splits that no picture should be on both sides of are those of
+        `splits_csv`, or else, unless `split_by` is "folders", of a column `split` of
+        `metadata_csv`, or else of folders named Train, Valid and Test.
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        images = self._find_labelled_images()
-        given = self._read_metadata(images)
-        cache = self._cache(preprocessors)
-        index = cache.load(images["path"].tolist())
-        metadata = _metadata(images, index.records)
+        metadata, given, cache, index = self._load(preprocessors)
         metadata["error"] = [record.error for record in index.records]
         if self.splits_csv is not None:
             table = read_table(self.splits_csv, ["split"])
             split = join_table(metadata["path"], table, self.splits_csv)["split"]
-        elif "split_given" in given:
+        elif self.split_by == "random" and "split_given" in given:
             split = given["split_given"]
         else:
             split = _split_of_folder(metadata["source_split"])
-        metadata["split"] = split.fillna("").astype(str)
+        metadata["split"] = split.fillna("")
         return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
 
-    def _cache(self, preprocessors: Sequence[Preprocessor]) -> _ArrayCache:
-        return _ArrayCache(
+    def _load(
+        self, preprocessors: Sequence[Preprocessor]
+    ) -> tuple[pd.DataFrame, pd.DataFrame, _ArrayCache, _Index]:
+        """Image by image what is known of the files, and the user's columns; the prepared array."""
+        images = self._find_labelled_images()
+        given = self._read_metadata(images)
+        cache = _ArrayCache(
             self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
         )
+        index = cache.load(images["path"].tolist())
+        metadata = _metadata(images, index.records)
+        metadata["picture"] = audit.number_pictures(
+            metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
+        )
+        return metadata, given, cache, index
 
     def _find_labelled_images(self) -> pd.DataFrame:
         images = find_images(self.data_dir, has_class_folders=self.label_column is None)
@@ -1141,7 +1150,7 @@ class DatasetBuilder:
             warnings.warn(
                 f"{_shown(self.splits_csv)}: {extra} of its images are not here", stacklevel=4
             )
-        return split.astype(str).to_numpy()
+        return split.to_numpy(object)
 
     def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
         split = _split_of_folder(metadata["source_split"])

@@ -258,7 +258,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     save_dir = Path(settings.save_dir)
     _check_folders(settings)
     if settings.audit_only:
-        findings = _make_builder(settings).audit()
+        findings = _audit(_make_builder(settings))
         _leave_audit(settings, findings)
         print(f"\nEverything is in {save_dir}.")
         return 1 if len(findings) > 0 else 0
@@ -272,7 +272,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         torch.use_deterministic_algorithms(True)
     _check_weights(settings)
     builder = _make_builder(settings)
-    findings = builder.audit()
+    findings = _audit(builder)
     loaders, metadata = _load_data(builder, settings, device)
     _begin(settings, metadata, is_demo)
     _leave_audit(settings, findings)
@@ -337,14 +337,21 @@ def _load_data(
     return loaders, metadata
 
 
+def _audit(builder: "DatasetBuilder") -> "pd.DataFrame":
+    from audit import summarise
+
+    findings = builder.audit()
+    print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
+    return findings
+
+
 def _leave_audit(settings: Settings, findings: "pd.DataFrame") -> None:
-    """Says what was found, and writes `audit.csv` and, if there are pairs to show, `audit.png`."""
-    from audit import summarise, worst_pairs
+    """Writes `audit.csv` and, if there are pairs to show, `audit.png`."""
+    from audit import worst_pairs
     from dataset import read_image
     from files import write_atomically
     from visualizations import plot_pairs
 
-    print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
     save_dir = Path(settings.save_dir)
     save_dir.mkdir(parents=True, exist_ok=True)
     table = findings.copy()
@@ -357,8 +364,8 @@ def _leave_audit(settings: Settings, findings: "pd.DataFrame") -> None:
     if len(pairs) > 0:
         data_dir = Path(settings.data_dir)
         images = [
-            [read_image(data_dir / path, longest_side=400) for path in paths[:2]]
-            for paths in pairs["images"]
+            [read_image(data_dir / path, longest_side=400) for path in two]
+            for two in pairs["images"]
         ]
         plot_pairs(pairs, images, save_path=save_dir / "audit.png")
 

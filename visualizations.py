@@ -483,6 +483,7 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[fl
 
 
 def _caption(class_name: str, path: str) -> str:
+    path = path.encode("utf-8", "backslashreplace").decode()  # a file may be called anything
     return "\n".join([*textwrap.wrap(class_name, 30), *textwrap.wrap(path, 30)])
 
 

@@ -91,8 +91,10 @@ def measure(stage, *arguments) -> tuple[float, float, float]:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
+    sender.close()  # or a child that fails would be waited for without end
+    measured = receiver.recv()
     process.join()
-    return receiver.recv()
+    return measured
 
 
 def _watch(peak: list[float]) -> None:

@@ -441,21 +441,27 @@ def test_builds_killed_at_any_moment_are_followed_by_correct_ones(make_images):
     expected, metadata = build(root)
     duration = time.monotonic() - started
     moments = random.Random(0)
+    folder = array_file(root).parent
     num_killed = 0
-    while num_killed < 20:
-        (array_file(root).parent / "index.json").unlink()
+    for _ in range(200):
+        before = array_file(root).name
+        (folder / "index.json").unlink()
         child = multiprocessing.get_context("fork").Process(target=build, args=(root,))
         child.start()
         time.sleep(moments.uniform(0, duration))
         child.kill()
         child.join()
-        num_killed += child.exitcode == -signal.SIGKILL
+        arrays = {path.name for path in folder.glob("images-*.npy")}
+        num_killed += bool(arrays - {before}) and not (folder / "index.json").exists()
         splits, metadata_after = build(root)
         assert metadata_after.equals(metadata)
         for name, split in splits.items():
             numbers = np.arange(len(split))
             assert np.array_equal(split.gather(numbers), expected[name].gather(numbers))
-        array_file(root)  # there is one alone
+        assert len(list(folder.glob("*.npy"))) == 2  # what the killed one left is gone
+        if num_killed == 20:
+            return
+    raise AssertionError(f"only {num_killed} of 200 builds were killed at work")
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder not even root writes")
@@ -483,9 +489,11 @@ def test_a_damaged_index_or_array_is_made_anew(make_images):
     path = array_file(root)
     (path.parent / "index.json").write_text("{")
     assert np.array_equal(shown(build(root)[0], "a/0000.png"), expected)
-    path = array_file(root)
-    path.write_bytes(path.read_bytes()[:-1])
-    assert np.array_equal(shown(build(root)[0], "a/0000.png"), expected)
+    for name in ("images", "thumbnails"):
+        (path,) = array_file(root).parent.glob(f"{name}-*.npy")
+        path.write_bytes(path.read_bytes()[:-1])
+        assert np.array_equal(shown(build(root)[0], "a/0000.png"), expected)
+        assert not path.exists()
 
 
 # ---------------------------------------------------------------------------- splits
@@ -648,6 +656,17 @@ def test_the_audit_finds_leakage_between_the_splits_of_a_table(tmp_path, flag):
     assert DatasetBuilder(root, image_size=16).audit()["kind"].tolist() == ["identical"]
 
 
+def test_with_splits_by_folders_the_audit_looks_at_the_folders(tmp_path):
+    root = save_lesions(tmp_path / "raw", {"Train/a": 12, "Train/b": 12, "Test/a": 10})
+    shutil.copy(root / "Train/a/0003.jpg", root / "Test/a/copy.jpg")
+    splits = find_images(root)[["path"]].assign(split="train")
+    table = write(tmp_path / "table.csv", splits)
+    options = {"image_size": 16, "metadata_csv": table}
+    by_folders = DatasetBuilder(root, split_by="folders", **options).audit()
+    assert by_folders["kind"].tolist() == ["leakage", "identical"]
+    assert DatasetBuilder(root, **options).audit()["kind"].tolist() == ["identical"]
+
+
 def test_splits_do_not_depend_on_the_order_of_the_file_system(make_images, monkeypatch):
     root = make_images({"Train/a": 20, "Test/a": 7, "Train/b": 13})
     _, expected = build(root)
@@ -747,6 +766,7 @@ def test_groups_are_joined_by_any_key():
     [
         ({"path": ["x.png"], "class": ["a"]}, {"labels_csv": 1}, "matches no image"),
         ({"path": ["a/0000.png"] * 2, "class": ["a"] * 2}, {"labels_csv": 1}, "more than one row"),
+        ({"path": [], "class": []}, {"labels_csv": 1}, "has no rows"),
         ({"path": ["a/0000.png"]}, {"labels_csv": 1}, "no column class; it has path"),
         ({"name": ["a/0000.png"], "class": ["a"]}, {"labels_csv": 1}, "no column path, image_id"),
         (
@@ -764,6 +784,13 @@ def test_tables_that_do_not_fit_are_refused(make_images, tmp_path, table, option
     with pytest.raises(ValueError, match=message):
         build(root, **options)
     assert not (root.parent / "processed").exists() or "splits_csv" in options
+
+
+def test_rows_of_images_that_are_not_here_may_be_anything(make_images, tmp_path):
+    root = make_images({"a": 4, "b": 4})
+    rows = {"path": ["a/0000.png", "x.png", "x.png"], "age": [60, 1, 2]}
+    _, metadata = build(root, metadata_csv=write(tmp_path / "t.csv", pd.DataFrame(rows)))
+    assert metadata["age"].dropna().tolist() == [60]
 
 
 def test_files_that_are_no_tables_are_refused(make_images, tmp_path):

@@ -428,6 +428,12 @@ def test_long_names_below_pairs_are_clear_of_one_another():
     assert not any(one.overlaps(other) for one, other in combinations(labels, 2))
 
 
+def test_a_path_that_is_no_unicode_is_drawn_all_the_same(tmp_path):
+    rows = pairs((("identical",), ("a/caf\udce9.jpg", "a/2.jpg"), ("a", "a"), 0.0))
+    figure = plot_pairs(rows, [colour_tiles("red", "blue")], save_path=tmp_path / "pairs.png")
+    assert figure.axes[0].get_xlabel() == "a\na/caf\\udce9.jpg"
+
+
 def test_pairs_without_two_images_each_are_refused():
     rows = pairs((("identical",), ("a", "b"), ("a", "a"), 0.0))
     with pytest.raises(ValueError, match="two for each of the 1 pairs"):
