@@ -6,10 +6,13 @@ it raises ValueError for no predictions, shapes that do not fit, labels out of r
 probabilities that are not finite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -32,6 +35,8 @@ HEADLINES = (
     "macro_f1",
 )
 NUM_RESAMPLES = 2000
+NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
+MALIGNANT = ("melanoma", "basal cell carcinoma", "squamous cell carcinoma", "actinic keratosis")
 
 
 def compute_metrics(
@@ -119,7 +124,7 @@ def compute_intervals(
         name: np.quantile(values, [0.025, 0.975]).tolist()
         for name, values in _headlines(counts).items()
     }
-    observed = _confusions(y_true, y_prob, np.ones((1, len(y_true))))[0]
+    observed = _confusion(y_true, y_prob)
     intervals["per_class"] = {
         name: {
             "precision": wilson_interval(observed[label, label], observed[:, label].sum()),
@@ -151,10 +156,7 @@ def compare(
         _headlines(_resampled_confusions(y_true, y_prob, groups, seed))
         for y_prob in (y_prob_a, y_prob_b)
     ]
-    observed = [
-        _headlines(_confusions(y_true, y_prob, np.ones((1, len(y_true)))))
-        for y_prob in (y_prob_a, y_prob_b)
-    ]
+    observed = [_headlines(_confusion(y_true, y_prob)[None]) for y_prob in (y_prob_a, y_prob_b)]
     compared = {}
     for name in HEADLINES:
         differences = resampled[0][name] - resampled[1][name]
@@ -180,6 +182,186 @@ def wilson_interval(successes: int, total: int) -> list[float] | None:
     return [float(max(low, 0)), float(min(high, 1))]
 
 
+# ---------------------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Turns a model's probabilities into calibrated ones: softmax(log(p) / temperature + bias).
+
+    A temperature above 1 makes them less sure (Guo et al. 2017); `bias` has a number for each
+    class, which undoes priors that balanced sampling has shifted (Alexandari et al. 2020).
+    """
+
+    temperature: float
+    bias: tuple[float, ...]
+
+    def apply(self, y_prob: np.ndarray) -> np.ndarray:
+        return softmax(_log(y_prob) / self.temperature + np.array(self.bias), axis=1)
+
+
+def fit_calibration(y_true: np.ndarray, y_prob: np.ndarray) -> Calibration:
+    """The calibration that makes these images most likely, which are those of validation.
+
+    Never those of training, on which a model is surer than it should be. A weak prior (standard
+    deviation 3) keeps the bias of a class without images finite.
+    """
+    y_true, y_prob = _checked(y_true, y_prob, np.asarray(y_prob).shape[-1])
+    log_prob, num_classes = _log(y_prob), y_prob.shape[1]
+    truth = np.eye(num_classes)[y_true]
+
+    def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        inverse, bias = np.exp(-parameters[0]), parameters[1:]
+        log_calibrated = log_softmax(log_prob * inverse + bias, axis=1)
+        loss = -(truth * log_calibrated).sum() + (bias**2).sum() / (2 * 3**2)
+        residual = np.exp(log_calibrated) - truth
+        of_temperature = -(residual * log_prob).sum() * inverse
+        of_bias = residual.sum(axis=0) + bias / 3**2
+        return loss, np.concatenate([[of_temperature], of_bias])
+
+    start = np.zeros(num_classes + 1)
+    bounds = [(-3.0, 3.0), *[(None, None)] * num_classes]  # temperatures from 1/20 to 20
+    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    bias = found.x[1:] - found.x[1:].mean()
+    return Calibration(float(np.exp(found.x[0])), tuple(bias.tolist()))
+
+
+def reliability(y_true: np.ndarray, y_prob: np.ndarray) -> dict[str, Any]:
+    """How far the probability of the predicted class is from how often it is right.
+
+    In 15 equal bins of that probability (Guo et al. 2017): `confidence`, its mean in each bin,
+    `accuracy`, None for both in an empty one, and `count`; over the bins
+    `expected_calibration_error`, the mean of |accuracy - confidence| weighted by count, and
+    `maximum_calibration_error`, the largest.
+    """
+    y_true, y_prob = _checked(y_true, y_prob, np.asarray(y_prob).shape[-1])
+    confidence, is_right = y_prob.max(axis=1), y_prob.argmax(axis=1) == y_true
+    # Bins are closed above, so that a probability of 1 is in the last.
+    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    count = np.bincount(bins, minlength=NUM_BINS)
+    means = [
+        np.bincount(bins, weights=values, minlength=NUM_BINS) / np.maximum(count, 1)
+        for values in (confidence, is_right)
+    ]
+    gaps = np.abs(means[0] - means[1])
+
+    def without_empty(values: np.ndarray) -> list[float | None]:
+        return [float(v) if n > 0 else None for v, n in zip(values, count, strict=True)]
+
+    return {
+        "confidence": without_empty(means[0]),
+        "accuracy": without_empty(means[1]),
+        "count": count.tolist(),
+        "expected_calibration_error": float(np.average(gaps, weights=count)),
+        "maximum_calibration_error": float(gaps.max()),
+    }
+
+
+def _log(y_prob: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(y_prob, 1e-12))
+
+
+# ---------------------------------------------------------------------------- screening
+
+
+def match_classes(class_names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """The labels of the classes that are called like one of `wanted`.
+
+    Case, `_`, `-` and a plural s make no difference. Raises ValueError when none is.
+    """
+    names = {_plain(name) for name in wanted}
+    labels = [label for label, name in enumerate(class_names) if _plain(name) in names]
+    if not labels:
+        raise ValueError(
+            f"none of the classes {', '.join(class_names)} is called like {', '.join(wanted)}"
+        )
+    return labels
+
+
+def _plain(name: str) -> str:
+    words = name.casefold().replace("_", " ").replace("-", " ").split()
+    return " ".join(word.removesuffix("s") for word in words)
+
+
+def screen(
+    is_positive: np.ndarray,
+    score: np.ndarray,
+    valid_is_positive: np.ndarray,
+    valid_score: np.ndarray,
+    groups: Sequence[Any] | None = None,
+    *,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """How well a score, higher for what must not be missed, tells it from the rest.
+
+    All are arrays (N,), of the images tested and of those of validation, on which the thresholds
+    are chosen. Gives `roc_auc` with its `roc_auc_interval` (bootstrap over `groups`), and `points`:
+    for 90 % and 95 % of sensitivity or of specificity `aim`, `threshold`, the `sensitivity` and
+    `specificity` that it has on the images tested, and their Wilson intervals. A point is the
+    threshold that reaches its aim on validation with the best of the other; `score >= threshold`
+    is positive.
+
+    Raises ValueError when one of the two kinds is missing, in the test or in validation.
+    """
+    is_positive, valid_is_positive = (np.asarray(a, bool) for a in (is_positive, valid_is_positive))
+    score, valid_score = np.asarray(score, float), np.asarray(valid_score, float)
+    for name, values in {"test": is_positive, "validation": valid_is_positive}.items():
+        if values.all() or not values.any():
+            raise ValueError(f"the {name} images are all of one kind; nothing can be told apart")
+    rank = np.unique(score, return_inverse=True)[1]
+    areas = [
+        _roc_auc(np.bincount(rank, times * is_positive), np.bincount(rank, times * ~is_positive))
+        for times in _resampled_times(is_positive, groups, seed)
+    ]
+    points = []
+    for aim in ("sensitivity", "specificity"):
+        for level in (0.90, 0.95):
+            threshold = _threshold(valid_is_positive, valid_score, aim, level)
+            points.append(
+                {"aim": f"{aim} {level:.0%}", "threshold": threshold}
+                | _sensitivity_and_specificity(is_positive, score >= threshold)
+            )
+    return {
+        "roc_auc": _roc_auc(np.bincount(rank, is_positive), np.bincount(rank, ~is_positive)),
+        "roc_auc_interval": np.nanquantile(areas, [0.025, 0.975]).tolist(),
+        "positives": int(is_positive.sum()),
+        "negatives": int((~is_positive).sum()),
+        "points": points,
+    }
+
+
+def _roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """The area from the numbers of both at each score, lowest first; NaN where one kind lacks.
+
+    It is the share of pairs of a positive and a negative in which the positive has the higher
+    score, ties counted half (Mann and Whitney 1947).
+    """
+    pairs = positives.sum() * negatives.sum()
+    won = positives @ (np.cumsum(negatives) - negatives / 2)
+    return float(won / pairs) if pairs > 0 else np.nan
+
+
+def _threshold(is_positive: np.ndarray, score: np.ndarray, aim: str, level: float) -> float:
+    if aim == "sensitivity":  # the highest that still calls enough of the positives positive
+        ranked = np.sort(score[is_positive])[::-1]
+        return float(ranked[int(np.ceil(level * len(ranked) - 1e-9)) - 1])
+    # The lowest that still leaves enough of the negatives negative.
+    ranked = np.sort(score[~is_positive])
+    highest_negative = ranked[int(np.ceil(level * len(ranked) - 1e-9)) - 1]
+    return float(np.nextafter(highest_negative, np.inf))
+
+
+def _sensitivity_and_specificity(is_positive: np.ndarray, is_called: np.ndarray) -> dict[str, Any]:
+    found, rejected = (is_called & is_positive).sum(), (~is_called & ~is_positive).sum()
+    positives, negatives = is_positive.sum(), (~is_positive).sum()
+    return {
+        "sensitivity": float(found / positives),
+        "sensitivity_interval": wilson_interval(found, positives),
+        "specificity": float(rejected / negatives),
+        "specificity_interval": wilson_interval(rejected, negatives),
+    }
+
+
 # ---------------------------------------------------------------------------- the bootstrap
 
 
@@ -187,27 +369,33 @@ def _resampled_confusions(
     y_true: np.ndarray, y_prob: np.ndarray, groups: Sequence[Any] | None, seed: int
 ) -> np.ndarray:
     """The confusion matrix of each resample, (NUM_RESAMPLES, C, C)."""
+    resamples = _resampled_times(y_true, groups, seed)
+    return np.stack([_confusion(y_true, y_prob, times) for times in resamples])
+
+
+def _resampled_times(
+    y_true: np.ndarray, groups: Sequence[Any] | None, seed: int
+) -> Iterator[np.ndarray]:
+    """How often each image (N,) is drawn, for each of the NUM_RESAMPLES resamples of groups."""
     groups = np.arange(len(y_true)) if groups is None else np.asarray(groups)
     if groups.shape != y_true.shape:
         raise ValueError(f"groups has shape {groups.shape}; it must be {y_true.shape}")
     group_of_image = np.unique(groups, return_inverse=True)[1]
     num_groups = group_of_image.max() + 1
     rng = np.random.default_rng(seed)
-    confusions = []
-    for start in range(0, NUM_RESAMPLES, 100):  # some at a time, or large sets would fill memory
-        number = min(100, NUM_RESAMPLES - start)
-        times = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=number)
-        confusions.append(_confusions(y_true, y_prob, times[:, group_of_image]))
-    return np.concatenate(confusions)
+    for _ in range(NUM_RESAMPLES):
+        drawn = rng.integers(num_groups, size=num_groups)
+        yield np.bincount(drawn, minlength=num_groups)[group_of_image]
 
 
-def _confusions(y_true: np.ndarray, y_prob: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Confusion matrices (R, C, C) when image i counts `times[r, i]` times."""
+def _confusion(
+    y_true: np.ndarray, y_prob: np.ndarray, times: np.ndarray | None = None
+) -> np.ndarray:
+    """The confusion matrix (C, C) when each image counts as often as `times` (N,) says."""
     num_classes = y_prob.shape[1]
-    cell = y_true * num_classes + y_prob.argmax(axis=1)
-    cells = np.zeros((len(cell), num_classes**2))
-    cells[np.arange(len(cell)), cell] = 1
-    return (times @ cells).reshape(-1, num_classes, num_classes)
+    cells = y_true * num_classes + y_prob.argmax(axis=1)
+    counts = np.bincount(cells, weights=times, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def _headlines(confusions: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.special import softmax
 from scipy.stats import binomtest, norm
 from sklearn.metrics import (
     accuracy_score,
@@ -24,7 +25,19 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from evaluation import HEADLINES, compare, compute_intervals, compute_metrics, wilson_interval
+from evaluation import (
+    HEADLINES,
+    MALIGNANT,
+    Calibration,
+    compare,
+    compute_intervals,
+    compute_metrics,
+    fit_calibration,
+    match_classes,
+    reliability,
+    screen,
+    wilson_interval,
+)
 
 AVERAGED = ("precision", "recall", "f1")
 PER_CLASS = ("precision", "recall", "specificity", "f1", "roc_auc", "average_precision")
@@ -284,6 +297,113 @@ def test_the_same_model_is_no_better_than_itself_and_a_better_one_is():
 def test_groups_of_another_number_are_refused():
     with pytest.raises(ValueError, match="groups"):
         compute_intervals([0, 1], np.eye(2), ["a", "b"], groups=[0])
+
+
+# --- calibration ------------------------------------------------------------------------------
+
+
+def drawn_from(logits, seed=0):
+    """Labels drawn from the softmax of the logits."""
+    noise = np.random.default_rng(seed).gumbel(size=logits.shape)
+    return (logits + noise).argmax(axis=1)
+
+
+def test_the_temperature_and_bias_that_spoilt_the_probabilities_are_found():
+    true_logits = np.random.default_rng(1).normal(0, 1.5, (20_000, 3))
+    y_true = drawn_from(true_logits)
+    shift = np.array([1.0, 0.0, -1.0])
+    calibration = fit_calibration(y_true, softmax(2.5 * true_logits + shift, axis=1))
+    assert calibration.temperature == pytest.approx(2.5, rel=0.05)
+    assert calibration.bias == pytest.approx(-shift / 2.5, abs=0.05)
+    calibrated = calibration.apply(softmax(2.5 * true_logits + shift, axis=1))
+    assert calibrated == pytest.approx(softmax(true_logits, axis=1), abs=0.03)
+    before = reliability(y_true, softmax(2.5 * true_logits + shift, axis=1))
+    after = reliability(y_true, calibrated)
+    assert before["expected_calibration_error"] > 0.1
+    assert after["expected_calibration_error"] < 0.02
+
+
+@settings(deadline=None, max_examples=50)
+@given(predictions())
+def test_calibration_is_finite_and_makes_its_images_no_less_likely(case):
+    y_true, y_prob, names = case
+    y_prob = (y_prob + 0.01) / (y_prob + 0.01).sum(axis=1, keepdims=True)
+    calibration = fit_calibration(y_true, y_prob)
+    calibrated = calibration.apply(y_prob)
+    assert np.isfinite(calibrated).all() and calibrated.sum(axis=1) == pytest.approx(1)
+    assert 0.04 < calibration.temperature < 21
+    assert sum(calibration.bias) == pytest.approx(0, abs=1e-6)
+    labels = range(len(names))
+    before, after = (log_loss(y_true, p, labels=labels) for p in (y_prob, calibrated))
+    assert after <= before + 1e-6
+
+
+def test_a_calibration_without_bias_changes_no_prediction():
+    y_prob = np.random.default_rng(0).dirichlet(np.ones(5), 200)
+    calibrated = Calibration(3.0, (0.0,) * 5).apply(y_prob)
+    assert (calibrated.argmax(axis=1) == y_prob.argmax(axis=1)).all()
+    assert (calibrated.max(axis=1) < y_prob.max(axis=1)).all()
+
+
+def test_reliability_of_a_small_case_counted_by_hand():
+    y_prob = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [1.0, 0.0]]
+    found = reliability([0, 1, 0, 0], y_prob)
+    assert found["count"] == [0] * 8 + [1] + [0] * 4 + [2, 1]
+    assert found["confidence"][8] == pytest.approx(0.6) and found["accuracy"][8] == 1
+    assert found["confidence"][13] == pytest.approx(0.9) and found["accuracy"][13] == 0.5
+    assert found["accuracy"][0] is None
+    assert found["expected_calibration_error"] == pytest.approx((0.4 + 2 * 0.4 + 0) / 4)
+    assert found["maximum_calibration_error"] == pytest.approx(0.4)
+
+
+# --- screening --------------------------------------------------------------------------------
+
+
+def test_classes_are_matched_whatever_the_case_hyphens_and_plurals():
+    names = ["Basal_Cell-Carcinomas", "nevus", "MELANOMA", "actinic keratosis", "naevi"]
+    assert match_classes(names, MALIGNANT) == [0, 2, 3]
+    with pytest.raises(ValueError, match="none of the classes cat, dog is called like melanoma"):
+        match_classes(["cat", "dog"], MALIGNANT)
+
+
+def test_a_perfect_score_has_area_1_and_perfect_points():
+    is_positive = np.arange(40) % 4 == 0
+    found = screen(is_positive, is_positive * 1.0, is_positive, is_positive * 1.0)
+    assert found["roc_auc"] == 1 and found["roc_auc_interval"] == [1, 1]
+    assert [point["aim"] for point in found["points"]] == [
+        "sensitivity 90%", "sensitivity 95%", "specificity 90%", "specificity 95%",
+    ]  # fmt: skip
+    for point in found["points"][:2]:
+        assert point["sensitivity"] == point["specificity"] == 1
+        assert point["sensitivity_interval"] == wilson_interval(10, 10)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_thresholds_reach_their_aim_on_validation_and_no_better_one_does(seed, has_ties):
+    rng = np.random.default_rng(seed)
+    is_positive = np.arange(60) % 3 == 0
+    score = rng.normal(is_positive * 1.5, 1)
+    score = score.round() if has_ties else score
+    found = screen(is_positive, score, is_positive, score)
+    assert found["roc_auc"] == pytest.approx(roc_auc_score(is_positive, score))
+    assert found["roc_auc_interval"][0] <= found["roc_auc"] <= found["roc_auc_interval"][1]
+    rates = [
+        ((score[is_positive] >= t).mean(), (score[~is_positive] < t).mean())
+        for t in [*np.unique(score), np.inf]
+    ]
+    levels = (0.90, 0.95)
+    for point, level in zip(found["points"][:2], levels, strict=True):
+        assert point["sensitivity"] >= level
+        assert point["specificity"] == max(spec for sens, spec in rates if sens >= level)
+    for point, level in zip(found["points"][2:], levels, strict=True):
+        assert point["specificity"] >= level
+        assert point["sensitivity"] == max(sens for sens, spec in rates if spec >= level)
+
+
+def test_screening_without_one_of_the_kinds_is_refused():
+    with pytest.raises(ValueError, match="validation images are all of one kind"):
+        screen([0, 1], [0.1, 0.9], [1, 1], [0.5, 0.6])
 
 
 def test_arrays_are_left_as_they_were():
