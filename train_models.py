@@ -59,6 +59,7 @@ class Settings:
     split_by: str = "random"
     splits_csv: str | None = None
     batch_size: int = 32
+    accumulate: int = 1
     num_steps: int = 2000
     learning_rate: float = 0.001
     weight_decay: float = 1e-4
@@ -192,7 +193,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--weights", metavar="imagenet|none|FILE", help="start of the two pretrained models")
     add("--dropout_rate", type=dropout, metavar="P", help="of both dropout layers in the head")
 
-    add("--batch_size", type=positive, metavar="N", help="images a step")
+    add("--batch_size", type=positive, metavar="N", help="images a batch")
+    add("--accumulate", type=positive, metavar="N", help="batches a step, gradients averaged")
     add("--num_steps", type=positive, metavar="N", help="training steps")
     add("--learning_rate", type=rate, metavar="X", help="the peak")
     add("--weight_decay", type=decay, metavar="X", help="of AdamW")
@@ -605,6 +607,7 @@ def _train_one(
         early_stopping_patience=settings.early_stopping_patience,
         class_weights=_class_weights(settings, loaders["train"].dataset),
         checkpoint_every=settings.checkpoint_every,
+        accumulate=settings.accumulate,
         seed=settings.seed,
     )
     evaluation = evaluate(model, loaders["test"], device=device, precision=settings.precision)
@@ -613,7 +616,7 @@ def _train_one(
     report = {
         "model": name,
         "classes": classes,
-        "training_time": _training_time(history, settings.batch_size),
+        "training_time": _training_time(history, settings.batch_size * settings.accumulate),
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable_only=True),
         "test": {"loss": evaluation.loss} | compute_metrics(*predictions),
@@ -622,10 +625,10 @@ def _train_one(
     _leave_results(folder, history, evaluation, loaders["test"].dataset, report)
 
 
-def _training_time(history: dict[str, list[float]], batch_size: int) -> float:
+def _training_time(history: dict[str, list[float]], images_a_step: int) -> float:
     """Seconds spent in training steps, over all sessions of a run; evaluations are not counted."""
     steps = zip([0, *history["step"]], history["step"], strict=False)
-    numbers = [(after - before) * batch_size for before, after in steps]
+    numbers = [(after - before) * images_a_step for before, after in steps]
     return sum(n / speed for n, speed in zip(numbers, history["images_per_second"], strict=True))
 
 

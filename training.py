@@ -1,6 +1,7 @@
 """Optimiser, schedule, loop, checkpoints; `train` and `evaluate`."""
 
 import hashlib
+import itertools
 import logging
 import math
 import time
@@ -163,9 +164,10 @@ def train(
     early_stopping_patience: int = 0,
     class_weights: Sequence[float] | None = None,
     checkpoint_every: int | None = None,
+    accumulate: int = 1,
     seed: int = 42,
 ) -> tuple[nn.Module, dict[str, list[float]]]:
-    """Trains for `num_steps` batches, and gives the model with its best weights and the history.
+    """Trains for `num_steps` steps, and gives the model with its best weights and the history.
 
     The loaders are `dataset.LesionLoader`s or any iterables of float32 images `(B, 3, H, W)` in
     [0, 1] and labels, int64 `(B,)` or in training also float `(B, num_classes)`; a training loader
@@ -182,6 +184,7 @@ def train(
     resume : go on from `last.pth` in `save_path` if there is one; needs a LesionLoader
     class_weights : `num_classes` factors of the loss, by true class
     checkpoint_every : steps between writings of `last.pth`; None is every five minutes
+    accumulate : batches a step, whose gradients are averaged: large batches in small memory
     seed : decides dropout; the data have their own seed in the loader
 
     Returns
@@ -196,7 +199,7 @@ def train(
     Raises ValueError for arguments that cannot be, or a `last.pth` of another run, and
     NonFiniteLossError when training diverges.
     """
-    _check_arguments(num_steps, eval_every, early_stopping_patience, checkpoint_every)
+    _check_arguments(num_steps, eval_every, early_stopping_patience, checkpoint_every, accumulate)
     check_seed(seed)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
@@ -212,6 +215,7 @@ def train(
             "early_stopping_patience": early_stopping_patience,
             "class_weights": None if class_weights is None else [float(w) for w in class_weights],
             "precision": str(dtype),
+            "accumulate": accumulate,
             "seed": seed,
         } | _describe_run(model, optimizer, scheduler, train_loader, valid_loader, num_steps)
         checkpoint = _Checkpoint(Path(save_path), model, optimizer, scheduler, settings)
@@ -219,23 +223,26 @@ def train(
         progress = _resume(checkpoint, train_loader)
 
     window, checkpointed = _Window(progress.recent_losses), time.monotonic()
-    batches = _endless_batches(train_loader, progress.step)
+    batches = _endless_batches(train_loader, progress.step * accumulate)
     model.train()
     with _own_random_state(device), _StepBar(num_steps, progress) as bar:
         while progress.step < num_steps and not progress.is_over(early_stopping_patience):
-            images, labels = next(batches)
             learning_rate = optimizer.param_groups[0]["lr"]
             torch.manual_seed(derive_seed(seed, "dropout", progress.step))
-            with _autocast(device, dtype):
-                logits = model(_move_images(images, device, dtype))
-            loss = criterion(logits.float(), labels.to(device))
-            loss.backward()
+            losses, num_images = [], 0
+            for images, labels in itertools.islice(batches, accumulate):
+                with _autocast(device, dtype):
+                    logits = model(_move_images(images, device, dtype))
+                loss = criterion(logits.float(), labels.to(device)) / accumulate
+                loss.backward()
+                losses.append(loss.detach())
+                num_images += len(images)
             optimizer.step()
             optimizer.zero_grad()
             if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
             progress.step += 1
-            window.add(progress.step, learning_rate, loss.detach(), len(images))
+            window.add(progress.step, learning_rate, torch.stack(losses).sum(), num_images)
             bar.update(window)
 
             if progress.step % eval_every == 0 or progress.step == num_steps:
@@ -396,12 +403,16 @@ class _StepBar:
 
 
 def _check_arguments(
-    num_steps: int, eval_every: int, early_stopping_patience: int, checkpoint_every: int | None
+    num_steps: int,
+    eval_every: int,
+    early_stopping_patience: int,
+    checkpoint_every: int | None,
+    accumulate: int,
 ) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; it must be 1 or more")
-    if eval_every < 1:
-        raise ValueError(f"eval_every is {eval_every}; it must be 1 or more")
+    counts = {"num_steps": num_steps, "eval_every": eval_every, "accumulate": accumulate}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be 1 or more")
     if early_stopping_patience < 0:
         raise ValueError(
             f"early_stopping_patience is {early_stopping_patience}; it must be 0 (off) or more"

@@ -288,6 +288,7 @@ def test_mixed_labels_are_trained_on(loaders):
         ({"eval_every": 0}, "eval_every is 0"),
         ({"early_stopping_patience": -1}, "early_stopping_patience is -1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"accumulate": 0}, "accumulate is 0"),
         ({"precision": "half"}, "precision is 'half'"),
         ({"seed": -1}, "seed is -1"),
         ({"resume": True}, "resume needs the save_path"),
@@ -308,6 +309,19 @@ def test_loaders_without_batches_and_wrong_class_counts_are_refused(loaders):
         train(model, loaders["train"], loaders["valid"], 4, 2, make_optimizer(model))
 
 
+def test_small_batches_together_make_the_step_of_a_large_one(make_images):
+    splits, _ = DatasetBuilder(make_images({"a": 24, "b": 16, "c": 12}), image_size=32).build()
+    ends = []
+    for batch_size, accumulate in ((12, 1), (4, 3)):
+        loaders = create_dataloaders(splits, batch_size, augmentation=False, device="cpu")
+        model = get_model("simple_cnn", 3, image_size=32, dropout_rate=0.0, seed=0)
+        ends.append(run(loaders, model=model, accumulate=accumulate, precision="fp32"))
+    (large, history), (small, history_of_small) = ends
+    for name, weights in large.state_dict().items():
+        assert torch.allclose(weights, small.state_dict()[name], atol=2e-5), name
+    assert history["train_loss"] == pytest.approx(history_of_small["train_loss"], rel=1e-4)
+
+
 # ---------------------------------------------------------------------------- resume
 
 
@@ -326,17 +340,18 @@ def stop_after(number):
     return hook
 
 
-@pytest.mark.parametrize("name", ["simple_cnn", "resnet_scratch"])
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(loaders, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [("simple_cnn", 1), ("simple_cnn", 3), ("resnet_scratch", 1)]
+)
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(loaders, tmp_path, name, accumulate):
     def go(path, stop_at=None, resume=False):
         model = get_model(name, 3, layers=18, image_size=32, seed=0)
         optimizer = make_optimizer(model)
         scheduler = warmup_cosine(optimizer, 10)
         optimizer.register_step_post_hook(stop_after(stop_at))
         data = (loaders["train"], loaders["valid"], 3, 10)
-        return train(
-            model, *data, optimizer, scheduler, None, 3, path, resume=resume, checkpoint_every=2
-        )
+        options = {"resume": resume, "checkpoint_every": 2, "accumulate": accumulate}
+        return train(model, *data, optimizer, scheduler, None, 3, path, **options)
 
     whole, history = go(tmp_path / "whole")
     with pytest.raises(Stopped):
