@@ -603,7 +603,7 @@ def save_lesions(root, counts, seed=0):
 
 def turn_and_save_again(source, target):
     with Image.open(source) as image:
-        image.transpose(Image.Transpose.ROTATE_90).resize((70, 70)).save(target, quality=70)
+        image.transpose(Image.Transpose.ROTATE_90).resize((80, 80)).save(target, quality=90)
 
 
 def test_near_duplicates_stay_together_and_count_as_one_picture(tmp_path):
