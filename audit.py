@@ -186,7 +186,7 @@ def worst_pairs(findings: pd.DataFrame, most: int = 12) -> pd.DataFrame:
         pairs[name] = [tuple(of_all[i] for i in two) for of_all, two in values]
     kinds = pairs.groupby("images", sort=False)["kind"].agg(tuple).rename("kinds")
     pairs = pairs.drop_duplicates("images").join(kinds, on="images")
-    pairs["turn"] = pairs.groupby(["kinds", "classes"]).cumcount()
+    pairs["turn"] = pairs.groupby(["kinds", "classes"], observed=True).cumcount()
     pairs = pairs.sort_values(["turn", "kind"], kind="stable", ignore_index=True)[:most]
     return pairs[["kinds", "images", "classes", "distance"]]
 
