@@ -124,7 +124,7 @@ def audit(
     is_readable = (metadata["error"] == "").to_numpy()
     readable = np.flatnonzero(is_readable)
     first = near_duplicates["first"].to_numpy(int)
-    apart = near_duplicates["distance"].groupby(pictures[first]).max()
+    apart = near_duplicates["distance"].groupby(pictures[first]).max().to_dict()
     findings = []
 
     def add(kind: str, rows: Sequence[int], distance: float = np.nan) -> None:
