@@ -84,11 +84,10 @@ def number_pictures(
     no two files of a picture are further apart than copies of one original can be (twice
     `MAX_DISTANCE`): a series that changes by small steps does not become one picture.
     """
-    content, first_rows = pd.factorize(pd.Series(content_hashes))[0], {}
-    for row, number in enumerate(content):
-        first_rows.setdefault(number, row)
+    content = pd.factorize(pd.Series(content_hashes))[0]
+    first_rows = np.unique(content, return_index=True)[1]
     picture = np.arange(len(first_rows))
-    members = {number: [number] for number in first_rows}
+    members = {number: [number] for number in picture}
     nearest_first = near_duplicates.sort_values("distance", kind="stable")
     for rows in nearest_first[["first", "second"]].to_numpy():
         kept, joining = sorted(picture[content[rows]])

@@ -23,6 +23,8 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from loader import TRANSFORMS, endless
+
 from dataset import DatasetBuilder, create_dataloaders
 from models import MODELS, get_model
 from training import (
@@ -39,19 +41,9 @@ PLAIN_TRANSFORMS = v2.Compose(
         v2.ToImage(),
         v2.Resize(256),
         v2.CenterCrop(224),
-        v2.RandomHorizontalFlip(),
-        v2.RandomVerticalFlip(),
-        v2.RandomRotation(10, v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(brightness=0.2, contrast=0.2),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.GaussianNoise(sigma=0.015),
+        TRANSFORMS,
     ]
 )
-
-
-def repeated(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        yield from loader
 
 
 def plain_steps(
@@ -166,7 +158,7 @@ def main() -> None:
             return get_model(name, classes, layers=arguments.layers, weights=None, seed=0)
 
         variants = {
-            "plain": plain_steps(make_model(), repeated(plain_loader), device),
+            "plain": plain_steps(make_model(), endless(plain_loader), device),
             "ours": our_steps(make_model, loaders, device),
             "bare": bare_steps(make_model(), next(loaders["train"].batches()), device),
         }
