@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import audit
-from augmentation import augment_batch
+from augmentation import Views, apply_views, draw_views
 from files import lock, write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -60,6 +60,8 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
+SHARE_OF_GPU_FOR_IMAGES = 0.25  # of its free memory, for each split
+EVALUATION_BATCHES = 4  # times as many images a batch, on GPUs, where nothing is trained
 MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling may show an image
 
 Preprocessor = Callable[[np.ndarray], np.ndarray]
@@ -1244,7 +1246,8 @@ class LesionDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return to_float(torch.from_numpy(self.gather([index])))[0], int(self.labels[index])
+        image = to_float(torch.from_numpy(self.gather([index])))[0]
+        return image.contiguous(), int(self.labels[index])
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The images of these numbers as they lie on disk, uint8 `(B, H, W, 3)`."""
@@ -1260,8 +1263,11 @@ class LesionDataset(Dataset):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 `(B, H, W, 3)` as float32 `(B, 3, H, W)` in [0, 1], on the same device."""
-    return images.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
+    """uint8 `(B, H, W, 3)` as float32 `(B, 3, H, W)` in [0, 1], on the same device.
+
+    The channels stay last in memory: that is how convolutions are fastest.
+    """
+    return images.to(torch.float32).div_(255).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------- loaders
@@ -1279,6 +1285,11 @@ class LesionLoader:
     `for images, labels in loader` is one epoch, the last batch as small as it comes.
     `loader.batches(start=k)` is the endless stream of full batches that training reads; batch k
     depends on the seed and k alone.
+
+    Of several processes each has a loader with its own `rank` below `world_size`, and gets its part
+    of what one loader would give: of every batch of `batches`, which then has `batch_size` times
+    `world_size` images in all, and of the images of an epoch, each of which exactly one process
+    gets.
     """
 
     def __init__(
@@ -1292,11 +1303,15 @@ class LesionLoader:
         device: torch.device | str | None = None,
         seed: int = 42,
         num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it must be 0 or more and below world_size")
         if len(dataset) == 0:
             raise ValueError("the data set has no images")
         check_seed(seed)
@@ -1308,24 +1323,33 @@ class LesionLoader:
         self.device = torch.device(device) if device is not None else _default_device()
         self.seed = seed
         self.num_workers = num_workers
+        self.rank = rank
+        self.world_size = world_size
         self._epoch = 0
+        self._on_device: _OnDevice | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        return -(-len(self._own_part(np.arange(len(self.dataset)))) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self._epoch
         self._epoch += 1
-        order = self._order(epoch)
+        order = self._own_part(self._order(epoch))
         parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         for number, batch in enumerate(self._gathered(iter(parts))):
-            yield self._finish(batch, derive_seed(self.seed, "epoch batch", epoch, number))
+            views = self._views(len(batch[1]), "epoch batch", epoch, number, self.rank)
+            yield self._finish(batch, views)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from number `start` on, without end; each has `batch_size` images."""
-        parts = self._endless_order(start)
+        size = self.batch_size * self.world_size
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        parts = (part[own] for part in self._endless_order(start, size))
         for number, batch in enumerate(self._gathered(parts), start):
-            yield self._finish(batch, derive_seed(self.seed, "batch", number))
+            yield self._finish(batch, self._views(size, "batch", number)[own])
+
+    def _own_part(self, order: np.ndarray) -> np.ndarray:
+        return np.array_split(order, self.world_size)[self.rank]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The numbers of the images of one epoch, in the order in which they are shown."""
@@ -1341,20 +1365,27 @@ class LesionLoader:
         passed[-1] = len(images)
         return rng.permutation(np.repeat(images, np.diff(passed, prepend=0)))
 
-    def _endless_order(self, start: int) -> Iterator[np.ndarray]:
-        epoch, skip = divmod(start * self.batch_size, len(self.dataset))
+    def _endless_order(self, start: int, size: int) -> Iterator[np.ndarray]:
+        """The numbers of the images of each batch of this size, epoch after epoch."""
+        epoch, skip = divmod(start * size, len(self.dataset))
         waiting = self._order(epoch)[skip:]
         while True:
-            while len(waiting) < self.batch_size:
+            while len(waiting) < size:
                 epoch += 1
                 waiting = np.concatenate([waiting, self._order(epoch)])
-            yield waiting[: self.batch_size]
-            waiting = waiting[self.batch_size :]
+            yield waiting[:size]
+            waiting = waiting[size:]
 
     def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._on_device is None and _fits(self.dataset, self.device):
+            self._on_device = _OnDevice(self.dataset, self.device)
+        if self._on_device is not None:
+            return map(self._on_device.__getitem__, parts)
         gatherer = _Gatherer(self.dataset)
+        pin_memory = self.device.type == "cuda"
         if self.num_workers == 0:
-            return map(gatherer.__getitem__, parts)
+            batches = map(gatherer.__getitem__, parts)
+            return map(_pin, batches) if pin_memory else batches
         generator = torch.Generator()  # else DataLoader would draw from the global random state
         return iter(
             DataLoader(
@@ -1363,17 +1394,18 @@ class LesionLoader:
                 sampler=parts,
                 num_workers=self.num_workers,
                 generator=generator,
-                pin_memory=self.device.type == "cuda",
+                pin_memory=pin_memory,
             )
         )
 
-    def _finish(self, batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    def _views(self, count: int, purpose: str, *numbers: int) -> Views:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, purpose, *numbers))
+        return draw_views(count, generator)
+
+    def _finish(self, batch: tuple[Tensor, Tensor], views: Views) -> tuple[Tensor, Tensor]:
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         images = to_float(images)
-        if self.augmentation:
-            generator = torch.Generator(self.device).manual_seed(seed)
-            images = augment_batch(images, generator)
-        return images, labels
+        return apply_views(images, views) if self.augmentation else images, labels
 
 
 class _Gatherer(Dataset):
@@ -1385,6 +1417,36 @@ class _Gatherer(Dataset):
     def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(self.dataset.gather(indices))
         return images, torch.from_numpy(self.dataset.labels[indices])
+
+
+class _OnDevice:
+    """The same as `_Gatherer`, from images that lie in the device's own memory."""
+
+    def __init__(self, dataset: LesionDataset, device: torch.device) -> None:
+        size = dataset.image_size
+        self.images = torch.empty(len(dataset), size, size, 3, dtype=torch.uint8, device=device)
+        for start in range(0, len(dataset), 256):
+            rows = np.arange(start, min(start + 256, len(dataset)))
+            self.images[start : start + 256] = torch.from_numpy(dataset.gather(rows)).to(device)
+        self.labels = torch.from_numpy(dataset.labels).to(device)
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        places = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
+        return self.images[places], self.labels[places]
+
+
+def _fits(dataset: LesionDataset, device: torch.device) -> bool:
+    """Whether the images may stay in the memory of a GPU without being missed there."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return len(dataset) * dataset.image_size**2 * 3 < free * SHARE_OF_GPU_FOR_IMAGES
+
+
+def _pin(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """From pinned memory a batch reaches the GPU while that is still busy with the last one."""
+    images, labels = batch
+    return images.pin_memory(), labels.pin_memory()
 
 
 def balanced_frequencies(labels: np.ndarray) -> np.ndarray:
@@ -1417,27 +1479,35 @@ def create_dataloaders(
     device: torch.device | str | None = None,
     seed: int = 42,
     num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, LesionLoader]:
     """A loader for each split; the one named `train` is shuffled and augmented, the others neither.
 
     `balanced` draws the classes of the training split evenly, but no image more than ten times as
     often as plain shuffling would. `device` is where the batches are made ready, None for CUDA
-    where there is one; `num_workers` are processes that read ahead, 0 for none. Raises ValueError
-    for a split without images.
+    where there is one; there the other splits come in batches four times as large, as evaluation
+    needs less memory. `num_workers` are processes that read ahead, 0 for none. With several
+    processes that train together, `batch_size` is that of one, and `rank` says which this is of
+    `world_size`. Raises ValueError for a split without images.
     """
+    device = torch.device(device) if device is not None else _default_device()
+    larger = 1 if device.type == "cpu" else EVALUATION_BATCHES
     empty = [name for name, dataset in dataset_splits.items() if len(dataset) == 0]
     if empty:
         raise ValueError(f"no images are left for {', '.join(empty)}: there are too few in all")
     return {
         name: LesionLoader(
             dataset,
-            batch_size,
+            batch_size if name == "train" else batch_size * larger,
             shuffle=name == "train",
             augmentation=augmentation and name == "train",
             balanced=balanced and name == "train",
             device=device,
             seed=seed,
             num_workers=num_workers,
+            rank=rank,
+            world_size=world_size,
         )
         for name, dataset in dataset_splits.items()
     }

@@ -4,9 +4,14 @@
 
 It puts the other modules in order and has no logic of its own. They are imported where they are
 needed: importing torch takes seconds, which neither `--help` nor a mistyped flag should.
+
+    torchrun --nproc_per_node=2 train_models.py --data_dir ./data/raw --save_dir ./models
+
+trains with two processes, the first of which prints, draws and writes for both.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +22,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -73,6 +78,7 @@ class Settings:
     early_stopping_patience: int = 0
     checkpoint_every: int | None = None
     precision: str = "auto"
+    compile: bool = False
     device: str = "auto"
     deterministic: bool = False
     num_workers: int | None = None
@@ -96,17 +102,34 @@ DEMO_SETTINGS = Settings(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and gives its exit status; a mistake of the user's ends in one line."""
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    with warnings.catch_warnings():
+    with _only_the_first_speaks(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         try:
             return run(settings, is_demo)
         except (ValueError, OSError) as error:
             return _say_error(error)
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            advice = _advice(error, settings)
+            if advice is None:
                 raise
-            return _say_error(f"out of memory; try a --batch_size below {settings.batch_size}")
+            return _say_error(advice)
+
+
+def _advice(error: RuntimeError, settings: Settings) -> str | None:
+    """What to do about an error of torch's that the user can do something about."""
+    kind = type(error)  # by name, as torch is not imported here
+    if kind.__name__ == "OutOfMemoryError":
+        half = max(settings.batch_size // 2, 1)
+        twice = 2 * settings.accumulate
+        return (
+            f"out of memory with --batch_size {settings.batch_size}; try --batch_size {half} "
+            f"--accumulate {twice}, or smaller --layers or --image_size"
+        )
+    if settings.compile and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).strip().split("\n")[0]
+        return f"--compile does not work here ({reason}); run without it"
+    return None
 
 
 def _say_error(message: object) -> int:
@@ -206,7 +229,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations")
     add("--early_stopping_patience", type=natural, metavar="N", help="evaluations; 0 is off")
 
-    add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 where there is hardware")
+    precisions = ("auto", "fp32", "bf16", "fp16")
+    add("--precision", choices=precisions, help="auto: bf16 where the hardware computes in it")
+    add("--compile", action="store_true", help="run the training steps through torch.compile")
     add("--device", metavar="auto|cpu|cuda", help="auto: CUDA where there is one")
     add("--deterministic", action="store_true", help="the same weights on CUDA too, but slower")
     add("--num_workers", type=natural, metavar="N", help="threads that build, workers that load")
@@ -276,22 +301,67 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     builder = _make_builder(settings)
     findings = _audit(builder)
     loaders, metadata = _load_data(builder, settings, device)
-    _begin(settings, metadata, is_demo)
-    _leave_audit(settings, findings)
-    _say_unavoidable_errors(loaders["test"].dataset)
-    _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
-    rows = []
-    for number, name in enumerate(settings.models, 1):
-        print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
-        finished = save_dir / name / "metrics.json"
-        if settings.resume and finished.exists():
-            print("finished already")
-        else:
-            with logging_redirect_tqdm():  # or a line of the log would break the bar
-                _train_one(name, settings, loaders, device)
-        rows.append(_comparison_row(json.loads(finished.read_text(encoding="utf-8"))))
-    _compare(save_dir, rows)
+    if _is_first():
+        _begin(settings, metadata, is_demo)
+        _leave_audit(settings, findings)
+        _say_unavoidable_errors(loaders["test"].dataset)
+        _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
+    with _process_group(device):
+        for number, name in enumerate(settings.models, 1):
+            print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
+            if settings.resume and (save_dir / name / "metrics.json").exists():
+                print("finished already")
+            else:
+                with logging_redirect_tqdm():  # or a line of the log would break the bar
+                    _train_one(name, settings, loaders, device)
+    if _is_first():
+        _compare(save_dir, settings.models)
     return 0
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+def _told_by_torchrun(name: str, default: int) -> int:
+    """RANK, WORLD_SIZE or LOCAL_RANK; the default when it is not torchrun that started this."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+
+
+def _world_size() -> int:
+    return _told_by_torchrun("WORLD_SIZE", 1)
+
+
+def _is_first() -> bool:
+    return _told_by_torchrun("RANK", 0) == 0
+
+
+@contextlib.contextmanager
+def _only_the_first_speaks() -> Iterator[None]:
+    """Keeps what the other processes print to themselves, but for errors."""
+    if _is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def _process_group(device: "torch.device") -> Iterator[None]:
+    """Joins the processes; by now the images are prepared, so none waits long for another."""
+    if _world_size() == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()  # after an error torchrun ends the others instead
+
+
+# ---------------------------------------------------------------------------- before the training
 
 
 def _make_builder(settings: Settings) -> "DatasetBuilder":
@@ -332,10 +402,15 @@ def _load_data(
         device=device,
         seed=settings.seed,
         num_workers=settings.num_workers or 0,
+        rank=_told_by_torchrun("RANK", 0),
+        world_size=_world_size(),
     )
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
     num_classes = len(datasets["train"].classes)
     print(f"{len(metadata):,} images of {num_classes} classes: {sizes}", flush=True)
+    if _world_size() > 1:
+        images = _world_size() * settings.batch_size
+        print(f"{_world_size()} processes, together with batches of {images:,} images", flush=True)
     return loaders, metadata
 
 
@@ -435,9 +510,12 @@ def _choose_device(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and _world_size() > 1:
+            device = torch.device("cuda", _told_by_torchrun("LOCAL_RANK", 0))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # whichever torch raises
         raise ValueError(f"--device {name} cannot be used: {error}") from error
@@ -508,7 +586,8 @@ def _describe_run(settings: Settings, metadata: "pd.DataFrame") -> dict[str, Any
     images = metadata[["path", "class", "content_hash", "split"]].to_csv(index=False)
     digest = hashlib.sha256(images.encode("utf-8", "surrogateescape")).hexdigest()
     kept = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
-    return json.loads(json.dumps(kept | {"images and splits": digest[:16]}))
+    kept |= {"images and splits": digest[:16], "processes": _world_size()}
+    return json.loads(json.dumps(kept))
 
 
 def _check_same_run(settings: Settings, runs: dict[str, Any], run: dict[str, Any]) -> None:
@@ -608,15 +687,19 @@ def _train_one(
         class_weights=_class_weights(settings, loaders["train"].dataset),
         checkpoint_every=settings.checkpoint_every,
         accumulate=settings.accumulate,
+        compile=settings.compile,
         seed=settings.seed,
     )
     evaluation = evaluate(model, loaders["test"], device=device, precision=settings.precision)
+    if not _is_first():
+        return
+    images_a_step = settings.batch_size * settings.accumulate * _world_size()
     predictions = (evaluation.labels, evaluation.probabilities, classes)
     groups = loaders["test"].dataset.metadata["group"]
     report = {
         "model": name,
         "classes": classes,
-        "training_time": _training_time(history, settings.batch_size * settings.accumulate),
+        "training_time": _training_time(history, images_a_step),
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable_only=True),
         "test": {"loss": evaluation.loss} | compute_metrics(*predictions),
@@ -691,13 +774,14 @@ def _comparison_row(report: dict[str, Any]) -> dict[str, Any]:
     return row | {n: report[n] for n in ("training_time", "parameters", "trainable_parameters")}
 
 
-def _compare(save_dir: Path, rows: list[dict[str, Any]]) -> None:
+def _compare(save_dir: Path, models: Sequence[str]) -> None:
     import pandas as pd
 
     from files import write_atomically
     from visualizations import plot_model_comparison
 
-    comparison = pd.DataFrame(rows)
+    texts = [(save_dir / name / "metrics.json").read_text(encoding="utf-8") for name in models]
+    comparison = pd.DataFrame([_comparison_row(json.loads(text)) for text in texts])
     with write_atomically(save_dir / "comparison.csv") as temporary:
         comparison.to_csv(temporary, index=False)
     plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
@@ -730,7 +814,8 @@ def _duration(seconds: float) -> str:
 
 
 def _show_warning(message: Warning | str, *details: Any) -> None:
-    print(f"train_models.py: warning: {_in_one_line(message)}", file=sys.stderr)
+    if _is_first():
+        print(f"train_models.py: warning: {_in_one_line(message)}", file=sys.stderr)
 
 
 def _in_one_line(message: object) -> str:

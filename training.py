@@ -1,11 +1,12 @@
 """Optimiser, schedule, loop, checkpoints; `train` and `evaluate`."""
 
+import contextlib
 import hashlib
 import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
@@ -25,7 +28,7 @@ from files import load_tensors, save_tensors, write_atomically
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -93,16 +96,20 @@ def warmup_cosine(optimizer: Optimizer, num_steps: int, warmup_fraction: float =
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions and products run in on this device: bfloat16 or float32.
+    """The dtype that convolutions and products run in on this device.
 
     "auto" is bfloat16 where the hardware computes in it (CUDA from compute capability 8.0, CPUs
-    with AVX-512 bf16 or AMX). Raises ValueError for anything but "auto", "fp32" and "bf16".
+    with AVX-512 bf16 or AMX), and float32 elsewhere. Raises ValueError for anything but "auto",
+    "fp32", "bf16" and "fp16", and for "fp16" without CUDA.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     if precision == "auto":
         return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    if precision not in PRECISIONS:
+        names = ", ".join(("auto", *PRECISIONS))
+        raise ValueError(f"precision is {precision!r}; it must be one of {names}")
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 needs CUDA, not {device.type}; use bf16 or fp32")
+    return PRECISIONS[precision]
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
@@ -124,8 +131,9 @@ def evaluate(
     """The model's loss and probabilities on all images of a loader, in evaluation mode.
 
     `loader` gives batches of float32 images `(B, 3, H, W)` in [0, 1] and int64 labels `(B,)`.
-    `device` is where the model is moved to, by default where it is. Raises ValueError for a loader
-    without batches.
+    `device` is where the model is moved to, by default where it is. Of several processes whose
+    LesionLoaders share the images, each gets the result on all of them. Raises ValueError for a
+    loader without batches.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
@@ -134,11 +142,13 @@ def evaluate(
     model.eval()
     all_logits, all_labels = [], []
     with torch.inference_mode():
-        for images, labels in tqdm(loader, "evaluating", disable=None, leave=False):
+        for images, labels in tqdm(loader, "evaluating", disable=_is_hidden(), leave=False):
             with _autocast(device, dtype):
                 all_logits.append(model(_move_images(images, device, dtype)).float())
             all_labels.append(labels)
     model.train(was_training)
+    if isinstance(loader, LesionLoader) and loader.world_size > 1:
+        all_logits, all_labels = _from_all_processes(all_logits, all_labels)
     if not all_labels:
         raise ValueError("the loader gave no batches to evaluate on")
     logits = torch.cat(all_logits).cpu().double()
@@ -165,6 +175,7 @@ def train(
     class_weights: Sequence[float] | None = None,
     checkpoint_every: int | None = None,
     accumulate: int = 1,
+    compile: bool = False,
     seed: int = 42,
 ) -> tuple[nn.Module, dict[str, list[float]]]:
     """Trains for `num_steps` steps, and gives the model with its best weights and the history.
@@ -178,13 +189,17 @@ def train(
     best weights are those of the highest balanced accuracy, ties by the lower loss; after
     `early_stopping_patience` evaluations without a better one training ends (0 is never).
 
+    In a process group (`torch.distributed.init_process_group`) the processes train one model
+    together, each on the part of the data that its loaders give it; that of rank 0 writes.
+
     Parameters
     ----------
-    precision : "auto", "fp32" or "bf16", see `resolve_precision`
+    precision : "auto", "fp32", "bf16" or, on CUDA, "fp16"; see `resolve_precision`
     resume : go on from `last.pth` in `save_path` if there is one; needs a LesionLoader
     class_weights : `num_classes` factors of the loss, by true class
     checkpoint_every : steps between writings of `last.pth`; None is every five minutes
     accumulate : batches a step, whose gradients are averaged: large batches in small memory
+    compile : whether to run the training steps through `torch.compile`
     seed : decides dropout; the data have their own seed in the loader
 
     Returns
@@ -206,6 +221,8 @@ def train(
     model.to(device, memory_format=_memory_format(device, dtype))
     criterion = _make_criterion(class_weights, num_classes).to(device)
     class_names = _class_names(valid_loader, num_classes)
+    rank, world_size = _rank(), _world_size()
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     checkpoint = None
     progress = _Progress()
     if save_path is not None:
@@ -216,28 +233,39 @@ def train(
             "class_weights": None if class_weights is None else [float(w) for w in class_weights],
             "precision": str(dtype),
             "accumulate": accumulate,
+            "world_size": world_size,
             "seed": seed,
         } | _describe_run(model, optimizer, scheduler, train_loader, valid_loader, num_steps)
-        checkpoint = _Checkpoint(Path(save_path), model, optimizer, scheduler, settings)
+        checkpoint = _Checkpoint(Path(save_path), model, optimizer, scheduler, scaler, settings)
     if resume:
         progress = _resume(checkpoint, train_loader)
+    if rank > 0:
+        checkpoint = None  # the first process writes for all
 
     window, checkpointed = _Window(progress.recent_losses), time.monotonic()
     batches = _endless_batches(train_loader, progress.step * accumulate)
     model.train()
-    with _own_random_state(device), _StepBar(num_steps, progress) as bar:
+    forward = _make_forward(model, device, compile)
+    with (
+        _own_random_state(device),
+        _fastest_convolutions(),
+        _StepBar(num_steps, progress) as bar,
+    ):
         while progress.step < num_steps and not progress.is_over(early_stopping_patience):
             learning_rate = optimizer.param_groups[0]["lr"]
-            torch.manual_seed(derive_seed(seed, "dropout", progress.step))
+            torch.manual_seed(derive_seed(seed, "dropout", progress.step, rank))
             losses, num_images = [], 0
             for images, labels in itertools.islice(batches, accumulate):
-                with _autocast(device, dtype):
-                    logits = model(_move_images(images, device, dtype))
-                loss = criterion(logits.float(), labels.to(device)) / accumulate
-                loss.backward()
+                is_last = len(losses) == accumulate - 1
+                with _exchange_of_gradients(forward, is_last):
+                    with _autocast(device, dtype):
+                        logits = forward(_move_images(images, device, dtype))
+                    loss = criterion(logits.float(), labels.to(device)) / accumulate
+                    scaler.scale(loss).backward()
                 losses.append(loss.detach())
-                num_images += len(images)
-            optimizer.step()
+                num_images += len(images) * world_size
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
@@ -247,6 +275,8 @@ def train(
 
             if progress.step % eval_every == 0 or progress.step == num_steps:
                 train_loss, speed = window.mean_loss(), window.images_per_second()
+                train_loss = _mean_over_processes(train_loss, device)
+                _share_buffers(model)
                 evaluation = evaluate(model, valid_loader, device=device, precision=precision)
                 metrics = _summarise(evaluation, class_names, progress.step)
                 is_best = progress.add(metrics, learning_rate, train_loss, speed)
@@ -364,7 +394,7 @@ class _StepBar:
             initial=progress.step,
             desc="training",
             unit="step",
-            disable=None,
+            disable=_is_hidden(),
             leave=False,
         )
         self._shown = time.monotonic()
@@ -454,7 +484,7 @@ def _repeat(loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """Channels last is the fast way for convolutions, but for those of CUDA in float32."""
-    if device.type == "cpu" or dtype is torch.bfloat16:
+    if device.type == "cpu" or dtype is not torch.float32:
         return torch.channels_last
     return torch.contiguous_format
 
@@ -464,12 +494,33 @@ def _move_images(images: Tensor, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+    is_on = dtype is not torch.float32
+    return torch.autocast(device.type, dtype if is_on else None, enabled=is_on)
 
 
 def _own_random_state(device: torch.device) -> Any:
     """A context after which the random state of the CPU and this device is what it was before."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """Lets cuDNN try its algorithms: the batches are all of one size, so it is soon done."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Callable:
+    """The model as the training steps call it."""
+    forward = model
+    if _world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        forward = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+    return torch.compile(forward) if compile else forward
 
 
 def _summarise(evaluation: Evaluation, class_names: list[str], step: int) -> dict[str, Any]:
@@ -490,6 +541,58 @@ def _is_due(checkpoint_every: int | None, step: int, checkpointed: float) -> boo
 
 def _copy_to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+def _rank() -> int:
+    return dist.get_rank() if _is_one_of_several() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _is_one_of_several() else 1
+
+
+def _is_one_of_several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _is_hidden() -> bool | None:
+    """What tqdm's `disable` is to be: no bars but those of the first process, on a terminal."""
+    return True if _rank() > 0 else None
+
+
+def _exchange_of_gradients(forward: Callable, is_due: bool) -> contextlib.AbstractContextManager:
+    """Processes exchange their gradients once a step, not after each of its batches."""
+    if is_due or not isinstance(forward, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return forward.no_sync()
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Gives all processes the batch-norm statistics of the first."""
+    if _world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def _mean_over_processes(value: float, device: torch.device) -> float:
+    if _world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / _world_size()
+
+
+def _from_all_processes(
+    logits: list[Tensor], labels: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The batches of all processes, in the order of their ranks."""
+    own = ([batch.cpu() for batch in logits], [batch.cpu() for batch in labels])
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return [b for part in parts for b in part[0]], [b for part in parts for b in part[1]]
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -513,6 +616,7 @@ def _describe_run(
         "optimizer": [type(optimizer).__name__, groups],
         "learning_rate": [group["lr"] for group in optimizer.param_groups],
         "scheduler": _describe_scheduler(scheduler, num_steps),
+        "batch_size": getattr(train_loader, "batch_size", None),
     }
     for name, loader in {"train": train_loader, "valid": valid_loader}.items():
         if isinstance(loader, LesionLoader):
@@ -521,7 +625,6 @@ def _describe_run(
                 images.to_csv().encode(errors="replace")
             ).hexdigest()
             run[f"{name} loader"] = {
-                "batch_size": loader.batch_size,
                 "augmentation": loader.augmentation,
                 "balanced": loader.balanced,
                 "seed": loader.seed,
@@ -566,12 +669,14 @@ class _Checkpoint:
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
+        scaler: torch.amp.GradScaler,
         settings: dict[str, Any],
     ) -> None:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.scaler = scaler
         self.settings = settings
 
     def save_history(self, progress: _Progress) -> None:
@@ -601,6 +706,7 @@ class _Checkpoint:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.folder / "last.pth", contents)
@@ -625,4 +731,6 @@ class _Checkpoint:
         self.optimizer.load_state_dict(contents["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(contents["scheduler"])
+        if contents["scaler"]:
+            self.scaler.load_state_dict(contents["scaler"])
         return _Progress(**contents["progress"])

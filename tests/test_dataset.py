@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -970,6 +970,63 @@ def test_batch_k_depends_on_the_seed_and_k_alone(splits, balanced):
     assert len(torch.unique(images.flatten(1), dim=0)) == len(images)  # every view is its own
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_cut_the_batches_that_one_would_have(splits, balanced, world_size):
+    def streams(batch_size, **place):
+        options = {"device": "cpu", "balanced": balanced} | place
+        loader = create_dataloaders(splits, batch_size, **options)["train"]
+        return take(loader.batches(start=2), 8)
+
+    whole = streams(4 * world_size)
+    parts = [streams(4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    joined = [
+        tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True)
+    ]
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(whole, joined, strict=True))
+    # Views and all: nothing but the mean of an image may be added up in another order.
+    assert all(torch.allclose(a[0], b[0], atol=1e-6) for a, b in zip(whole, joined, strict=True))
+
+
+@given(world_size=st.integers(1, 9), batch_size=st.integers(1, 9))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_each_image_of_an_epoch_goes_to_exactly_one_process(splits, world_size, batch_size):
+    options = {"device": "cpu", "world_size": world_size}
+    loaders = [
+        create_dataloaders(splits, batch_size, rank=rank, **options) for rank in range(world_size)
+    ]
+    for name, split in splits.items():
+        batches = [list(loader[name]) for loader in loaders]
+        assert [len(loader[name]) for loader in loaders] == [len(part) for part in batches]
+        labels = [labels for part in batches for _, labels in part]
+        assert sorted(torch.cat(labels).tolist()) == sorted(split.labels.tolist())
+    # What is not shuffled comes in order, so that the results can be put together again.
+    images = torch.cat(
+        [images for part in (list(o["valid"]) for o in loaders) for images, _ in part]
+    )
+    valid = splits["valid"]
+    assert torch.equal(images, torch.stack([valid[i][0] for i in range(len(valid))]))
+
+
+def test_images_that_lie_on_the_device_are_those_in_the_array(splits):
+    train, indices = splits["train"], np.array([5, 0, 48, 5])
+    kept = dataset._OnDevice(train, torch.device("cpu"))[indices]
+    assert same([kept], [dataset._Gatherer(train)[indices]])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_batches_on_the_gpu_are_those_on_the_cpu(splits, monkeypatch, share):
+    monkeypatch.setattr(dataset, "SHARE_OF_GPU_FOR_IMAGES", share)  # 0: from pinned memory
+    streams = [create_dataloaders(splits, 8, device=d)["train"].batches() for d in ("cpu", "cuda")]
+    for (images, labels), (on_gpu, labels_on_gpu) in zip(
+        *(take(s, 6) for s in streams), strict=True
+    ):
+        assert on_gpu.device.type == labels_on_gpu.device.type == "cuda"
+        assert torch.equal(labels, labels_on_gpu.cpu())
+        assert torch.allclose(images, on_gpu.cpu(), atol=1e-4)
+
+
 def test_loaders_leave_the_global_random_state_alone(splits):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     loaders = create_dataloaders(splits, 8, device="cpu", balanced=True, num_workers=1)
@@ -1020,6 +1077,8 @@ def test_mistakes_in_loaders_are_said(splits):
         create_dataloaders(splits, num_workers=-1)
     with pytest.raises(ValueError, match="seed is -1"):
         create_dataloaders(splits, seed=-1)
+    with pytest.raises(ValueError, match="rank is 2"):
+        create_dataloaders(splits, rank=2, world_size=2)
 
 
 def test_a_split_without_images_is_named(make_images):

@@ -2,8 +2,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from urllib.error import URLError
@@ -240,6 +242,57 @@ def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd
     assert "warning: not every split has every class: lonely" in capfd.readouterr().err
 
 
+# ---------------------------------------------------------------------------- several processes
+
+
+def torchrun(arguments, **options):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*launcher, str(ROOT / "train_models.py"), *arguments]
+    return subprocess.Popen(words, text=True, **options)
+
+
+def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_path):
+    options = ["--models", "simple_cnn", "--dropout_rate", "0", "--precision", "fp32"]
+    main([*arguments, *options, "--batch_size", "8", "--save_dir", str(tmp_path / "one")])
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = torchrun([*arguments, *options, "--batch_size", "4"], **output)
+    printed, errors = both.communicate(timeout=240)
+    assert both.returncode == 0, errors
+    assert "2 processes, together with batches of 8 images" in printed
+    assert printed.count("Everything is in") == 1
+    assert names(tmp_path / "out/simple_cnn") == MODEL_FILES
+
+    one, two = (tmp_path / name / "simple_cnn" for name in ("one", "out"))
+    expected, found = (load_model(folder / "model.pth")[0].state_dict() for folder in (one, two))
+    assert all(torch.allclose(expected[key], found[key], atol=1e-6) for key in expected)
+    histories = [pd.read_csv(folder / "history.csv") for folder in (one, two)]
+    for column in set(histories[0]) - {"images_per_second"}:
+        assert np.allclose(histories[0][column], histories[1][column], atol=1e-5), column
+    predictions = [pd.read_csv(folder / "predictions.csv") for folder in (one, two)]
+    assert predictions[0]["path"].equals(predictions[1]["path"])
+    assert np.allclose(*(p.filter(like="prob_") for p in predictions), atol=1e-5)
+
+
+def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(arguments, tmp_path):
+    steps = ["--num_steps", "500", "--eval_every", "500", "--checkpoint_every", "20"]
+    words = [*arguments, "--models", "simple_cnn", *steps]
+    last = tmp_path / "out/simple_cnn/last.pth"
+    with (tmp_path / "log").open("w+") as log:
+        both = torchrun(words, stdout=log, stderr=log)
+        waited = time.monotonic()
+        while not last.exists() and time.monotonic() - waited < 120 and both.poll() is None:
+            time.sleep(0.02)
+        assert last.exists(), (tmp_path / "log").read_text()
+        workers = Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert both.wait(timeout=60) != 0
+        assert not last.with_name("metrics.json").exists()
+        again = torchrun([*words, "--resume"], stdout=log, stderr=log)
+        assert again.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert names(last.parent) == MODEL_FILES
+    assert "500" in last.with_name("history.csv").read_text()
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
@@ -299,6 +352,25 @@ def test_mistakes_are_one_line_and_touch_nothing(
         assert status == 2, flags
         assert all(part in message for part in expected), message
         assert digest(out) == before, flags
+
+
+def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeypatch, capfd):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr("training.train", fails)
+    assert main([*arguments, "--batch_size", "48", "--accumulate", "2"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "out of memory with --batch_size 48; try --batch_size 24 --accumulate 4" in line
+
+
+def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
+    words = [sys.executable, ROOT / "train_models.py", *arguments, "--compile"]
+    own = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(words, capture_output=True, text=True, env=os.environ | own)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "--compile does not work here (" in line and "run without it" in line
 
 
 def test_a_warning_and_an_error_have_no_traceback_in_a_real_process(tmp_path):

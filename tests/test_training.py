@@ -1,4 +1,5 @@
 import csv
+import functools
 import math
 import pickle
 
@@ -114,10 +115,11 @@ def test_frozen_parameters_are_not_in_the_optimizer():
         lambda p: warmup_cosine(p, 0),
         lambda p: warmup_cosine(p, 10, 1.5),
         lambda p: resolve_precision("fp8", torch.device("cpu")),
+        lambda p: resolve_precision("fp16", torch.device("cpu")),
     ],
 )
 def test_values_that_cannot_be_are_refused(mistake):
-    with pytest.raises(ValueError, match="is|has"):
+    with pytest.raises(ValueError, match="is|has|needs"):
         mistake(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1))
 
 
@@ -138,6 +140,34 @@ def test_evaluate_sees_every_image_once_and_in_order(loaders):
     np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)
     loss = nn.functional.cross_entropy(logits, torch.from_numpy(valid.labels)).item()
     assert found.loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "amx", "expected"),
+    [
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ],
+)
+def test_the_precision_is_what_the_cpu_computes_in(monkeypatch, bf16, amx, expected):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx, raising=False)
+    assert resolve_precision("auto", torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_the_precision_is_what_the_gpu_computes_in(monkeypatch, capability, expected):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", torch.device("cuda")) is expected
+    assert resolve_precision("fp16", torch.device("cuda")) is torch.float16
+
+
+def test_other_devices_compute_in_fp32():
+    assert resolve_precision("auto", torch.device("mps")) is torch.float32
 
 
 def test_bf16_gives_the_probabilities_of_fp32_nearly(loaders):
@@ -320,6 +350,17 @@ def test_small_batches_together_make_the_step_of_a_large_one(make_images):
     for name, weights in large.state_dict().items():
         assert torch.allclose(weights, small.state_dict()[name], atol=2e-5), name
     assert history["train_loss"] == pytest.approx(history_of_small["train_loss"], rel=1e-4)
+
+
+def test_a_compiled_step_computes_the_same(loaders, monkeypatch):
+    compiled = functools.partial(torch.compile, backend="aot_eager")  # needs no compiler of C++
+    monkeypatch.setattr(torch, "compile", compiled)
+    ends = []
+    for compile in (False, True):
+        model = get_model("simple_cnn", 3, image_size=32, dropout_rate=0.0, seed=0)
+        ends.append(run(loaders, model=model, compile=compile, precision="fp32")[0].state_dict())
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-5) for name in ends[0])
 
 
 # ---------------------------------------------------------------------------- resume
