@@ -89,6 +89,22 @@ def read_image(path: str | Path, longest_side: int | None = None) -> np.ndarray:
         raise UnreadableImageError(f"{_shown(path)}: {error}") from error
 
 
+def prepare_image(
+    path: str | Path, image_size: int = 224, preprocessors: Sequence[Preprocessor] = ()
+) -> np.ndarray:
+    """The image in a file as the models see it: uint8 RGB `(image_size, image_size, 3)`.
+
+    Read as by `read_image`, through the preprocessors, shorter side to `round(image_size * 256 /
+    224)`, centre crop: what `DatasetBuilder` keeps of it. Raises UnreadableImageError naming the
+    file, and ValueError naming a preprocessor that gives no image.
+    """
+    try:
+        image, _ = _decode_for(_read_regular_file(path)[0], image_size, preprocessors)
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{_shown(path)}: {error}") from error
+    return _prepare(image, image_size, preprocessors, path)
+
+
 def resize(image: np.ndarray, size: int = 256) -> np.ndarray:
     """Scales a uint8 RGB image `(h, w, 3)` to a shorter side of `size`, the aspect ratio kept."""
     height, width = image.shape[:2]
@@ -175,6 +191,25 @@ def _decode(
         raise UnreadableImageError("not an image of a known format") from error
     except Exception as error:  # Pillow documents no closed set of errors for damaged files
         raise UnreadableImageError(str(error).strip() or type(error).__name__) from error
+
+
+def _decode_for(
+    contents: bytes, image_size: int, preprocessors: Sequence[Preprocessor]
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `_decode`: for a preprocessor the original, without one no more than is needed."""
+    needed = max(_shorter_side(image_size), 2 * audit.THUMBNAIL_SIZE)
+    return _decode(contents, None if preprocessors else needed)
+
+
+def _prepare(
+    image: Image.Image, image_size: int, preprocessors: Sequence[Preprocessor], path: str | Path
+) -> np.ndarray:
+    if preprocessors:
+        try:
+            image = Image.fromarray(_preprocess(np.array(image), preprocessors))
+        except ValueError as error:
+            raise ValueError(f"{error} (on {_shown(path)})") from error
+    return np.asarray(_fit(image, image_size))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -681,25 +716,15 @@ class _ArrayCache:
         try:
             contents, status = _read_regular_file(self.data_dir / path)
             size, mtime_ns, ctime_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-            # A preprocessor sees the original; without one no more is decoded than is needed.
-            needed = max(_shorter_side(self.image_size), 2 * audit.THUMBNAIL_SIZE)
-            image, (width, height) = _decode(contents, None if self.preprocessors else needed)
+            image, (width, height) = _decode_for(contents, self.image_size, self.preprocessors)
             problem = ""
         except UnreadableImageError as error:
             width, height, problem = 0, 0, str(error)
         else:
-            array[row] = self._prepare(image, path)
+            array[row] = _prepare(image, self.image_size, self.preprocessors, path)
             thumbnails[row] = _thumbnail(image)
         content_hash = hashlib.sha256(contents).hexdigest()
         return _FileRecord(path, size, mtime_ns, ctime_ns, content_hash, width, height, problem)
-
-    def _prepare(self, image: Image.Image, path: str) -> np.ndarray:
-        if self.preprocessors:
-            try:
-                image = Image.fromarray(_preprocess(np.array(image), self.preprocessors))
-            except ValueError as error:
-                raise ValueError(f"{error} (on {_shown(path)})") from error
-        return np.asarray(_fit(image, self.image_size))
 
     def _read_index(self) -> _Index | None:
         try:

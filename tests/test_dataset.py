@@ -34,6 +34,7 @@ from dataset import (
     group_images,
     k_fold_splits,
     normalize,
+    prepare_image,
     read_image,
     resize,
     stratified_split,
@@ -914,6 +915,17 @@ def test_an_item_is_a_float_image_and_a_label(splits):
     stored = torch.from_numpy(train.gather([3])[0])
     assert torch.equal(image, stored.permute(2, 0, 1) / 255)
     assert label == train.labels[3] == train.classes.index(train.metadata["class"][3])
+
+
+@pytest.mark.parametrize("preprocessors", [[], [lambda image: image[:, ::-1]]])
+def test_a_single_image_is_prepared_as_the_builder_does(make_images, preprocessors):
+    root = make_images({"a": 4, "b": 4}, size=50)
+    splits, _ = build(root, splits={"train": 1.0}, preprocessors=preprocessors)
+    for i, path in enumerate(splits["train"].metadata["path"]):
+        alone = prepare_image(root / path, 16, preprocessors)
+        assert np.array_equal(alone, splits["train"].gather([i])[0])
+    with pytest.raises(UnreadableImageError, match="nothing.jpg: No such file"):
+        prepare_image(root / "nothing.jpg")
 
 
 def test_a_copy_in_another_process_opens_the_array_again(splits):
