@@ -1,16 +1,17 @@
 """What a set of predictions is worth, from true labels, probabilities and class names.
 
 Everywhere `y_true` is int (N,), labels from 0 to C - 1; `y_prob` float (N, C), a probability for
-each class, of which the highest is the prediction; `class_names` the C names in label order. All of
-it raises ValueError for no predictions, shapes that do not fit, labels out of range, or
-probabilities that are not finite.
+each class; `y_pred` int (N,), the classes decided for, those of the highest probability unless they
+are given; `class_names` the C names in label order. All of it raises ValueError for no predictions,
+shapes that do not fit, labels out of range, or probabilities that are not finite.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import (
@@ -36,11 +37,18 @@ HEADLINES = (
 )
 NUM_RESAMPLES = 2000
 NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
+SMALLEST_SUBGROUP = 30  # images; of fewer, intervals by bootstrap mean little
+MOST_SUBGROUPS = 20  # a column of more values names images or patients, not kinds of them
+AGE_BANDS = {"0 to 29": 30, "30 to 44": 45, "45 to 59": 60, "60 to 74": 75, "75 or more": np.inf}
+AIMS = (("sensitivity", 0.90), ("sensitivity", 0.95), ("specificity", 0.90), ("specificity", 0.95))
 MALIGNANT = ("melanoma", "basal cell carcinoma", "squamous cell carcinoma", "actinic keratosis")
 
 
 def compute_metrics(
-    y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str]
+    y_true: np.ndarray,
+    y_prob: np.ndarray,
+    class_names: Sequence[str],
+    y_pred: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The figures of a set of predictions, by name, as plain values.
 
@@ -60,7 +68,7 @@ def compute_metrics(
     and is left out of the means, and so are areas of a class that all images have.
     """
     y_true, y_prob = _checked(y_true, y_prob, len(class_names))
-    y_pred = y_prob.argmax(axis=1)
+    y_pred = _decided(y_true, y_prob, y_pred)
     labels = np.arange(len(class_names))
     precision, recall, f1, support = precision_recall_fscore_support(
         y_true, y_pred, labels=labels, zero_division=0
@@ -108,6 +116,7 @@ def compute_intervals(
     y_prob: np.ndarray,
     class_names: Sequence[str],
     groups: Sequence[Any] | None = None,
+    y_pred: np.ndarray | None = None,
     *,
     seed: int = 42,
 ) -> dict[str, Any]:
@@ -118,13 +127,15 @@ def compute_intervals(
     recall and precision by Wilson's score interval (1927), under `per_class`; None where nothing
     was counted.
     """
-    y_true, y_prob = _checked(y_true, y_prob, len(class_names))
-    counts = _resampled_confusions(y_true, y_prob, groups, seed)
+    num_classes = len(class_names)
+    y_true, y_prob = _checked(y_true, y_prob, num_classes)
+    y_pred = _decided(y_true, y_prob, y_pred)
+    counts = _resampled_confusions(y_true, y_pred, num_classes, groups, seed)
     intervals: dict[str, Any] = {
         name: np.quantile(values, [0.025, 0.975]).tolist()
         for name, values in _headlines(counts).items()
     }
-    observed = _confusion(y_true, y_prob)
+    observed = _confusion(y_true, y_pred, num_classes)
     intervals["per_class"] = {
         name: {
             "precision": wilson_interval(observed[label, label], observed[:, label].sum()),
@@ -137,8 +148,8 @@ def compute_intervals(
 
 def compare(
     y_true: np.ndarray,
-    y_prob_a: np.ndarray,
-    y_prob_b: np.ndarray,
+    y_pred_a: np.ndarray,
+    y_pred_b: np.ndarray,
     groups: Sequence[Any] | None = None,
     *,
     seed: int = 42,
@@ -149,14 +160,15 @@ def compare(
     (A - B), its 95 % `interval`, and `probability`, the share of resamples in which A is better,
     ties counted half.
     """
-    num_classes = np.asarray(y_prob_a).shape[-1]
-    y_true, y_prob_a = _checked(y_true, y_prob_a, num_classes)
-    y_true, y_prob_b = _checked(y_true, y_prob_b, num_classes)
+    y_true, *predicted = (np.asarray(labels) for labels in (y_true, y_pred_a, y_pred_b))
+    num_classes = int(max(labels.max(initial=0) for labels in (y_true, *predicted))) + 1
+    for y_pred in predicted:
+        _checked(y_true, np.zeros((len(y_pred), num_classes)), num_classes)
     resampled = [
-        _headlines(_resampled_confusions(y_true, y_prob, groups, seed))
-        for y_prob in (y_prob_a, y_prob_b)
+        _headlines(_resampled_confusions(y_true, y_pred, num_classes, groups, seed))
+        for y_pred in predicted
     ]
-    observed = [_headlines(_confusion(y_true, y_prob)[None]) for y_prob in (y_prob_a, y_prob_b)]
+    observed = [_headlines(_confusion(y_true, y_pred, num_classes)[None]) for y_pred in predicted]
     compared = {}
     for name in HEADLINES:
         differences = resampled[0][name] - resampled[1][name]
@@ -166,6 +178,90 @@ def compare(
             "probability": float(np.mean((differences > 0) + 0.5 * (differences == 0))),
         }
     return compared
+
+
+def assess(
+    y_true: np.ndarray,
+    y_prob: np.ndarray,
+    class_names: Sequence[str],
+    calibration: "Calibration",
+    thresholds: Mapping[str, Mapping[str, float]],
+    *,
+    malignant: Sequence[str] = MALIGNANT,
+    groups: Sequence[Any] | None = None,
+    columns: pd.DataFrame | None = None,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """All that the predictions say of a model, as `metrics.json` has it.
+
+    `y_prob` (N, C) are the model's own probabilities: the highest is its decision. All else is of
+    the calibrated ones. `thresholds` has for each of `screening_targets` those that
+    `choose_thresholds` gave on validation; a target without them, or that is all or none of these
+    images, is left out. `columns` (N rows) is what subgroups are made by.
+
+    Returns `test` (`compute_metrics`), `test_intervals` (`compute_intervals`), `calibration` (its
+    `temperature`, `bias`, and `reliability`, `log_loss` and `brier_score` `before` and `after`),
+    `screening` (`screen`, by target, with its `classes`) and `subgroups` (`compute_subgroups`).
+    """
+    y_true, y_prob = _checked(y_true, y_prob, len(class_names))
+    y_pred, calibrated = y_prob.argmax(axis=1), calibration.apply(y_prob)
+    metrics = compute_metrics(y_true, calibrated, class_names, y_pred)
+    screening = {}
+    for name, labels in screening_targets(class_names, malignant).items():
+        is_positive = np.isin(y_true, labels)
+        if name in thresholds and 0 < is_positive.sum() < len(is_positive):
+            score = calibrated[:, labels].sum(axis=1)
+            screening[name] = {"classes": [class_names[label] for label in labels]} | screen(
+                is_positive, score, thresholds[name], groups, seed=seed
+            )
+    return {
+        "test": metrics,
+        "test_intervals": compute_intervals(
+            y_true, calibrated, class_names, groups, y_pred, seed=seed
+        ),
+        "calibration": {
+            "temperature": calibration.temperature,
+            "bias": dict(zip(class_names, calibration.bias, strict=True)),
+            "before": _trustworthiness(y_true, y_prob, class_names),
+            "after": _trustworthiness(y_true, calibrated, class_names),
+        },
+        "screening": screening,
+        "subgroups": {}
+        if columns is None
+        else compute_subgroups(y_true, y_pred, columns, groups, seed=seed),
+    }
+
+
+def most_confident_mistakes(
+    y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray, count: int = 12
+) -> np.ndarray:
+    """The numbers of the images called wrong with the highest probability, that one first."""
+    confidence = y_prob[np.arange(len(y_pred)), y_pred]
+    ranked = np.argsort(-confidence, kind="stable")
+    return ranked[(y_true != y_pred)[ranked]][:count]
+
+
+def typical_examples(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) -> np.ndarray:
+    """For each class the number of an image called right and of one called wrong, where there are.
+
+    Of each kind the one whose decided class has the middle probability: neither the model's best
+    nor its worst.
+    """
+    confidence = y_prob[np.arange(len(y_pred)), y_pred]
+    chosen = []
+    for label in range(y_prob.shape[1]):
+        for is_right in (True, False):
+            of_kind = np.flatnonzero((y_true == label) & ((y_true == y_pred) == is_right))
+            ranked = of_kind[np.argsort(confidence[of_kind], kind="stable")]
+            chosen.extend(ranked[len(ranked) // 2 : len(ranked) // 2 + 1])
+    return np.array(chosen, dtype=np.int64)
+
+
+def _trustworthiness(
+    y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str]
+) -> dict[str, Any]:
+    metrics = compute_metrics(y_true, y_prob, class_names)
+    return reliability(y_true, y_prob) | {n: metrics[n] for n in ("log_loss", "brier_score")}
 
 
 def wilson_interval(successes: int, total: int) -> list[float] | None:
@@ -200,10 +296,13 @@ class Calibration:
         return softmax(_log(y_prob) / self.temperature + np.array(self.bias), axis=1)
 
 
-def fit_calibration(y_true: np.ndarray, y_prob: np.ndarray) -> Calibration:
+def fit_calibration(
+    y_true: np.ndarray, y_prob: np.ndarray, *, priors_shifted: bool = True
+) -> Calibration:
     """The calibration that makes these images most likely, which are those of validation.
 
-    Never those of training, on which a model is surer than it should be. A weak prior (standard
+    Never those of training, on which a model is surer than it should be. Without `priors_shifted`,
+    which balanced sampling and class weights do, the biases stay 0. A weak prior (standard
     deviation 3) keeps the bias of a class without images finite.
     """
     y_true, y_prob = _checked(y_true, y_prob, np.asarray(y_prob).shape[-1])
@@ -216,7 +315,7 @@ def fit_calibration(y_true: np.ndarray, y_prob: np.ndarray) -> Calibration:
         loss = -(truth * log_calibrated).sum() + (bias**2).sum() / (2 * 3**2)
         residual = np.exp(log_calibrated) - truth
         of_temperature = -(residual * log_prob).sum() * inverse
-        of_bias = residual.sum(axis=0) + bias / 3**2
+        of_bias = (residual.sum(axis=0) + bias / 3**2) * priors_shifted
         return loss, np.concatenate([[of_temperature], of_bias])
 
     start = np.zeros(num_classes + 1)
@@ -269,8 +368,7 @@ def match_classes(class_names: Sequence[str], wanted: Sequence[str]) -> list[int
 
     Case, `_`, `-` and a plural s make no difference. Raises ValueError when none is.
     """
-    names = {_plain(name) for name in wanted}
-    labels = [label for label, name in enumerate(class_names) if _plain(name) in names]
+    labels = _matching(class_names, wanted)
     if not labels:
         raise ValueError(
             f"none of the classes {', '.join(class_names)} is called like {', '.join(wanted)}"
@@ -278,56 +376,82 @@ def match_classes(class_names: Sequence[str], wanted: Sequence[str]) -> list[int
     return labels
 
 
+def screening_targets(
+    class_names: Sequence[str], malignant: Sequence[str] = MALIGNANT
+) -> dict[str, list[int]]:
+    """What is screened for, with the labels of its classes: `malignant`, and `melanoma` alone.
+
+    Only what there is among the classes; a target of all classes is none.
+    """
+    found = {
+        "malignant": _matching(class_names, malignant),
+        "melanoma": _matching(class_names, ["melanoma"]),
+    }
+    return {name: labels for name, labels in found.items() if 0 < len(labels) < len(class_names)}
+
+
+def _matching(class_names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    names = {_plain(name) for name in wanted}
+    return [label for label, name in enumerate(class_names) if _plain(name) in names]
+
+
 def _plain(name: str) -> str:
     words = name.casefold().replace("_", " ").replace("-", " ").split()
     return " ".join(word.removesuffix("s") for word in words)
 
 
+def choose_thresholds(is_positive: np.ndarray, score: np.ndarray) -> dict[str, float]:
+    """For 90 % and 95 % of sensitivity and of specificity, the threshold that reaches it.
+
+    `is_positive` (N,) says which images are what must not be missed, `score` (N,) is higher for
+    those; `score >= threshold` is positive. The images are those of validation. Of the thresholds
+    that reach an aim, such as "sensitivity 95%", the one with the best of the other. Raises
+    ValueError when the images are all of one kind.
+    """
+    is_positive, score = _both_kinds(is_positive, score)
+    return {f"{aim} {level:.0%}": _threshold(is_positive, score, aim, level) for aim, level in AIMS}
+
+
 def screen(
     is_positive: np.ndarray,
     score: np.ndarray,
-    valid_is_positive: np.ndarray,
-    valid_score: np.ndarray,
+    thresholds: Mapping[str, float],
     groups: Sequence[Any] | None = None,
     *,
     seed: int = 42,
 ) -> dict[str, Any]:
     """How well a score, higher for what must not be missed, tells it from the rest.
 
-    All are arrays (N,), of the images tested and of those of validation, on which the thresholds
-    are chosen. Gives `roc_auc` with its `roc_auc_interval` (bootstrap over `groups`), and `points`:
-    for 90 % and 95 % of sensitivity or of specificity `aim`, `threshold`, the `sensitivity` and
-    `specificity` that it has on the images tested, and their Wilson intervals. A point is the
-    threshold that reaches its aim on validation with the best of the other; `score >= threshold`
-    is positive.
-
-    Raises ValueError when one of the two kinds is missing, in the test or in validation.
+    `is_positive` and `score` (N,) are of the images tested, `thresholds` those that
+    `choose_thresholds` gave for others. Gives `roc_auc` with its `roc_auc_interval` (bootstrap over
+    `groups`), the numbers of `positives` and `negatives`, and `points`: for each threshold its
+    `aim`, `threshold`, the `sensitivity` and `specificity` that it has here, and their Wilson
+    intervals. Raises ValueError when the images are all of one kind.
     """
-    is_positive, valid_is_positive = (np.asarray(a, bool) for a in (is_positive, valid_is_positive))
-    score, valid_score = np.asarray(score, float), np.asarray(valid_score, float)
-    for name, values in {"test": is_positive, "validation": valid_is_positive}.items():
-        if values.all() or not values.any():
-            raise ValueError(f"the {name} images are all of one kind; nothing can be told apart")
+    is_positive, score = _both_kinds(is_positive, score)
     rank = np.unique(score, return_inverse=True)[1]
     areas = [
         _roc_auc(np.bincount(rank, times * is_positive), np.bincount(rank, times * ~is_positive))
         for times in _resampled_times(is_positive, groups, seed)
     ]
-    points = []
-    for aim in ("sensitivity", "specificity"):
-        for level in (0.90, 0.95):
-            threshold = _threshold(valid_is_positive, valid_score, aim, level)
-            points.append(
-                {"aim": f"{aim} {level:.0%}", "threshold": threshold}
-                | _sensitivity_and_specificity(is_positive, score >= threshold)
-            )
     return {
         "roc_auc": _roc_auc(np.bincount(rank, is_positive), np.bincount(rank, ~is_positive)),
         "roc_auc_interval": np.nanquantile(areas, [0.025, 0.975]).tolist(),
         "positives": int(is_positive.sum()),
         "negatives": int((~is_positive).sum()),
-        "points": points,
+        "points": [
+            {"aim": aim, "threshold": float(threshold)}
+            | _sensitivity_and_specificity(is_positive, score >= threshold)
+            for aim, threshold in thresholds.items()
+        ],
     }
+
+
+def _both_kinds(is_positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    is_positive, score = np.asarray(is_positive, bool), np.asarray(score, float)
+    if is_positive.all() or not is_positive.any():
+        raise ValueError("the images are all of one kind; nothing can be told apart")
+    return is_positive, score
 
 
 def _roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
@@ -362,15 +486,98 @@ def _sensitivity_and_specificity(is_positive: np.ndarray, is_called: np.ndarray)
     }
 
 
+# ---------------------------------------------------------------------------- subgroups
+
+
+def compute_subgroups(
+    y_true: np.ndarray,
+    y_pred: np.ndarray,
+    columns: pd.DataFrame,
+    groups: Sequence[Any] | None = None,
+    *,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """How the figures differ between kinds of images, by each column (N,) that tells kinds apart.
+
+    Numbers of many values come in bands: ages in those of `AGE_BANDS`, others in quarters. A column
+    of one value, or of more than 20, is left out; images without a value are "unknown". For each
+    column `groups`, by value `images`, `is_too_small` (fewer than 30), `accuracy` and
+    `balanced_accuracy` with their intervals (bootstrap over `groups`); and `widest_gap`, the two
+    groups that are large enough and differ most in balanced accuracy: `figure`, `highest`,
+    `lowest`, `difference` and its `interval`, or None where fewer than two are large enough.
+    """
+    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
+    num_classes = int(max(y_true.max(), y_pred.max())) + 1
+    groups = np.arange(len(y_true)) if groups is None else np.asarray(groups)
+    subgroups = {}
+    for column in columns:
+        kinds = _kinds(columns[column])
+        names = sorted(set(kinds))
+        if not 2 <= len(names) <= MOST_SUBGROUPS:
+            continue
+        found, resampled = {}, {}
+        for name in names:
+            part = kinds == name
+            case = (y_true[part], y_pred[part], num_classes)
+            observed = _headlines(_confusion(*case)[None])
+            resampled[name] = _headlines(_resampled_confusions(*case, groups[part], seed))
+            found[name] = {
+                "images": int(part.sum()),
+                "is_too_small": bool(part.sum() < SMALLEST_SUBGROUP),
+            }
+            for figure in ("accuracy", "balanced_accuracy"):
+                values = resampled[name][figure]
+                found[name][figure] = float(observed[figure][0])
+                found[name][f"{figure}_interval"] = np.quantile(values, [0.025, 0.975]).tolist()
+        subgroups[str(column)] = {"groups": found, "widest_gap": _widest_gap(found, resampled)}
+    return subgroups
+
+
+def _kinds(values: pd.Series) -> np.ndarray:
+    """The name of each image's kind."""
+    names = values.astype(object)
+    if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
+        if "age" in str(values.name).casefold().split("_"):
+            ends = [0, *AGE_BANDS.values()]
+            names = pd.cut(values, ends, right=False, labels=list(AGE_BANDS))
+        else:
+            names = pd.qcut(values, 4, duplicates="drop").map(
+                lambda band: f"{band.left:g} to {band.right:g}"
+            )
+        names = names.astype(object)
+    return names.where(values.notna() & (values != ""), "unknown").astype(str).to_numpy()
+
+
+def _widest_gap(found: dict[str, Any], resampled: dict[str, Any]) -> dict[str, Any] | None:
+    large = [name for name in found if not found[name]["is_too_small"]]
+    if len(large) < 2:
+        return None
+    figure = "balanced_accuracy"
+    ranked = sorted(large, key=lambda name: found[name][figure])
+    highest, lowest = ranked[-1], ranked[0]
+    differences = resampled[highest][figure] - resampled[lowest][figure]
+    return {
+        "figure": figure,
+        "highest": highest,
+        "lowest": lowest,
+        "difference": found[highest][figure] - found[lowest][figure],
+        "interval": np.quantile(differences, [0.025, 0.975]).tolist(),
+    }
+
+
 # ---------------------------------------------------------------------------- the bootstrap
 
 
 def _resampled_confusions(
-    y_true: np.ndarray, y_prob: np.ndarray, groups: Sequence[Any] | None, seed: int
+    y_true: np.ndarray,
+    y_pred: np.ndarray,
+    num_classes: int,
+    groups: Sequence[Any] | None,
+    seed: int,
 ) -> np.ndarray:
     """The confusion matrix of each resample, (NUM_RESAMPLES, C, C)."""
     resamples = _resampled_times(y_true, groups, seed)
-    return np.stack([_confusion(y_true, y_prob, times) for times in resamples])
+    return np.stack([_confusion(y_true, y_pred, num_classes, times) for times in resamples])
 
 
 def _resampled_times(
@@ -389,11 +596,10 @@ def _resampled_times(
 
 
 def _confusion(
-    y_true: np.ndarray, y_prob: np.ndarray, times: np.ndarray | None = None
+    y_true: np.ndarray, y_pred: np.ndarray, num_classes: int, times: np.ndarray | None = None
 ) -> np.ndarray:
     """The confusion matrix (C, C) when each image counts as often as `times` (N,) says."""
-    num_classes = y_prob.shape[1]
-    cells = y_true * num_classes + y_prob.argmax(axis=1)
+    cells = y_true * num_classes + y_pred
     counts = np.bincount(cells, weights=times, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
@@ -437,6 +643,15 @@ def _checked(
     if not np.isfinite(y_prob).all():
         raise ValueError("y_prob holds values that are not finite")
     return y_true.astype(np.int64), y_prob
+
+
+def _decided(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None) -> np.ndarray:
+    if y_pred is None:
+        return y_prob.argmax(axis=1)
+    y_pred = np.asarray(y_pred)
+    if y_pred.shape != y_true.shape or not np.isin(y_pred, np.arange(y_prob.shape[1])).all():
+        raise ValueError(f"y_pred must be {y_true.shape}, labels of {y_prob.shape[1]} classes")
+    return y_pred
 
 
 def _areas(y_true: np.ndarray, y_prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -228,7 +228,9 @@ def load_model(path: str | Path) -> tuple[LesionClassifier, dict[str, Any]]:
     """The trained model in a `model.pth`, on the CPU in evaluation mode, and what else it holds.
 
     The second value is the file's dict without its weights: `config`, `classes` in label order,
-    `image_size`, `preprocessors` and `metrics`.
+    `image_size`, `preprocessors` and `metrics`; `temperature` and `bias` for
+    `evaluation.Calibration`; `thresholds`, by what is screened for and by aim, of calibrated
+    probabilities; and `malignant_classes`, whose probabilities add up to that of `malignant`.
 
     Raises FileNotFoundError when there is no such file, and ValueError when it is no `model.pth`.
     """

@@ -17,10 +17,8 @@ import json
 import logging
 import math
 import os
-import platform
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 
     from dataset import DatasetBuilder, LesionDataset, LesionLoader
     from models import LesionClassifier
-    from training import Evaluation
 
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
 # Settings on which no result depends: a run may be resumed with others.
@@ -74,6 +71,7 @@ class Settings:
     augmentation: bool = True
     balanced: bool = True
     class_weights: str = "none"
+    malignant_classes: tuple[str, ...] = ()
     eval_every: int = 100
     early_stopping_patience: int = 0
     checkpoint_every: int | None = None
@@ -159,6 +157,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
     arguments["models"] = tuple(dict.fromkeys(arguments["models"]))
     arguments["splits"] = tuple(arguments["splits"])
     arguments["group_by"] = tuple(arguments["group_by"])
+    arguments["malignant_classes"] = tuple(arguments["malignant_classes"])
     if abs(sum(arguments["splits"]) - 1) > 1e-6:
         shown = " ".join(f"{fraction:g}" for fraction in arguments["splits"])
         parser.error(f"--splits {shown} sums to {sum(arguments['splits']):g}, not to 1")
@@ -226,6 +225,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--augmentation", action=argparse.BooleanOptionalAction, help="vary the training images")
     add("--balanced", action=argparse.BooleanOptionalAction, help="draw the classes evenly")
     add("--class_weights", choices=("none", "balanced"), help="weigh the loss against imbalance")
+    malignant = "what is screened for (none given: the four of the ISIC classes that are)"
+    add("--malignant_classes", nargs="+", metavar="NAME", help=malignant)
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations")
     add("--early_stopping_patience", type=natural, metavar="N", help="evaluations; 0 is off")
 
@@ -281,12 +282,16 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 
     Gives the exit status: 1 when only the audit was asked for and it found something.
     """
+    from evaluation import match_classes
+    from report import write_report
+    from results import compare_models, leave_audit
+
     settings = _prepare_demo(settings) if is_demo else settings
     save_dir = Path(settings.save_dir)
     _check_folders(settings)
     if settings.audit_only:
         findings = _audit(_make_builder(settings))
-        _leave_audit(settings, findings)
+        leave_audit(save_dir, findings, settings.data_dir)
         print(f"\nEverything is in {save_dir}.")
         return 1 if len(findings) > 0 else 0
 
@@ -301,9 +306,11 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     builder = _make_builder(settings)
     findings = _audit(builder)
     loaders, metadata = _load_data(builder, settings, device)
+    if settings.malignant_classes:
+        match_classes(loaders["train"].dataset.classes, settings.malignant_classes)
     if _is_first():
         _begin(settings, metadata, is_demo)
-        _leave_audit(settings, findings)
+        leave_audit(save_dir, findings, settings.data_dir)
         _say_unavoidable_errors(loaders["test"].dataset)
         _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
     with _process_group(device):
@@ -315,7 +322,10 @@ def run(settings: Settings, is_demo: bool = False) -> int:
                 with logging_redirect_tqdm():  # or a line of the log would break the bar
                     _train_one(name, settings, loaders, device)
     if _is_first():
-        _compare(save_dir, settings.models)
+        test = loaders["test"].dataset
+        _say_comparison(compare_models(save_dir, settings.models, test, seed=settings.seed))
+        write_report(save_dir)
+        print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
     return 0
 
 
@@ -422,31 +432,6 @@ def _audit(builder: "DatasetBuilder") -> "pd.DataFrame":
     return findings
 
 
-def _leave_audit(settings: Settings, findings: "pd.DataFrame") -> None:
-    """Writes `audit.csv` and, if there are pairs to show, `audit.png`."""
-    from audit import worst_pairs
-    from dataset import read_image
-    from files import write_atomically
-    from visualizations import plot_pairs
-
-    save_dir = Path(settings.save_dir)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    table = findings.copy()
-    for name in ("images", "classes"):
-        table[name] = table[name].map("; ".join)
-    with write_atomically(save_dir / "audit.csv") as temporary:
-        table.to_csv(temporary, index=False, errors="surrogateescape")
-    pairs = worst_pairs(findings)
-    (save_dir / "audit.png").unlink(missing_ok=True)
-    if len(pairs) > 0:
-        data_dir = Path(settings.data_dir)
-        images = [
-            [read_image(data_dir / path, longest_side=400) for path in two]
-            for two in pairs["images"]
-        ]
-        plot_pairs(pairs, images, save_path=save_dir / "audit.png")
-
-
 def _say_unavoidable_errors(dataset: "LesionDataset") -> None:
     from audit import unavoidable_errors
 
@@ -540,6 +525,7 @@ def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClass
 def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
     """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
     from files import write_atomically, write_text
+    from results import environment
 
     save_dir = Path(settings.save_dir)
     earlier = _read_config(save_dir)
@@ -556,14 +542,14 @@ def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
             for name in ("metrics.json", "last.pth"):
                 (save_dir / model / name).unlink(missing_ok=True)
     save_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("comparison.csv", "comparison.png"):
+    for name in ("comparison.csv", "comparison.png", "report.html"):
         (save_dir / name).unlink(missing_ok=True)
     config = {
         "command": command(settings),
         "settings": asdict(settings),
         "runs": runs | dict.fromkeys(settings.models, run),
     }
-    write_text(save_dir / "config.json", json.dumps(config | _environment(), indent=2) + "\n")
+    write_text(save_dir / "config.json", json.dumps(config | environment(), indent=2) + "\n")
     with write_atomically(save_dir / "splits.csv") as temporary:
         metadata.to_csv(temporary, index=False, errors="surrogateescape")
 
@@ -607,26 +593,6 @@ def _check_same_run(settings: Settings, runs: dict[str, Any], run: dict[str, Any
             )
 
 
-def _environment() -> dict[str, Any]:
-    import matplotlib
-    import numpy
-    import pandas
-    import PIL
-    import sklearn
-    import torch
-    import torchvision
-
-    packages = (torch, torchvision, numpy, pandas, PIL, sklearn, matplotlib)
-    versions = {package.__name__: package.__version__ for package in packages}
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version()} | versions,
-        "machine": platform.platform(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _picture_data(
     save_dir: Path, dataset: "LesionDataset", metadata: "pd.DataFrame", settings: Settings
 ) -> None:
@@ -659,9 +625,11 @@ def _train_one(
     name: str, settings: Settings, loaders: "dict[str, LesionLoader]", device: "torch.device"
 ) -> None:
     """Trains one model and fills its folder; `metrics.json`, written last, says that it is done."""
-    from evaluation import compute_intervals, compute_metrics
-    from models import count_parameters
+    from evaluation import MALIGNANT
+    from models import count_parameters, load_model
+    from results import leave_results
     from training import evaluate, make_optimizer, train, warmup_cosine
+    from visualizations import plot_learning_curves
 
     folder = Path(settings.save_dir) / name
     classes = loaders["train"].dataset.classes
@@ -688,24 +656,24 @@ def _train_one(
         checkpoint_every=settings.checkpoint_every,
         accumulate=settings.accumulate,
         compile=settings.compile,
+        malignant_classes=settings.malignant_classes or MALIGNANT,
         seed=settings.seed,
     )
+    test = loaders["test"].dataset
     evaluation = evaluate(model, loaders["test"], device=device, precision=settings.precision)
     if not _is_first():
         return
     images_a_step = settings.batch_size * settings.accumulate * _world_size()
-    predictions = (evaluation.labels, evaluation.probabilities, classes)
-    groups = loaders["test"].dataset.metadata["group"]
-    report = {
+    about = {
         "model": name,
         "classes": classes,
         "training_time": _training_time(history, images_a_step),
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable_only=True),
-        "test": {"loss": evaluation.loss} | compute_metrics(*predictions),
-        "test_intervals": compute_intervals(*predictions, groups, seed=settings.seed),
     }
-    _leave_results(folder, history, evaluation, loaders["test"].dataset, report)
+    plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
+    _, info = load_model(folder / "model.pth")
+    leave_results(folder, about, model, info, evaluation, test, seed=settings.seed)
 
 
 def _training_time(history: dict[str, list[float]], images_a_step: int) -> float:
@@ -725,72 +693,16 @@ def _class_weights(settings: Settings, dataset: "LesionDataset") -> "np.ndarray 
     return compute_class_weight("balanced", classes=labels, y=dataset.labels)
 
 
-def _leave_results(
-    folder: Path,
-    history: dict[str, list[float]],
-    evaluation: "Evaluation",
-    dataset: "LesionDataset",
-    report: dict[str, Any],
-) -> None:
-    import numpy as np
-
-    from files import write_atomically, write_text
-    from visualizations import plot_confusion_matrix, plot_learning_curves
-
-    name = report["model"]
-    plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
-    plot_confusion_matrix(
-        np.array(report["test"]["confusion_matrix"]),
-        dataset.classes,
-        title=f"{name}, test split",
-        save_path=folder / "confusion_matrix.png",
-    )
-    with write_atomically(folder / "predictions.csv") as temporary:
-        table = _predictions(evaluation, dataset)
-        table.to_csv(temporary, index=False, errors="surrogateescape")
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / "metrics.json", text + "\n")
-
-
-def _predictions(evaluation: "Evaluation", dataset: "LesionDataset") -> "pd.DataFrame":
+def _say_comparison(comparison: "pd.DataFrame") -> None:
     import pandas as pd
 
-    classes = dataset.classes
-    columns: dict[str, Any] = {
-        "path": dataset.metadata["path"],
-        "true_class": [classes[label] for label in evaluation.labels],
-        "predicted_class": [classes[label] for label in evaluation.probabilities.argmax(axis=1)],
-    }
-    for label, name in enumerate(classes):
-        columns[f"prob_{name}"] = evaluation.probabilities[:, label]
-    return pd.DataFrame(columns)
-
-
-def _comparison_row(report: dict[str, Any]) -> dict[str, Any]:
-    row = {"model": report["model"]}
-    for name in ("precision", "recall", "f1", "accuracy", "balanced_accuracy"):
-        row[name] = report["test"][name]
-        row[f"{name}_low"], row[f"{name}_high"] = report["test_intervals"][name]
-    return row | {n: report[n] for n in ("training_time", "parameters", "trainable_parameters")}
-
-
-def _compare(save_dir: Path, models: Sequence[str]) -> None:
-    import pandas as pd
-
-    from files import write_atomically
-    from visualizations import plot_model_comparison
-
-    texts = [(save_dir / name / "metrics.json").read_text(encoding="utf-8") for name in models]
-    comparison = pd.DataFrame([_comparison_row(json.loads(text)) for text in texts])
-    with write_atomically(save_dir / "comparison.csv") as temporary:
-        comparison.to_csv(temporary, index=False)
-    plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
     shown = pd.DataFrame(
         {
             "model": comparison["model"],
             "precision": _with_intervals(comparison, "precision"),
             "recall": _with_intervals(comparison, "recall"),
             "balanced accuracy": _with_intervals(comparison, "balanced_accuracy"),
+            "behind the best": _with_intervals(comparison, "behind_best"),
             "training time": comparison["training_time"].map(_duration),
             "parameters": comparison["parameters"].map("{:,}".format),
         }
@@ -799,7 +711,6 @@ def _compare(save_dir: Path, models: Sequence[str]) -> None:
         "\nOn the test split, with 95 % intervals (precision and recall are weighted by class):\n"
         f"{shown.to_string(index=False)}"
     )
-    print(f"\nEverything is in {save_dir}.")
 
 
 def _with_intervals(comparison: "pd.DataFrame", name: str) -> list[str]:

@@ -23,7 +23,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from dataset import LesionLoader, check_seed, derive_seed
-from evaluation import compute_metrics
+from evaluation import (
+    MALIGNANT,
+    choose_thresholds,
+    compute_metrics,
+    fit_calibration,
+    screening_targets,
+)
 from files import load_tensors, save_tensors, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -176,6 +182,7 @@ def train(
     checkpoint_every: int | None = None,
     accumulate: int = 1,
     compile: bool = False,
+    malignant_classes: Sequence[str] = MALIGNANT,
     seed: int = 42,
 ) -> tuple[nn.Module, dict[str, list[float]]]:
     """Trains for `num_steps` steps, and gives the model with its best weights and the history.
@@ -200,6 +207,7 @@ def train(
     checkpoint_every : steps between writings of `last.pth`; None is every five minutes
     accumulate : batches a step, whose gradients are averaged: large batches in small memory
     compile : whether to run the training steps through `torch.compile`
+    malignant_classes : names; `model.pth` gets thresholds for those that the data have
     seed : decides dropout; the data have their own seed in the loader
 
     Returns
@@ -208,8 +216,9 @@ def train(
     (steps done), `learning_rate`, `train_loss` (mean since the last entry), `valid_loss`,
     `valid_precision`, `valid_recall`, `valid_f1`, `valid_balanced_accuracy`, `images_per_second`.
 
-    In `save_path`, if given: `model.pth` (the best weights, for `models.load_model`), `last.pth`
-    (all that is needed to resume) and `history.csv`.
+    In `save_path`, if given: `model.pth` (the best weights, for `models.load_model`, with the
+    calibration and the thresholds that validation gave), `last.pth` (all that is needed to resume)
+    and `history.csv`.
 
     Raises ValueError for arguments that cannot be, or a `last.pth` of another run, and
     NonFiniteLossError when training diverges.
@@ -221,6 +230,7 @@ def train(
     model.to(device, memory_format=_memory_format(device, dtype))
     criterion = _make_criterion(class_weights, num_classes).to(device)
     class_names = _class_names(valid_loader, num_classes)
+    shifted = class_weights is not None or getattr(train_loader, "balanced", False)
     rank, world_size = _rank(), _world_size()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     checkpoint = None
@@ -287,7 +297,8 @@ def train(
                 if checkpoint is not None:
                     checkpoint.save_history(progress)
                     if is_best:
-                        checkpoint.save_best(progress, valid_loader, class_names)
+                        fitted = _fit_outputs(evaluation, class_names, malignant_classes, shifted)
+                        checkpoint.save_best(progress, valid_loader, class_names, fitted)
                 bar.log(progress)
                 window = _Window()
                 progress.recent_losses = []
@@ -537,6 +548,31 @@ def _summarise(evaluation: Evaluation, class_names: list[str], step: int) -> dic
     return {"step": step, "loss": evaluation.loss} | metrics
 
 
+def _fit_outputs(
+    evaluation: Evaluation,
+    class_names: list[str],
+    malignant_classes: Sequence[str],
+    priors_shifted: bool,
+) -> dict[str, Any]:
+    """What turns the model's outputs into probabilities and alarms, from the validation images."""
+    y_true, y_prob = evaluation.labels, evaluation.probabilities
+    calibration = fit_calibration(y_true, y_prob, priors_shifted=priors_shifted)
+    calibrated = calibration.apply(y_prob)
+    targets = screening_targets(class_names, malignant_classes)
+    thresholds = {}
+    for name, labels in targets.items():
+        is_positive = np.isin(y_true, labels)
+        if 0 < is_positive.sum() < len(is_positive):
+            score = calibrated[:, labels].sum(axis=1)
+            thresholds[name] = choose_thresholds(is_positive, score)
+    return {
+        "temperature": calibration.temperature,
+        "bias": list(calibration.bias),
+        "thresholds": thresholds,
+        "malignant_classes": [class_names[label] for label in targets.get("malignant", [])],
+    }
+
+
 def _is_due(checkpoint_every: int | None, step: int, checkpointed: float) -> bool:
     if checkpoint_every is None:
         return time.monotonic() - checkpointed > SECONDS_BETWEEN_CHECKPOINTS
@@ -688,7 +724,13 @@ class _Checkpoint:
         with write_atomically(self.folder / "history.csv") as temporary:
             pd.DataFrame(progress.history).to_csv(temporary, index=False)
 
-    def save_best(self, progress: _Progress, valid_loader: Batches, class_names: list[str]) -> None:
+    def save_best(
+        self,
+        progress: _Progress,
+        valid_loader: Batches,
+        class_names: list[str],
+        fitted: dict[str, Any],
+    ) -> None:
         """Writes `model.pth`, all that is needed to use the best model."""
         config = _config(self.model)
         dataset = getattr(valid_loader, "dataset", None)
@@ -699,7 +741,7 @@ class _Checkpoint:
             "preprocessors": getattr(dataset, "preprocessors", ""),
             "metrics": progress.best_metrics,
             "state_dict": progress.best_state,
-        }
+        } | fitted
         save_tensors(self.folder / "model.pth", contents)
 
     def save_last(self, progress: _Progress) -> None:

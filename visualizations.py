@@ -13,21 +13,45 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 
 from files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
 _BLUE, _ORANGE, _GREEN = _COLOURS[:3]
 _DARK_GREY, _LIGHT_GREY = "0.35", "0.92"
+
+# The lines of classes differ in dashes too, which grey print keeps. Two colours of the palette are
+# too pale for a line.
+_LINE_COLOURS = [*(_COLOURS[index] for index in (0, 1, 2, 3, 4, 5, 7, 9)), "black"]
+_DASHES: list[str | tuple[int, tuple[float, ...]]] = [
+    "solid",
+    (0, (5, 1.5)),
+    (0, (1, 1)),
+    (0, (6, 1.5, 1, 1.5)),
+    (0, (2.5, 1.5)),
+    (0, (6, 1.5, 1, 1.5, 1, 1.5)),
+    (0, (12, 2)),
+    (0, (1, 3)),
+    (0, (4, 1.5, 4, 1.5, 1, 1.5)),
+]
 
 _STYLE = {
     "font.size": 8,
@@ -61,6 +85,9 @@ _METRICS = {
     "balanced_accuracy": "balanced accuracy",
 }
 _SAMPLES_PER_CLASS = 6
+_MOST_MISTAKES = 12
+_HEATMAP_COLOURS = "viridis"
+_HEATMAP_OPACITY = 0.5
 
 
 def plot_learning_curves(
@@ -137,6 +164,122 @@ def plot_confusion_matrix(
     return figure
 
 
+def plot_roc_pr_curves(
+    y_true: np.ndarray | Sequence[int],
+    y_prob: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """ROC and precision-recall curves of each class against the rest, with the areas under them.
+
+    `y_true` (N,) are the indices of the true classes in `class_names`, `y_prob` (N, C) a
+    probability for each class. A class without images, or that all images have, has no curve. The
+    area under precision and recall is the average precision; n is the class's number of images.
+
+    Raises ValueError for no predictions, shapes that do not fit, labels out of range, or
+    probabilities that are not in [0, 1].
+    """
+    y_prob = _checked_shares(y_prob, "y_prob", (np.size(y_true), len(class_names)))
+    y_true = _checked_labels(y_true, "y_true", *y_prob.shape)
+    support = np.bincount(y_true, minlength=len(class_names))
+    shown = np.flatnonzero((support > 0) & (support < len(y_true)))
+    width = max(7.2, 2 * ((_longest(class_names) + 18) * _INCHES_PER_CHARACTER + 0.8))
+    with _figure((width, 3.8 + 0.15 * len(shown)), title, save_path) as figure:
+        figure.set_layout_engine("constrained")  # "compressed" lets wide legends overlap
+        panels = figure.subplots(1, 2)
+        for ax in panels:
+            ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+            if not len(shown):
+                ax.text(0.5, 0.5, "all images are of one class", ha="center", va="center")
+        names = {label: class_names[label] for label in shown}
+        _draw_roc_curves(panels[0], y_true, y_prob, names)
+        _draw_precision_recall_curves(panels[1], y_true, y_prob, names)
+    return figure
+
+
+def plot_reliability(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """How often predictions are right over how probable they are, before and after calibration.
+
+    `before` and `after` are what `evaluation.reliability` gives: in equal bins of [0, 1]
+    `confidence`, `accuracy` and `count`, and over them `expected_calibration_error`. On the
+    diagonal probabilities are what they say; a bin whose accuracy is None or NaN has no point.
+    Below are the numbers of images.
+
+    Raises ValueError when one of these is missing, there is no bin, or their numbers differ.
+    """
+    curves = {"before": before, "after": after}
+    bins = {name: _checked_bins(curve, name) for name, curve in curves.items()}
+    num_bins = len(bins["before"])
+    if len(bins["after"]) != num_bins:
+        raise ValueError(f"before has {num_bins} bins, after has {len(bins['after'])}")
+    with _figure((3.6, 4.6), title, save_path) as figure:
+        diagram, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        _draw_diagonal(diagram)
+        styles = [(_BLUE, "o", "dashed"), (_ORANGE, "s", "solid")]
+        for index, (table, style) in enumerate(zip(bins.values(), styles, strict=True)):
+            colour, marker, dashes = style
+            line = diagram.plot(table["confidence"], table["accuracy"], color=colour)[0]
+            line.set(marker=marker, markersize=4, linestyle=dashes)
+            middles = (np.arange(num_bins) + 0.5 + 0.4 * (index - 0.5)) / num_bins
+            counts.bar(middles, table["count"], width=0.4 / num_bins, color=colour)
+        diagram.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="Share that is right")
+        counts.set(xlabel="Probability of the predicted class", ylabel="Images")
+        counts.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+        counts.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        errors = [
+            f"{curve['expected_calibration_error']:.3f}  {name} calibration"
+            for name, curve in curves.items()
+        ]
+        heading = "Expected calibration error"
+        _put_legend_below(figure, diagram.lines[1:], errors, columns=1, title=heading)
+    return figure
+
+
+def plot_class_metrics(
+    per_class: Mapping[str, Mapping[str, Any]],
+    intervals: Mapping[str, Mapping[str, Any]],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Recall and precision of each class with their intervals, and its number of images.
+
+    `per_class` has by class name `recall` and `precision`, in [0, 1], and `support`; `intervals`
+    by the same names [low, high] of both. These are the `per_class` of `evaluation.compute_metrics`
+    and `compute_intervals`. What is None or NaN is not drawn.
+
+    Raises ValueError when there is no class, or one lacks any of these.
+    """
+    _check_class_metrics(per_class, intervals)
+    names = list(per_class)
+    size = (4.6 + _longest(names) * _INCHES_PER_CHARACTER, 0.32 * len(names) + 1.0)
+    with _figure(size, title, save_path) as figure:
+        ax = figure.add_subplot()
+        styles = {"recall": (_BLUE, "o"), "precision": (_ORANGE, "s")}
+        for index, (metric, (colour, marker)) in enumerate(styles.items()):
+            rows = np.arange(len(names)) + 0.36 * (index - 0.5)
+            values = np.array([per_class[name][metric] for name in names], dtype=float)
+            ends = [intervals[name][metric] for name in names]
+            ends = np.array([(None, None) if e is None else e for e in ends], dtype=float)
+            ax.plot(values, rows, color=colour, marker=marker, markersize=4, linestyle="")
+            _draw_intervals(ax, rows, values, ends, colour)
+        _name_rows(ax, names)
+        _write_beside_rows(ax, "Images", [f"{per_class[name]['support']:,}" for name in names])
+        ax.hlines(np.arange(1, len(names)) - 0.5, 0, 1, color=_LIGHT_GREY, linewidth=0.6, zorder=0)
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xlabel("Share, with its 95% interval")
+        _put_legend_below(figure, ax.lines, list(styles))
+    return figure
+
+
 def plot_class_distribution(
     metadata: pd.DataFrame, *, title: str | None = None, save_path: str | Path | None = None
 ) -> Figure:
@@ -187,7 +330,7 @@ def plot_samples(
     Raises ValueError for no images, another shape or range, or labels that do not fit.
     """
     images = _checked_images(images, "images", ndim=4)
-    labels = _checked_labels(labels, len(images), len(class_names))
+    labels = _checked_labels(labels, "labels", len(images), len(class_names))
     shown = np.unique(labels)
     rows = [images[labels == label][:_SAMPLES_PER_CLASS] for label in shown]
     names = [class_names[label] for label in shown]
@@ -274,7 +417,84 @@ def plot_pairs(
             heading += f" ({pair.distance:.2f} apart)" if pair.distance > 0 else ""
             both[0].set_title(heading, loc="left", fontsize=7)
             for i in range(2):
-                _draw_captioned_image(both[i], shown[i], texts[i])
+                image = _checked_images(shown[i], "an image of a pair", ndim=3)
+                _draw_captioned_image(both[i], image, texts[i])
+    return figure
+
+
+def plot_mistakes(
+    images: np.ndarray,
+    true_classes: Sequence[str],
+    predicted_classes: Sequence[str],
+    confidences: np.ndarray | Sequence[float],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Pictures that were taken for another class, the most confident mistake first, at most twelve.
+
+    `images` is (N, H, W, 3), uint8 or float in [0, 1]; `true_classes` and `predicted_classes` hold
+    N names, `confidences` (N,) the probabilities of the predicted ones.
+
+    Raises ValueError for no images, another shape, range or number, or an image that is no mistake.
+    """
+    images = _checked_images(images, "images", ndim=4)
+    true_classes = _checked_names(true_classes, "true_classes", len(images))
+    predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
+    right = [i for i in range(len(images)) if true_classes[i] == predicted_classes[i]]
+    if right:
+        raise ValueError(f"image {right[0]} is no mistake: {true_classes[right[0]]!r} is right")
+    confidences = _checked_shares(confidences, "confidences", (len(images),))
+    shown = np.argsort(-confidences, kind="stable")[:_MOST_MISTAKES]
+    captions = [
+        _caption(
+            f"true: {true_classes[i]}",
+            f"predicted: {predicted_classes[i]}",
+            f"probability: {_percent(confidences[i])}",
+            width=32,
+        )
+        for i in shown
+    ]
+    with _figure(_grid_size(images, captions, 4), title, save_path) as figure:
+        _draw_grid(figure, images[shown], captions, 4)
+    return figure
+
+
+def plot_gradcams(
+    images: np.ndarray,
+    heatmaps: np.ndarray,
+    true_classes: Sequence[str],
+    predicted_classes: Sequence[str],
+    *,
+    title: str | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Pictures, and beside each the same in grey under its heatmap, row by row.
+
+    `images` is (N, H, W, 3), uint8 or float in [0, 1], and `heatmaps` (N, H, W) float in [0, 1];
+    `true_classes` and `predicted_classes` hold N names. The predicted class is named where it is
+    wrong.
+
+    Raises ValueError for no images, or another shape, range or number.
+    """
+    images = _checked_images(images, "images", ndim=4)
+    heatmaps = _checked_shares(heatmaps, "heatmaps", images.shape[:3])
+    true_classes = _checked_names(true_classes, "true_classes", len(images))
+    predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
+    captions = [
+        _caption(f"true: {true}", f"predicted: {predicted}" if predicted != true else "", width=42)
+        for true, predicted in zip(true_classes, predicted_classes, strict=True)
+    ]
+    gap = np.full((*images.shape[:2], max(1, images.shape[2] // 30), 3), 255, dtype=np.uint8)
+    pictures = np.concatenate([images, gap, _overlays(images, heatmaps)], axis=2)
+    width, height = _grid_size(pictures, captions, 3)
+    with _figure((width, height + 0.5), title, save_path) as figure:
+        _draw_grid(figure, pictures, captions, 3)
+        place = {"location": "bottom", "shrink": 2 / width, "aspect": 25, "pad": 0.1 / height}
+        heat = ScalarMappable(cmap=_HEATMAP_COLOURS)
+        scale = figure.colorbar(heat, ax=figure.axes, ticks=[0, 1], **place)
+        scale.set_label("Grad-CAM")
+        scale.outline.set_visible(False)
     return figure
 
 
@@ -285,19 +505,25 @@ def plot_model_comparison(
 
     `comparison` is a table with a row a model, shown in that order, and the columns `model`;
     `precision`, `recall`, `f1` and `balanced_accuracy`, in [0, 1]; `training_time`, in seconds; and
-    `parameters`, their number. A value that is missing (NaN) is shown as n/a.
+    `parameters`, their number. A value that is missing (NaN) is shown as n/a. A metric that has the
+    columns `<metric>_low` and `<metric>_high` has its interval drawn as a line.
 
     Raises ValueError when a column is missing or there is no row.
     """
     _check_table(comparison, "comparison", ["model", *_METRICS, "training_time", "parameters"])
     names = comparison["model"].astype(str)
     metrics = comparison[list(_METRICS)].astype(float)
+    intervals = {
+        name: comparison[[f"{name}_low", f"{name}_high"]].to_numpy(dtype=float)
+        for name in _METRICS
+        if f"{name}_low" in comparison and f"{name}_high" in comparison
+    }
     time, unit = _in_readable_unit(comparison["training_time"].astype(float))
     millions = comparison["parameters"].astype(float) / 1e6
     size = (6.4 + _longest(names) * _INCHES_PER_CHARACTER, 0.7 * len(names) + 1.0)
     with _figure(size, title, save_path) as figure:
         scores, times, sizes = figure.subplots(1, 3, sharey=True, width_ratios=[3, 1.2, 1.2])
-        _draw_metric_bars(scores, metrics)
+        _draw_metric_bars(scores, metrics, intervals)
         _draw_dots(times, time, f"Training time ({unit})")
         _draw_dots(sizes, millions, "Parameters (millions)")
         _name_rows(scores, names)
@@ -420,6 +646,78 @@ def _percent(share: float) -> str:
     return f"{share:.0%}"
 
 
+def _line_style(label: int) -> dict[str, Any]:
+    """That of a class, the same in every figure; no two alike among the first 81."""
+    count = len(_LINE_COLOURS)
+    return {
+        "color": _LINE_COLOURS[label % count],
+        "linestyle": _DASHES[(label + label // count) % count],
+    }
+
+
+def _draw_roc_curves(
+    ax: Axes, y_true: np.ndarray, y_prob: np.ndarray, names: Mapping[int, str]
+) -> None:
+    ax.set(xlabel="False positive rate", ylabel="True positive rate (recall)")
+    areas = []
+    for label, name in names.items():
+        is_class, scores = y_true == label, y_prob[:, label]
+        false_positive_rate, recall, _ = roc_curve(is_class, scores)
+        ax.plot(false_positive_rate, recall, **_line_style(label))
+        areas.append(f"{roc_auc_score(is_class, scores):.3f}  {name}")
+    if areas:
+        _put_legend_under(ax, areas, "Area under the curve")
+        _draw_diagonal(ax)
+
+
+def _draw_precision_recall_curves(
+    ax: Axes, y_true: np.ndarray, y_prob: np.ndarray, names: Mapping[int, str]
+) -> None:
+    ax.set(xlabel="Recall", ylabel="Precision")
+    areas = []
+    for label, name in names.items():
+        is_class, scores = y_true == label, y_prob[:, label]
+        precision, recall, _ = precision_recall_curve(is_class, scores)
+        # Drawn are the steps that make up the area. Of equal recalls these are the last, the most
+        # precise, and not the end at (0, 1), which is no measurement.
+        is_step = np.diff(recall) < 0
+        recall, precision = recall[:-1][is_step], precision[:-1][is_step]
+        recall, precision = np.append(recall, 0), np.append(precision, precision[-1])
+        ax.plot(recall, precision, drawstyle="steps-post", **_line_style(label))
+        area = average_precision_score(is_class, scores)
+        areas.append(f"{area:.3f}  {name} (n = {is_class.sum():,})")
+    if areas:
+        _put_legend_under(ax, areas, "Average precision")
+
+
+def _draw_diagonal(ax: Axes) -> None:
+    ax.plot([0, 1], [0, 1], color="0.7", linewidth=0.6, zorder=0)
+
+
+def _checked_bins(curve: Mapping[str, Any], name: str) -> pd.DataFrame:
+    columns = ["confidence", "accuracy", "count"]
+    missing = [key for key in [*columns, "expected_calibration_error"] if key not in curve]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    lengths = {column: len(curve[column]) for column in columns}
+    if len(set(lengths.values())) > 1 or not lengths["count"]:
+        raise ValueError(f"{name} must have as many bins in each, 1 or more; it has {lengths}")
+    return pd.DataFrame({column: np.asarray(curve[column], dtype=float) for column in columns})
+
+
+def _check_class_metrics(
+    per_class: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Any]]
+) -> None:
+    if not per_class:
+        raise ValueError("per_class has no class; there is nothing to draw")
+    wanted = {"per_class": ["recall", "precision", "support"], "intervals": ["recall", "precision"]}
+    for table_name, table in {"per_class": per_class, "intervals": intervals}.items():
+        for class_name in per_class:
+            missing = [key for key in wanted[table_name] if key not in table.get(class_name, {})]
+            if missing:
+                raise ValueError(f"{table_name} lacks {', '.join(missing)} of {class_name}")
+
+
 def _counts_by_class_and_split(metadata: pd.DataFrame) -> pd.DataFrame:
     _check_table(metadata, "metadata", ["class", "split"])
     lacking = int(metadata[["class", "split"]].isna().any(axis=1).sum())
@@ -449,20 +747,36 @@ def _checked_images(images: np.ndarray, name: str, ndim: int) -> np.ndarray:
 
 
 def _checked_labels(
-    labels: np.ndarray | Sequence[int], num_images: int, num_classes: int
+    labels: np.ndarray | Sequence[int], name: str, num_images: int, num_classes: int
 ) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"labels are {labels.dtype} {labels.shape}; for {num_images} images they must be "
+            f"{name} are {labels.dtype} {labels.shape}; for {num_images} images they must be "
             f"whole numbers ({num_images},)"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
-            f"labels go from {labels.min()} to {labels.max()}; those of {num_classes} classes "
+            f"{name} go from {labels.min()} to {labels.max()}; those of {num_classes} classes "
             f"go from 0 to {num_classes - 1}"
         )
     return labels
+
+
+def _checked_shares(values: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    if values.shape != shape or not values.size:
+        raise ValueError(f"{name} has shape {values.shape}; it must be {shape}, and not empty")
+    low, high = values.min(), values.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # so written, it refuses NaN
+        raise ValueError(f"{name} goes from {low} to {high}; it must be in [0, 1]")
+    return values
+
+
+def _checked_names(names: Sequence[str], name: str, num_images: int) -> list[str]:
+    if len(names) != num_images:
+        raise ValueError(f"{name} has {len(names)} names for {num_images} images")
+    return list(names)
 
 
 def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[float]:
@@ -482,18 +796,45 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[fl
     return [index * (height + gap) + height / 2 for index in range(len(rows))]
 
 
-def _caption(class_name: str, path: str) -> str:
-    path = path.encode("utf-8", "backslashreplace").decode()  # a file may be called anything
-    return "\n".join([*textwrap.wrap(class_name, 30), *textwrap.wrap(path, 30)])
+def _caption(*texts: str, width: int = 30) -> str:
+    lines = [line for text in texts for line in textwrap.wrap(text, width)]
+    # A file may be called anything.
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def _draw_captioned_image(ax: Axes, image: np.ndarray, caption: str) -> None:
     ax.set_axis_on()
-    ax.imshow(_checked_images(image, "an image of a pair", ndim=3))
+    ax.imshow(image)
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
     ax.set_xlabel(caption, parse_math=False, fontsize=6.5)
+
+
+def _grid_size(pictures: np.ndarray, captions: Sequence[str], columns: int) -> tuple[float, float]:
+    """The inches that captioned pictures take, in rows of `columns` on a page 7.2 inches wide."""
+    num_rows = math.ceil(len(captions) / columns)
+    num_lines = max(caption.count("\n") + 1 for caption in captions)
+    cell = 7.2 / columns
+    height = cell * pictures.shape[1] / pictures.shape[2] + 0.12 * num_lines + 0.12
+    return cell * min(columns, len(captions)), num_rows * height + 0.2
+
+
+def _draw_grid(figure: Figure, pictures: np.ndarray, captions: Sequence[str], columns: int) -> None:
+    columns = min(columns, len(pictures))
+    axes = figure.subplots(math.ceil(len(pictures) / columns), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, picture, caption in zip(axes.flat, pictures, captions, strict=False):
+        _draw_captioned_image(ax, picture, caption)
+
+
+def _overlays(images: np.ndarray, heatmaps: np.ndarray) -> np.ndarray:
+    """Heatmaps in colour over grey images, whose own colours would change those of the map."""
+    grey = images.mean(axis=-1, keepdims=True)
+    heat = matplotlib.colormaps[_HEATMAP_COLOURS](heatmaps)[..., :3] * 255
+    mixed = (1 - _HEATMAP_OPACITY) * grey + _HEATMAP_OPACITY * heat
+    return mixed.round().astype(np.uint8)
 
 
 def _check_table(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
@@ -513,16 +854,31 @@ def _in_readable_unit(seconds: pd.Series) -> tuple[pd.Series, str]:
     return seconds, "seconds"
 
 
-def _draw_metric_bars(ax: Axes, metrics: pd.DataFrame) -> None:
+def _draw_metric_bars(ax: Axes, metrics: pd.DataFrame, intervals: Mapping[str, np.ndarray]) -> None:
     bar = 0.8 / len(_METRICS)
     for index, name in enumerate(_METRICS):
         rows = np.arange(len(metrics)) + (index - (len(_METRICS) - 1) / 2) * bar
-        bars = ax.barh(rows, metrics[name].fillna(0), height=bar, color=_COLOURS[index])
-        texts = ["n/a" if math.isnan(value) else f"{value:.3f}" for value in metrics[name]]
-        ax.bar_label(bars, texts, padding=2, fontsize=6.5)
+        values = metrics[name].to_numpy()
+        ax.barh(rows, np.nan_to_num(values), height=bar, color=_COLOURS[index])
+        ends = intervals.get(name, np.full((len(values), 2), np.nan))
+        _draw_intervals(ax, rows, values, ends, "black")
+        for row, value, high in zip(rows, values, ends[:, 1], strict=True):
+            text = "n/a" if math.isnan(value) else f"{value:.3f}"
+            end = 0 if math.isnan(value) else np.fmax(value, high)
+            ax.annotate(
+                text, (end, row), (2, 0), textcoords="offset points", va="center", fontsize=6.5
+            )
     ax.set_xlim(0, 1.1)
     ax.set_xticks(np.linspace(0, 1, 6))
-    ax.set_xlabel("Score")
+    ax.set_xlabel("Score, with its 95% interval" if intervals else "Score")
+
+
+def _draw_intervals(
+    ax: Axes, rows: np.ndarray, values: np.ndarray, ends: np.ndarray, colour: Any
+) -> None:
+    """A line from low to high, `ends` (N, 2), for each value that is known with its interval."""
+    known = np.isfinite(values) & np.isfinite(ends).all(axis=1)
+    ax.hlines(rows[known], *ends[known].T, color=colour, linewidth=1)
 
 
 def _draw_dots(ax: Axes, values: pd.Series, label: str) -> None:
@@ -556,9 +912,33 @@ def _name_rows(ax: Axes, names: Sequence[str]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def _put_legend_below(figure: Figure, handles: Sequence[object], names: Sequence[str]) -> None:
-    columns = min(len(names), 4)
-    legend = figure.legend(handles, [""] * len(names), loc="outside lower center", ncols=columns)
+def _write_beside_rows(ax: Axes, heading: str, texts: Sequence[str]) -> None:
+    for row, text in zip([-0.5, *range(len(texts))], [heading, *texts], strict=True):
+        va = "bottom" if row < 0 else "center_baseline"
+        ax.text(1.1, row, text, transform=ax.get_yaxis_transform(), ha="right", va=va)
+
+
+def _put_legend_below(
+    figure: Figure,
+    handles: Sequence[object],
+    names: Sequence[str],
+    *,
+    columns: int = 4,
+    title: str | None = None,
+) -> None:
+    place = {"loc": "outside lower center", "ncols": min(len(names), columns)}
+    legend = figure.legend(handles, [""] * len(names), **place, title=title)
+    _write_legend(legend, names)
+
+
+def _put_legend_under(ax: Axes, names: Sequence[str], title: str) -> None:
+    """A legend of the lines in `ax`, one a row, below the label of its x axis."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+    legend = ax.legend(ax.lines, [""] * len(names), **place, handlelength=4, title=title)
+    _write_legend(legend, names)
+
+
+def _write_legend(legend: Legend, names: Sequence[str]) -> None:
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)  # given at once, a name with a leading underscore would be left out

@@ -4,6 +4,7 @@ import json
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,13 +30,19 @@ from evaluation import (
     HEADLINES,
     MALIGNANT,
     Calibration,
+    assess,
+    choose_thresholds,
     compare,
     compute_intervals,
     compute_metrics,
+    compute_subgroups,
     fit_calibration,
     match_classes,
+    most_confident_mistakes,
     reliability,
     screen,
+    screening_targets,
+    typical_examples,
     wilson_interval,
 )
 
@@ -282,6 +289,7 @@ def test_the_same_model_is_no_better_than_itself_and_a_better_one_is():
     worse = better.copy()
     changed = np.flatnonzero(better.argmax(axis=1) == y_true)[:40]
     worse[changed] = one_hot((y_true[changed] + 1) % 3, 3)
+    better, worse = better.argmax(axis=1), worse.argmax(axis=1)
     same = compare(y_true, better, better)
     assert set(same) == set(HEADLINES)
     for name in HEADLINES:
@@ -368,7 +376,8 @@ def test_classes_are_matched_whatever_the_case_hyphens_and_plurals():
 
 def test_a_perfect_score_has_area_1_and_perfect_points():
     is_positive = np.arange(40) % 4 == 0
-    found = screen(is_positive, is_positive * 1.0, is_positive, is_positive * 1.0)
+    thresholds = choose_thresholds(is_positive, is_positive * 1.0)
+    found = screen(is_positive, is_positive * 1.0, thresholds)
     assert found["roc_auc"] == 1 and found["roc_auc_interval"] == [1, 1]
     assert [point["aim"] for point in found["points"]] == [
         "sensitivity 90%", "sensitivity 95%", "specificity 90%", "specificity 95%",
@@ -385,7 +394,7 @@ def test_thresholds_reach_their_aim_on_validation_and_no_better_one_does(seed, h
     is_positive = np.arange(60) % 3 == 0
     score = rng.normal(is_positive * 1.5, 1)
     score = score.round() if has_ties else score
-    found = screen(is_positive, score, is_positive, score)
+    found = screen(is_positive, score, choose_thresholds(is_positive, score))
     assert found["roc_auc"] == pytest.approx(roc_auc_score(is_positive, score))
     assert found["roc_auc_interval"][0] <= found["roc_auc"] <= found["roc_auc_interval"][1]
     rates = [
@@ -402,8 +411,121 @@ def test_thresholds_reach_their_aim_on_validation_and_no_better_one_does(seed, h
 
 
 def test_screening_without_one_of_the_kinds_is_refused():
-    with pytest.raises(ValueError, match="validation images are all of one kind"):
-        screen([0, 1], [0.1, 0.9], [1, 1], [0.5, 0.6])
+    with pytest.raises(ValueError, match="images are all of one kind"):
+        screen([1, 1], [0.1, 0.9], {"sensitivity 95%": 0.5})
+    with pytest.raises(ValueError, match="images are all of one kind"):
+        choose_thresholds([0, 0], [0.5, 0.6])
+
+
+def test_what_is_screened_for_is_what_the_classes_have():
+    names = ["Melanoma", "nevus", "basal_cell_carcinoma"]
+    assert screening_targets(names) == {"malignant": [0, 2], "melanoma": [0]}
+    assert screening_targets(names, ["nevus"]) == {"malignant": [1], "melanoma": [0]}
+    assert screening_targets(["cat", "dog"]) == {}
+    assert screening_targets(["melanoma", "actinic keratosis"]) == {"melanoma": [0]}
+
+
+# --- subgroups --------------------------------------------------------------------------------
+
+
+def test_subgroups_have_the_figures_of_their_images_alone():
+    y_true, y_prob = simulated(400, 0.8, seed=5)
+    y_pred = y_prob.argmax(axis=1)
+    is_female = np.arange(400) % 2 == 0
+    y_pred[is_female & (np.arange(400) % 5 == 0)] = 0
+    columns = pd.DataFrame({"sex": np.where(is_female, "female", "male"), "image_id": range(400)})
+    columns["image_id"] = columns["image_id"].astype(str)
+    found = compute_subgroups(y_true, y_pred, columns)
+    assert set(found) == {"sex"}  # a column of names tells no kinds apart
+    for sex, part in (("female", is_female), ("male", ~is_female)):
+        group = found["sex"]["groups"][sex]
+        assert group["images"] == 200 and not group["is_too_small"]
+        assert group["accuracy"] == pytest.approx(accuracy_score(y_true[part], y_pred[part]))
+        expected = balanced_accuracy_score(y_true[part], y_pred[part])
+        assert group["balanced_accuracy"] == pytest.approx(expected)
+        for figure in ("accuracy", "balanced_accuracy"):
+            low, high = group[f"{figure}_interval"]
+            assert low < group[figure] < high
+    gap = found["sex"]["widest_gap"]
+    groups = found["sex"]["groups"]
+    assert (gap["highest"], gap["lowest"]) == ("male", "female")
+    expected = groups["male"]["balanced_accuracy"] - groups["female"]["balanced_accuracy"]
+    assert gap["difference"] == pytest.approx(expected)
+    assert gap["interval"][0] < expected < gap["interval"][1]
+
+
+def test_ages_come_in_bands_and_what_is_not_known_by_itself():
+    age = pd.Series([5, 29, 30, 44, 45, 59.0, 60, 74, 75, 90, np.nan])
+    y_true = np.arange(11) % 2
+    groups = compute_subgroups(y_true, y_true, pd.DataFrame({"age_approx": age}))["age_approx"]
+    assert {name: group["images"] for name, group in groups["groups"].items()} == {
+        "0 to 29": 2, "30 to 44": 2, "45 to 59": 2, "60 to 74": 2, "75 or more": 2, "unknown": 1,
+    }  # fmt: skip
+    assert all(group["is_too_small"] for group in groups["groups"].values())
+    assert groups["widest_gap"] is None
+
+
+def test_other_numbers_come_in_quarters():
+    columns = pd.DataFrame({"diameter": np.arange(40) / 2, "flat": 1.0, "twice": [0, 1] * 20})
+    y_true = np.arange(40) % 3
+    found = compute_subgroups(y_true, y_true, columns)
+    assert [g["images"] for g in found["diameter"]["groups"].values()] == [10] * 4
+    assert set(found["twice"]["groups"]) == {"0", "1"}
+    assert "flat" not in found
+
+
+# --- all of it --------------------------------------------------------------------------------
+
+
+def test_decisions_are_the_models_own_and_probabilities_the_calibrated_ones():
+    y_true, y_prob = simulated(200, 0.7, seed=6)
+    y_prob = 0.7 * y_prob + 0.1
+    names = ["melanoma", "nevus", "cat"]
+    calibration = Calibration(2.0, (3.0, 0.0, -3.0))
+    calibrated, y_pred = calibration.apply(y_prob), y_prob.argmax(axis=1)
+    assert (calibrated.argmax(axis=1) != y_pred).any()
+    thresholds = {"melanoma": choose_thresholds(y_true == 0, calibrated[:, 0])}
+    found = assess(y_true, y_prob, names, calibration, thresholds)
+    assert found["test"]["accuracy"] == accuracy_score(y_true, y_pred)
+    assert found["test"]["log_loss"] == pytest.approx(log_loss(y_true, calibrated))
+    assert found["calibration"]["before"]["log_loss"] == pytest.approx(log_loss(y_true, y_prob))
+    assert found["calibration"]["after"]["log_loss"] == found["test"]["log_loss"]
+    low, high = found["test_intervals"]["accuracy"]
+    assert low < found["test"]["accuracy"] < high
+    assert set(found["screening"]) == {"melanoma"}  # nothing was chosen for malignant
+    area = roc_auc_score(y_true == 0, calibrated[:, 0])
+    assert found["screening"]["melanoma"]["roc_auc"] == pytest.approx(area)
+    assert found["subgroups"] == {}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_mistakes_come_with_the_most_confident_first():
+    y_prob = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
+    y_true, y_pred = np.array([1, 1, 1, 0]), y_prob.argmax(axis=1)
+    assert most_confident_mistakes(y_true, y_prob, y_pred).tolist() == [0, 3, 1]
+    assert most_confident_mistakes(y_true, y_prob, y_pred, count=1).tolist() == [0]
+    assert most_confident_mistakes(y_pred, y_prob, y_pred).tolist() == []
+
+
+def test_examples_are_one_right_and_one_wrong_of_each_class():
+    confidence = np.array([0.9, 0.6, 0.7, 0.8, 0.95, 0.55])
+    y_pred = np.array([0, 0, 0, 1, 0, 1])
+    y_prob = np.where(np.eye(3)[y_pred] == 1, confidence[:, None], (1 - confidence[:, None]) / 2)
+    examples = typical_examples(np.array([0, 0, 0, 0, 1, 1]), y_prob, y_pred)
+    assert examples.tolist() == [2, 3, 5, 4]  # of class 2 there is none
+
+
+def test_decisions_that_are_no_classes_are_refused():
+    for y_pred in ([0], [0, 2], [0, -1]):
+        with pytest.raises(ValueError, match="y_pred must be"):
+            compute_metrics([0, 1], np.eye(2), ["a", "b"], y_pred)
+
+
+def test_without_shifted_priors_only_the_temperature_is_fitted():
+    y_true, y_prob = simulated(300, 0.7, seed=7)
+    calibration = fit_calibration(y_true, 0.9 * y_prob + 0.1 / 3, priors_shifted=False)
+    assert calibration.bias == (0, 0, 0)
+    assert calibration.temperature > 1
 
 
 def test_arrays_are_left_as_they_were():

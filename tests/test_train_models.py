@@ -22,18 +22,21 @@ from torchvision.models import resnet50
 
 import train_models
 from dataset import DatasetBuilder, create_dataloaders
+from evaluation import Calibration
 from models import MODELS, load_model
+from predict import predict
 from train_models import MODEL_NAMES, Settings, command, main, parse_arguments
 from training import evaluate
 
 ROOT = Path(__file__).parents[1]
 RUN_FILES = {
     "config.json", "audit.csv", "splits.csv", "comparison.csv", "comparison.png",
-    "class_distribution.png", "samples.png", "augmentations.png",
+    "class_distribution.png", "samples.png", "augmentations.png", "report.html",
 }  # fmt: skip
 MODEL_FILES = {
     "model.pth", "last.pth", "history.csv", "metrics.json", "predictions.csv",
-    "learning_curves.png", "confusion_matrix.png",
+    "learning_curves.png", "confusion_matrix.png", "class_metrics.png", "roc_pr_curves.png",
+    "reliability.png", "gradcam.png",
 }  # fmt: skip
 
 
@@ -71,14 +74,14 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
     metadata = pd.read_csv(out / "splits.csv")
     tested = set(metadata.loc[metadata["split"] == "test", "path"])
     for name in MODEL_NAMES:
-        assert names(out / name) == MODEL_FILES
+        assert names(out / name) - {"mistakes.png"} == MODEL_FILES
         predictions = pd.read_csv(out / name / "predictions.csv")
         assert set(predictions["path"]) == tested
         classes = ["melanoma", "mole $1_x"]
         probabilities = predictions[[f"prob_{c}" for c in classes]]
         assert np.allclose(probabilities.sum(axis=1), 1)
-        best = [classes[i] for i in probabilities.to_numpy().argmax(axis=1)]
-        assert predictions["predicted_class"].tolist() == best
+        wrong = predictions["predicted_class"] != predictions["true_class"]
+        assert (out / name / "mistakes.png").exists() == wrong.any()
         report = json.loads((out / name / "metrics.json").read_text())
         truth = (predictions["true_class"], predictions["predicted_class"])
         options = {"average": "weighted", "zero_division": 0}
@@ -88,6 +91,9 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
         low, high = report["test_intervals"]["recall"]
         assert low <= report["test"]["recall"] <= high
         assert comparison.loc[name, ["recall_low", "recall_high"]].tolist() == [low, high]
+        assert comparison.loc[name, "behind_best"] == pytest.approx(
+            comparison["balanced_accuracy"].max() - comparison.loc[name, "balanced_accuracy"]
+        )
         for picture in ("learning_curves.png", "confusion_matrix.png"):
             with Image.open(out / name / picture) as image:
                 image.load()
@@ -260,7 +266,7 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_p
     assert both.returncode == 0, errors
     assert "2 processes, together with batches of 8 images" in printed
     assert printed.count("Everything is in") == 1
-    assert names(tmp_path / "out/simple_cnn") == MODEL_FILES
+    assert names(tmp_path / "out/simple_cnn") - {"mistakes.png"} == MODEL_FILES
 
     one, two = (tmp_path / name / "simple_cnn" for name in ("one", "out"))
     expected, found = (load_model(folder / "model.pth")[0].state_dict() for folder in (one, two))
@@ -289,7 +295,7 @@ def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(argume
         assert not last.with_name("metrics.json").exists()
         again = torchrun([*words, "--resume"], stdout=log, stderr=log)
         assert again.wait(timeout=120) == 0, (tmp_path / "log").read_text()
-    assert names(last.parent) == MODEL_FILES
+    assert names(last.parent) - {"mistakes.png"} == MODEL_FILES
     assert "500" in last.with_name("history.csv").read_text()
 
 
@@ -460,4 +466,12 @@ def test_a_saved_model_gives_the_probabilities_in_predictions_csv(arguments, tmp
     loader = create_dataloaders(splits, 8, device="cpu")["test"]
     expected = pd.read_csv(tmp_path / "out/simple_cnn/predictions.csv")
     found = evaluate(model, loader).probabilities
-    assert np.allclose(expected.filter(like="prob_").to_numpy(), found, atol=1e-12)
+    decided = [info["classes"][label] for label in found.argmax(axis=1)]
+    assert expected["predicted_class"].tolist() == decided
+    calibrated = Calibration(info["temperature"], tuple(info["bias"])).apply(found)
+    assert np.allclose(expected.filter(like="prob_").to_numpy(), calibrated, atol=1e-12)
+    again = predict(tmp_path / "out/simple_cnn/model.pth", Path(arguments[1])).set_index("path")
+    for row in expected.to_dict("records"):
+        alone = again.loc[(Path(arguments[1]) / row["path"]).as_posix()]
+        assert alone["class"] == row["predicted_class"]
+        assert alone["prob_melanoma"] == pytest.approx(row["prob_melanoma"], abs=1e-6)

@@ -1,5 +1,6 @@
 """Figures: what they show is what was given, legibly, and drawing them leaves no trace."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,17 +13,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from visualizations import (
     plot_augmentations,
     plot_class_distribution,
+    plot_class_metrics,
     plot_confusion_matrix,
+    plot_gradcams,
     plot_learning_curves,
+    plot_mistakes,
     plot_model_comparison,
     plot_pairs,
+    plot_reliability,
+    plot_roc_pr_curves,
     plot_samples,
 )
 
@@ -56,6 +66,39 @@ COMPARISON = pd.DataFrame(
         "parameters": [3_365_065, np.nan],
     }
 )
+BEFORE = {
+    "confidence": [None, 0.4, 0.9],
+    "accuracy": [None, 0.5, 0.6],
+    "count": [0, 2, 5],
+    "expected_calibration_error": 0.2428,
+    "maximum_calibration_error": 0.3,
+}
+AFTER = {
+    "confidence": [0.3, 0.5, float("nan")],
+    "accuracy": [0.25, 0.75, float("nan")],
+    "count": [4, 3, 0],
+    "expected_calibration_error": 0.1357,
+    "maximum_calibration_error": 0.25,
+}
+PER_CLASS = {
+    "melanoma": {"recall": 0.25, "precision": 0.5, "f1": 0.33, "support": 8},
+    "nevus": {"recall": 0.75, "precision": 0.0, "f1": 0.8, "support": 1200},
+    "empty": {"recall": None, "precision": float("nan"), "f1": None, "support": 0},
+}
+INTERVALS = {
+    "melanoma": {"recall": [0.07, 0.59], "precision": [0.15, 0.85]},
+    "nevus": {"recall": [0.7, 0.8], "precision": None},
+    "empty": {"recall": None, "precision": [0.0, 0.9]},
+}
+
+
+def predictions(num_classes: int, num_images: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and probabilities that have something to do with them, with ties among them."""
+    rng = np.random.default_rng(7)
+    y_true = np.arange(num_images) % num_classes
+    y_prob = rng.dirichlet(np.ones(num_classes), num_images)
+    y_prob = (y_prob + 0.5 * np.eye(num_classes)[y_true]) / 1.5
+    return y_true, y_prob.round(2)
 
 
 def colour_tiles(*colours: str, size: int = 8) -> np.ndarray:
@@ -101,13 +144,49 @@ def draw_pairs(names, title, save_path):
     return plot_pairs(table, images, title=title, save_path=save_path)
 
 
+def draw_roc_pr_curves(names, title, save_path):
+    return plot_roc_pr_curves(*predictions(len(names)), names, title=title, save_path=save_path)
+
+
+def draw_reliability(names, title, save_path):
+    return plot_reliability(BEFORE, AFTER, title=title, save_path=save_path)
+
+
+def draw_class_metrics(names, title, save_path):
+    per_class = dict.fromkeys(names, PER_CLASS["melanoma"])
+    intervals = dict.fromkeys(names, INTERVALS["melanoma"])
+    return plot_class_metrics(per_class, intervals, title=title, save_path=save_path)
+
+
+def draw_mistakes(names, title, save_path):
+    images, others = colour_tiles(*["red"] * len(names)), [*names[1:], names[0]]
+    shares = np.linspace(0.9, 0.1, len(names))
+    return plot_mistakes(images, names, others, shares, title=title, save_path=save_path)
+
+
+def draw_gradcams(names, title, save_path):
+    images, others = colour_tiles(*["red"] * len(names)), [*names[1:], names[0]]
+    heatmaps = np.full((len(names), 8, 8), 0.5)
+    return plot_gradcams(images, heatmaps, names, others, title=title, save_path=save_path)
+
+
 DRAWN_WITH_NAMES = [
     draw_confusion_matrix,
     draw_class_distribution,
+    draw_class_metrics,
     draw_samples,
     draw_model_comparison,
 ]
-ALL_DRAWN = [draw_learning_curves, draw_augmentations, draw_pairs, *DRAWN_WITH_NAMES]
+DRAWN_WITH_CAPTIONS = [draw_mistakes, draw_gradcams]
+ALL_DRAWN = [
+    draw_learning_curves,
+    draw_roc_pr_curves,
+    draw_reliability,
+    draw_augmentations,
+    draw_pairs,
+    *DRAWN_WITH_CAPTIONS,
+    *DRAWN_WITH_NAMES,
+]
 
 
 def row_names(figure: Figure) -> list[str]:
@@ -116,6 +195,25 @@ def row_names(figure: Figure) -> list[str]:
 
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
+
+
+def legend_texts(legend: Legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def intervals_in(ax: Axes, index: int) -> list[tuple[float, float]]:
+    """Low and high of the intervals that were drawn at once."""
+    segments = ax.collections[index].get_segments()
+    return [(float(low[0]), float(high[0])) for low, high in segments]
+
+
+def look(line: Line2D) -> tuple[str, str]:
+    """Dashes and colour; of dashes of one's own, matplotlib gives no more than "--" in public."""
+    return str(line._unscaled_dash_pattern), str(line.get_color())
+
+
+def captions(figure: Figure) -> list[str]:
+    return [ax.get_xlabel() for ax in figure.axes if ax.images]
 
 
 # --- drawing and saving -----------------------------------------------------------------------
@@ -220,6 +318,50 @@ def test_the_slanted_names_below_a_confusion_matrix_are_whole_and_clear_of_one_a
     labels[0].set_rotation(0)
     between_lines = min(right - left for left, right in pairwise(ends)) * np.sin(np.pi / 4)
     assert labels[0].get_window_extent().height < between_lines
+
+
+def test_names_in_the_legends_of_curves_are_verbatim():
+    names = ["_a $x_1$", "costs $5", "\\frac{1}{2} %"]
+    for ax in draw_roc_pr_curves(names, None, None).axes:
+        legend = ax.get_legend()
+        shown = [text.split("  ")[1].split(" (n = ")[0] for text in legend_texts(legend)]
+        assert shown == names
+        assert not any(text.get_parse_math() for text in legend.get_texts())
+
+
+def test_long_names_in_the_legends_of_curves_are_whole_and_clear_of_the_rest():
+    figure = draw_roc_pr_curves(LONG_NAMES, "a title", None)
+    roc, precision_recall = (ax.get_legend().get_window_extent() for ax in figure.axes)
+    assert not roc.overlaps(precision_recall)
+    for ax, box in zip(figure.axes, (roc, precision_recall), strict=True):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= ax.xaxis.label.get_window_extent().y0
+        assert len(legend_texts(ax.get_legend())) == 9
+
+
+@pytest.mark.parametrize("draw", DRAWN_WITH_CAPTIONS)
+def test_long_names_below_pictures_are_whole_and_clear_of_one_another(draw):
+    figure = draw(LONG_NAMES, "a title", None)
+    labels = [ax.xaxis.label for ax in figure.axes if ax.images]
+    boxes = [label.get_window_extent() for label in labels]
+    pictures = [ax.bbox for ax in figure.axes if ax.images]
+    assert len(boxes) == 9
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert not any(box.overlaps(picture) for box in boxes for picture in pictures)
+    for label, box, name in zip(labels, boxes, LONG_NAMES, strict=True):
+        assert f"true: {name}" in label.get_text().replace("\n", " ")
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0
+
+
+@pytest.mark.parametrize("draw", DRAWN_WITH_CAPTIONS)
+def test_names_below_pictures_are_verbatim(draw):
+    figure = draw(["_a $x_1$", "costs $5"], "$a$ and $b$_c", None)
+    first, second = captions(figure)
+    assert first.split("\n")[:2] == ["true: _a $x_1$", "predicted: costs $5"]
+    assert second.split("\n")[:2] == ["true: costs $5", "predicted: _a $x_1$"]
+    assert not any(ax.xaxis.label.get_parse_math() for ax in figure.axes if ax.images)
+    assert not figure.texts[0].get_parse_math()
 
 
 # --- learning curves --------------------------------------------------------------------------
@@ -339,6 +481,191 @@ def test_a_confusion_matrix_that_does_not_fit_is_refused(confusion, names, messa
         plot_confusion_matrix(confusion, names)
 
 
+# --- ROC and precision-recall curves ----------------------------------------------------------
+
+
+def test_each_class_has_its_roc_curve_and_the_area_under_it():
+    y_true, y_prob = predictions(3)
+    roc = plot_roc_pr_curves(y_true, y_prob, ["a", "b", "c"]).axes[0]
+    for label in range(3):
+        x, y, _ = roc_curve(y_true == label, y_prob[:, label])
+        np.testing.assert_array_equal(roc.lines[label].get_xdata(), x)
+        np.testing.assert_array_equal(roc.lines[label].get_ydata(), y)
+    areas = [roc_auc_score(y_true == label, y_prob[:, label]) for label in range(3)]
+    expected = [f"{area:.3f}  {name}" for area, name in zip(areas, "abc", strict=True)]
+    assert legend_texts(roc.get_legend()) == expected
+
+
+def test_the_area_under_a_precision_recall_curve_is_its_average_precision():
+    y_true, y_prob = predictions(3)
+    ax = plot_roc_pr_curves(y_true.tolist(), y_prob, ["a", "b", "c"]).axes[1]
+    expected = []
+    for label, line in enumerate(ax.lines):
+        area = average_precision_score(y_true == label, y_prob[:, label])
+        recall, precision = line.get_data()  # a step goes from its recall down to the next one
+        assert line.get_drawstyle() == "steps-post"
+        assert (recall[0], recall[-1]) == (1, 0)
+        np.testing.assert_allclose(-(np.diff(recall) * precision[:-1]).sum(), area)
+        expected.append(f"{area:.3f}  {'abc'[label]} (n = 20)")
+    assert legend_texts(ax.get_legend()) == expected
+
+
+def test_the_precision_at_a_recall_is_the_best_one_there():
+    y_true, scores = np.array([0, 1, 0, 1, 0]), np.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    ax = plot_roc_pr_curves(y_true, np.stack([1 - scores, scores], axis=1), ["a", "b"]).axes[1]
+    assert ax.lines[1].get_xdata().tolist() == [1, 0.5, 0]
+    assert ax.lines[1].get_ydata().tolist() == [0.5, 0.5, 0.5]  # 2 of 4, then 1 of 2
+
+
+def test_a_class_without_images_has_no_curve_and_the_others_keep_their_lines():
+    names = ["a", "empty", "c"]
+    y_true, y_prob = predictions(3)
+    kept = y_true != 1
+    whole = plot_roc_pr_curves(y_true, y_prob, names)
+    figure = plot_roc_pr_curves(y_true[kept], y_prob[kept], names)
+    for ax, of_all in zip(figure.axes, whole.axes, strict=True):
+        shown = [text.split("  ")[1][0] for text in legend_texts(ax.get_legend())]
+        assert shown == ["a", "c"]
+        for line, same in zip(ax.lines, (of_all.lines[0], of_all.lines[2]), strict=False):
+            assert look(line) == look(same)
+
+
+def test_images_of_one_class_have_no_curve_and_the_figure_says_so():
+    figure = plot_roc_pr_curves([1, 1], [[0.5, 0.5], [0.2, 0.8]], ["a", "b"])
+    for ax in figure.axes:
+        assert [text.get_text() for text in ax.texts] == ["all images are of one class"]
+        assert len(ax.lines) == 0
+        assert ax.get_legend() is None
+
+
+def test_the_lines_of_nine_classes_differ_in_dashes_and_those_of_twenty_in_something():
+    nine, twenty = (
+        [
+            look(line)
+            for line in draw_roc_pr_curves([str(i) for i in range(n)], None, None).axes[1].lines
+        ]
+        for n in (9, 20)
+    )
+    assert len({dashes for dashes, _ in nine}) == 9
+    assert len(set(twenty)) == 20
+
+
+def test_no_line_of_a_class_is_too_pale_for_white_paper():
+    for line in draw_roc_pr_curves([str(i) for i in range(9)], None, None).axes[1].lines:
+        rgb = np.array(to_rgb(line.get_color()))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        luminance = linear @ [0.2126, 0.7152, 0.0722]
+        assert 1.05 / (luminance + 0.05) > 2  # WCAG's contrast, 1.3 for the palette's yellow
+
+
+def test_predictions_that_do_not_fit_are_refused():
+    y_true, y_prob = predictions(3)
+    names = ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"y_prob has shape \(60, 3\); it must be \(60, 2\)"):
+        plot_roc_pr_curves(y_true, y_prob, names[:2])
+    with pytest.raises(ValueError, match=r"y_prob has shape \(60, 3\); it must be \(59, 3\)"):
+        plot_roc_pr_curves(y_true[1:], y_prob, names)
+    with pytest.raises(ValueError, match=r"\(0, 3\).*not empty"):
+        plot_roc_pr_curves(y_true[:0], y_prob[:0], names)
+    with pytest.raises(
+        ValueError, match="y_true go from 1 to 3; those of 3 classes go from 0 to 2"
+    ):
+        plot_roc_pr_curves(y_true + 1, y_prob, names)
+    with pytest.raises(ValueError, match="y_true are float64"):
+        plot_roc_pr_curves(y_true.astype(float), y_prob, names)
+    with pytest.raises(ValueError, match=r"y_prob goes from .*must be in \[0, 1\]"):
+        plot_roc_pr_curves(y_true, np.log(y_prob + 0.01), names)
+    with pytest.raises(ValueError, match="y_prob goes from nan"):
+        plot_roc_pr_curves(y_true, y_prob * np.nan, names)
+
+
+# --- reliability ------------------------------------------------------------------------------
+
+
+def test_accuracy_is_drawn_over_confidence_and_empty_bins_leave_a_gap():
+    diagram = plot_reliability(BEFORE, AFTER).axes[0]
+    diagonal, before, after = diagram.lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    np.testing.assert_array_equal(before.get_xdata(), [np.nan, 0.4, 0.9])
+    np.testing.assert_array_equal(before.get_ydata(), [np.nan, 0.5, 0.6])
+    np.testing.assert_array_equal(after.get_xdata(), [0.3, 0.5, np.nan])
+    np.testing.assert_array_equal(after.get_ydata(), [0.25, 0.75, np.nan])
+    assert before.get_marker() != after.get_marker()
+    assert before.get_linestyle() != after.get_linestyle()
+
+
+def test_each_bin_has_bars_as_high_as_its_numbers_of_images():
+    counts = plot_reliability(BEFORE, AFTER).axes[1]
+    heights = [[bar.get_height() for bar in bars] for bars in counts.containers]
+    assert heights == [[0, 2, 5], [4, 3, 0]]
+    for bars in counts.containers:
+        for index, bar in enumerate(bars):
+            assert index / 3 <= bar.get_x() and bar.get_x() + bar.get_width() <= (index + 1) / 3
+
+
+def test_the_legend_has_the_expected_calibration_errors():
+    legend = plot_reliability(BEFORE, AFTER).legends[0]
+    assert legend.get_title().get_text() == "Expected calibration error"
+    assert legend_texts(legend) == ["0.243  before calibration", "0.136  after calibration"]
+
+
+def test_a_reliability_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="after lacks count, expected_calibration_error"):
+        plot_reliability(BEFORE, {"confidence": [0.5], "accuracy": [0.5]})
+    with pytest.raises(ValueError, match="before must have as many bins.*'accuracy': 2"):
+        plot_reliability(BEFORE | {"accuracy": [0.5, 0.6]}, AFTER)
+    empty = {name: [] for name in ("confidence", "accuracy", "count")}
+    with pytest.raises(ValueError, match="1 or more"):
+        plot_reliability(BEFORE | empty, AFTER | empty)
+    one = {name: [1] for name in ("confidence", "accuracy", "count")}
+    with pytest.raises(ValueError, match="before has 3 bins, after has 1"):
+        plot_reliability(BEFORE, AFTER | one)
+
+
+# --- recall and precision of each class -------------------------------------------------------
+
+
+def test_recall_and_precision_are_dots_with_their_intervals():
+    figure = plot_class_metrics(PER_CLASS, INTERVALS)
+    ax = figure.axes[0]
+    assert row_names(figure) == ["melanoma", "nevus", "empty"]
+    assert legend_texts(figure.legends[0]) == ["recall", "precision"]
+    recall, precision = ax.lines
+    np.testing.assert_array_equal(recall.get_xdata(), [0.25, 0.75, np.nan])
+    np.testing.assert_array_equal(precision.get_xdata(), [0.5, 0.0, np.nan])
+    assert recall.get_marker() != precision.get_marker()
+    assert intervals_in(ax, 0) == [(0.07, 0.59), (0.7, 0.8)]
+    assert intervals_in(ax, 1) == [(0.15, 0.85)]  # none where either is missing
+
+
+def test_an_interval_is_level_with_its_dot():
+    ax = plot_class_metrics(PER_CLASS, INTERVALS).axes[0]
+    for dots, lines in zip(ax.lines, ax.collections, strict=False):
+        for (_, level), _ in lines.get_segments():
+            assert level in dots.get_ydata().tolist()
+
+
+def test_the_numbers_of_images_stand_beside_their_rows():
+    figure = plot_class_metrics(PER_CLASS, INTERVALS)
+    assert texts(figure) == ["Images", "8", "1,200", "0"]
+    assert [text.get_position()[1] for text in figure.axes[0].texts[1:]] == [0, 1, 2]
+
+
+def test_classes_of_which_nothing_is_known_are_drawn_without_a_dot():
+    figure = plot_class_metrics({"a": PER_CLASS["empty"]}, {"a": INTERVALS["empty"]})
+    assert row_names(figure) == ["a"]
+    assert all(np.isnan(line.get_xdata()).all() for line in figure.axes[0].lines)
+
+
+def test_class_metrics_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="no class"):
+        plot_class_metrics({}, {})
+    with pytest.raises(ValueError, match="intervals lacks recall, precision of nevus"):
+        plot_class_metrics(PER_CLASS, {"melanoma": INTERVALS["melanoma"]})
+    with pytest.raises(ValueError, match="per_class lacks support of a"):
+        plot_class_metrics({"a": {"recall": 1, "precision": 1}}, {"a": INTERVALS["empty"]})
+
+
 # --- class distribution -----------------------------------------------------------------------
 
 
@@ -442,6 +769,91 @@ def test_pairs_without_two_images_each_are_refused():
         plot_pairs(rows[:0], [])
 
 
+def test_mistakes_come_most_confident_first_with_both_classes_and_the_probability():
+    images = colour_tiles("red", "lime", "blue")
+    figure = plot_mistakes(images, ["a", "b", "c"], ["b", "c", "a"], [0.5, 0.999, 0.75])
+    assert captions(figure) == [
+        "true: b\npredicted: c\nprobability: >99%",
+        "true: c\npredicted: a\nprobability: 75%",
+        "true: a\npredicted: b\nprobability: 50%",
+    ]
+    for ax, image in zip(figure.axes, images[[1, 2, 0]], strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), image)
+
+
+def test_twelve_mistakes_are_shown_at_most_and_equals_keep_their_order():
+    images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in range(20)])
+    figure = plot_mistakes(images, ["a"] * 20, ["b"] * 20, [0.5] * 19 + [0.6])
+    shown = [int(ax.images[0].get_array()[0, 0, 0]) for ax in figure.axes if ax.images]
+    assert shown == [19, *range(11)]
+
+
+def test_five_mistakes_leave_the_rest_of_their_row_empty():
+    figure = draw_mistakes(["a", "b", "c", "d", "e"], None, None)
+    assert [ax.axison for ax in figure.axes] == [True] * 5 + [False] * 3
+
+
+def test_what_is_no_mistake_is_refused_as_one():
+    images = colour_tiles("red", "lime")
+    with pytest.raises(ValueError, match="image 1 is no mistake: 'b'"):
+        plot_mistakes(images, ["a", "b"], ["b", "b"], [0.5, 0.6])
+    with pytest.raises(ValueError, match="predicted_classes has 1 names for 2 images"):
+        plot_mistakes(images, ["a", "b"], ["b"], [0.5, 0.6])
+    with pytest.raises(ValueError, match=r"confidences has shape \(1,\); it must be \(2,\)"):
+        plot_mistakes(images, ["a", "b"], ["b", "a"], [0.5])
+    with pytest.raises(ValueError, match="confidences goes from 0.5 to 60.0"):
+        plot_mistakes(images, ["a", "b"], ["b", "a"], [0.5, 60])
+    with pytest.raises(ValueError, match=r"\(0, 8, 8, 3\)"):
+        plot_mistakes(images[:0], [], [], [])
+
+
+def test_a_heatmap_is_laid_over_the_grey_picture_beside_the_picture():
+    images = colour_tiles("red", "blue")
+    heatmaps = np.zeros((2, 8, 8), np.float32)
+    heatmaps[1, :, 4:] = 1
+    figure = plot_gradcams(images, heatmaps, ["a", "b"], ["a", "b"])
+    colours = (np.array(matplotlib.colormaps["viridis"]([0.0, 1.0])) * 255)[:, :3]
+    for index in range(2):
+        canvas = figure.axes[index].images[0].get_array()
+        assert canvas.shape == (8, 17, 3)  # twice 8 pixels and a gap of 1
+        np.testing.assert_array_equal(canvas[:, :8], images[index])
+        assert (canvas[:, 8] == 255).all()
+        expected = 0.5 * 85 + 0.5 * colours[heatmaps[index].astype(int)]  # pure colours are 255 / 3
+        np.testing.assert_allclose(canvas[:, 9:], expected, atol=0.51)
+    scale = figure.axes[-1]
+    assert scale.get_xlabel() == "Grad-CAM"
+    assert scale.get_xlim() == (0, 1)
+
+
+def test_the_predicted_class_is_named_below_a_heatmap_only_where_it_is_wrong():
+    table = pd.DataFrame({"true": ["a", "b"], "predicted": ["a", "c"]}, index=[7, 5])
+    images, heatmaps = colour_tiles("red", "blue"), np.zeros((2, 8, 8))
+    figure = plot_gradcams(images / 255, heatmaps, table["true"], table["predicted"])
+    assert captions(figure) == ["true: a", "true: b\npredicted: c"]
+
+
+def test_eighteen_heatmaps_fit_on_a_page():
+    names = [f"class number {index}" for index in range(18)]
+    figure = draw_gradcams(names, "a title", None)
+    assert len(captions(figure)) == 18
+    width, height = figure.get_size_inches()
+    assert width < 7.5 and height < 10.7  # A4 with margins
+
+
+def test_heatmaps_that_do_not_fit_are_refused():
+    images, heatmaps = colour_tiles("red", "blue"), np.zeros((2, 8, 8))
+    with pytest.raises(ValueError, match=r"heatmaps has shape \(2, 7, 7\); it must be \(2, 8, 8\)"):
+        plot_gradcams(images, heatmaps[:, :7, :7], ["a", "b"], ["a", "b"])
+    with pytest.raises(ValueError, match="heatmaps goes from 0.0 to 255.0"):
+        plot_gradcams(images, heatmaps + np.array([0, 255])[:, None, None], ["a", "b"], ["a", "b"])
+    with pytest.raises(ValueError, match="heatmaps goes from nan to nan"):
+        plot_gradcams(images, heatmaps * np.nan, ["a", "b"], ["a", "b"])
+    with pytest.raises(ValueError, match="true_classes has 1 names for 2 images"):
+        plot_gradcams(images, heatmaps, ["a"], ["a", "b"])
+    with pytest.raises(ValueError, match=r"images has shape \(8, 8, 3\)"):
+        plot_gradcams(images[0], heatmaps, ["a", "b"], ["a", "b"])
+
+
 def test_images_that_do_not_fit_are_refused():
     images = colour_tiles("red", "blue")
     with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\)"):
@@ -494,8 +906,62 @@ def test_a_comparison_without_any_time_or_size_is_drawn():
     assert [text.get_text() for ax in figure.axes[1:] for text in ax.texts] == ["n/a"] * 4
 
 
+def test_a_metric_with_low_and_high_has_its_interval_and_its_value_clear_of_it():
+    table = COMPARISON.assign(
+        precision_low=[0.35, 0.7], precision_high=[0.5, 0.74],
+        recall_low=[0.4, np.nan], recall_high=[0.44, np.nan],
+        balanced_accuracy_low=[0.4, 0.4], balanced_accuracy_high=[0.5, 0.5],
+        f1_low=[0.1, 0.1],  # without a high there is no interval
+    )  # fmt: skip
+    figure = plot_model_comparison(table)
+    ax = figure.axes[0]
+    drawn = [intervals_in(ax, index) for index in range(4)]
+    assert drawn == [[(0.35, 0.5), (0.7, 0.74)], [(0.4, 0.44)], [], [(0.4, 0.5)]]
+    assert ax.get_xlabel() == "Score, with its 95% interval"
+    ends = [text.xy[0] for text in ax.texts]
+    assert ends == [0.5, 0.74, 0.44, 0.73, 0.43, 0.74, 0.5, 0]
+    lengths = [[bar.get_width() for bar in bars] for bars in ax.containers]
+    assert lengths == [[0.41, 0.72], [0.42, 0.73], [0.43, 0.74], [0.44, 0]]
+
+
+def test_a_comparison_without_intervals_does_not_speak_of_them():
+    ax = plot_model_comparison(COMPARISON).axes[0]
+    assert ax.get_xlabel() == "Score"
+    assert [intervals_in(ax, index) for index in range(4)] == [[]] * 4
+
+
 def test_a_comparison_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="lacks the columns f1, parameters"):
         plot_model_comparison(COMPARISON.drop(columns=["f1", "parameters"]))
     with pytest.raises(ValueError, match="no rows"):
         plot_model_comparison(COMPARISON[:0])
+
+
+# --- inputs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draw", "inputs"),
+    [
+        (plot_roc_pr_curves, [*predictions(3), ["a", "b", "c"]]),
+        (plot_reliability, [BEFORE, AFTER]),
+        (plot_class_metrics, [PER_CLASS, INTERVALS]),
+        (
+            plot_mistakes,
+            [colour_tiles("red", "blue").copy(), ["a", "b"], ["b", "a"], np.array([0.1, 0.2])],
+        ),
+        (
+            plot_gradcams,
+            [colour_tiles("red", "blue") / 255, np.eye(8)[None][[0, 0]], ["a", "b"], ["b", "b"]],
+        ),
+        (plot_model_comparison, [COMPARISON.assign(f1_low=0.1, f1_high=0.9)]),
+    ],
+)
+def test_what_is_drawn_stays_as_it_is(draw, inputs):
+    before = copy.deepcopy(inputs)
+    draw(*inputs)
+    for value, old in zip(inputs, before, strict=True):
+        if isinstance(value, pd.DataFrame):
+            pd.testing.assert_frame_equal(value, old)
+        else:
+            np.testing.assert_equal(value, old)

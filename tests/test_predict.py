@@ -1,0 +1,778 @@
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image
+from torch import nn
+
+import dataset
+import models
+from dataset import DatasetBuilder, LesionLoader, fingerprint, normalize, resize
+from evaluation import Calibration
+from files import save_tensors
+from models import MODELS, get_model
+from predict import Ensemble, export_onnx, find_files, gradcam, main, predict
+from training import evaluate
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ["melanoma", "mole $1_x", "nevus"]
+PROBABILITIES = [f"prob_{name}" for name in CLASSES]
+
+
+def small_model(seed=0, name="simple_cnn", image_size=32):
+    """A model whose probabilities differ from image to image, which fresh weights' hardly do."""
+    options = {"layers": 18, "weights": None, "image_size": image_size, "seed": seed}
+    model = get_model(name, len(CLASSES), **options).eval()
+    with torch.no_grad():
+        for layer in model.head:
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(4)
+    return model
+
+
+@pytest.fixture
+def save_model(tmp_path):
+    """A function that writes a `model.pth`; `info` is what it holds besides."""
+
+    def save(file="model.pth", model=None, classes=CLASSES, **info):
+        model = small_model() if model is None else model
+        contents = {
+            "config": model.config,
+            "classes": list(classes),
+            "image_size": model.config["image_size"],
+            "preprocessors": "",
+            "state_dict": model.state_dict(),
+        }
+        save_tensors(tmp_path / file, contents | info)
+        return tmp_path / file
+
+    return save
+
+
+@pytest.fixture
+def images(make_images):
+    return make_images({"a": 4, "b": 3}, name="images")
+
+
+def run(*words, cwd=None):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, ROOT / "predict.py", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def break_files(folder):
+    """Files that are no images, by name why."""
+    whole = (folder / "a/0000.png").read_bytes()
+    (folder / "empty.jpg").touch()
+    (folder / "cut\nshort.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("not an image")
+    return ["empty.jpg", "cut\nshort.png", "text.png"]
+
+
+# ---------------------------------------------------------------------------- what the models see
+
+
+def seen_by_model(monkeypatch):
+    """The batches that models loaded from now on are given."""
+    seen, load = [], models.load_model
+
+    def load_and_watch(path):
+        model, info = load(path)
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+        return model, info
+
+    monkeypatch.setattr(models, "load_model", load_and_watch)
+    return seen
+
+
+@pytest.mark.parametrize("preprocessors", [(), (resize, normalize)])
+def test_a_training_image_is_bit_for_bit_what_it_was_in_training(
+    tmp_path, save_model, monkeypatch, preprocessors
+):
+    rng = np.random.default_rng(0)
+    for number in range(12):  # photographs of several sizes, most decoded at a fraction of it
+        side = (300, 217, 1200, 64)[number % 4]
+        noise = rng.integers(0, 256, (side // 8, side // 6, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((side * 4 // 3, side))
+        folder = tmp_path / "raw" / CLASSES[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = 1 + number % 8
+        image.save(folder / f"{number}.jpg", exif=exif)
+    splits, _ = DatasetBuilder(tmp_path / "raw", image_size=32).build(preprocessors)
+    train = splits["train"]
+    seen = seen_by_model(monkeypatch)
+    model = save_model(preprocessors=train.preprocessors)
+    paths = [tmp_path / "raw" / path for path in train.metadata["path"]]
+    predict(model, paths, preprocessors=preprocessors, device="cpu")
+    expected = torch.stack([train[i][0] for i in range(len(train))])
+    assert torch.equal(torch.cat(seen), expected)
+
+
+def test_probabilities_are_those_of_evaluate_calibrated(make_images, save_model):
+    root = make_images(dict.fromkeys(CLASSES, 8))
+    splits, _ = DatasetBuilder(root, image_size=32).build()
+    test = splits["test"]
+    path = save_model(temperature=1.7, bias=[0.4, -0.1, -0.3])
+    model, _ = models.load_model(path)
+    expected = evaluate(model, LesionLoader(test, device="cpu"), device="cpu").probabilities
+    table = predict(path, [root / p for p in test.metadata["path"]], device="cpu")
+    assert list(table.columns) == ["path", "class", *PROBABILITIES]
+    calibrated = Calibration(1.7, (0.4, -0.1, -0.3)).apply(expected)
+    assert np.allclose(table[PROBABILITIES], calibrated, atol=1e-6)
+    assert not np.allclose(table[PROBABILITIES], expected, atol=0.01)
+    assert table["class"].tolist() == [CLASSES[label] for label in expected.argmax(axis=1)]
+
+
+def test_the_decided_class_need_not_be_the_most_probable(images, save_model):
+    plain = predict(save_model(), images, device="cpu")
+    moved = predict(save_model(bias=[0.0, 9.0, 0.0]), images, device="cpu")
+    assert set(moved[PROBABILITIES].idxmax(axis=1)) == {"prob_mole $1_x"}
+    assert moved["class"].tolist() == plain["class"].tolist()
+    assert set(plain["class"]) != {"mole $1_x"}
+
+
+def test_the_size_of_batches_and_the_number_of_threads_change_nothing(images, save_model):
+    model = save_model()
+    one = predict(model, images, batch_size=1, num_workers=1, device="cpu")
+    all_at_once = predict(model, images, batch_size=64, num_workers=5, device="cpu")
+    assert one[["path", "class"]].equals(all_at_once[["path", "class"]])
+    assert np.allclose(one[PROBABILITIES], all_at_once[PROBABILITIES], atol=1e-6)
+
+
+def test_no_more_than_two_batches_are_decoded_ahead_of_the_model(images, save_model, monkeypatch):
+    paths = [str(images / "a" / f"copy {n}.png") for n in range(40)]
+    for path in paths:
+        Path(path).write_bytes((images / "a/0000.png").read_bytes())
+    decoded, decoded_before = [], []
+    prepare, see = dataset.prepare_image, Ensemble.probabilities
+
+    def count(path, *rest):
+        decoded.append(path)
+        return prepare(path, *rest)
+
+    def see_slowly(ensemble, pixels, tta):
+        assert pixels.shape == (4, 32, 32, 3) and pixels.dtype == np.uint8
+        time.sleep(0.02)  # for the threads to run as far ahead as they may
+        decoded_before.append(len(decoded))
+        return see(ensemble, pixels, tta)
+
+    monkeypatch.setattr(dataset, "prepare_image", count)
+    monkeypatch.setattr(Ensemble, "probabilities", see_slowly)
+    table = predict(save_model(), paths, batch_size=4, num_workers=3, device="cpu")
+    assert table["path"].tolist() == paths
+    assert len(decoded_before) == 10 and sorted(decoded) == sorted(paths)
+    for number, count in enumerate(decoded_before, 1):
+        assert 4 * number <= count <= 4 * number + 8
+
+
+def test_a_model_that_gives_no_numbers_is_an_error(images, save_model):
+    model = small_model()
+    with torch.no_grad():
+        model.head[0].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="finite"):
+        predict(save_model(model=model), images, device="cpu")
+
+
+# ---------------------------------------------------------------------------- several models, views
+
+
+def test_an_ensemble_takes_the_mean_of_probabilities(images, save_model):
+    calibrations = [(0.5, (2.0, 0.0, -2.0)), (2.0, (0.0, 0.0, 0.0)), (1.0, (0.0, 1.0, -1.0))]
+    paths = [
+        save_model(f"{seed}.pth", small_model(seed), temperature=t, bias=list(b))
+        for seed, (t, b) in enumerate(calibrations)
+    ]
+    together = predict(paths, images, device="cpu")
+    alone = [predict(path, images, device="cpu")[PROBABILITIES].to_numpy() for path in paths]
+    assert np.allclose(together[PROBABILITIES], np.mean(alone, axis=0))
+    raw = [
+        predict(save_model(model=small_model(seed)), images, device="cpu")[PROBABILITIES]
+        for seed in range(3)
+    ]
+    decided = np.mean(raw, axis=0).argmax(axis=1)
+    assert together["class"].tolist() == [CLASSES[label] for label in decided]
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({"classes": [*CLASSES[:2], "other"]}, "classes differ"),
+        ({"classes": CLASSES[::-1]}, "classes differ"),
+        ({"model": "other size"}, "image_size differ, 24 and 32"),
+        ({"preprocessors": "0123456789abcdef"}, "preprocessors differ, 0123456789abcdef and none"),
+        ({"malignant_classes": ["nevus"]}, "malignant_classes differ"),
+    ],
+)
+def test_models_that_do_not_fit_are_not_averaged(images, save_model, info, words, capfd):
+    if "model" in info:
+        info = {"model": small_model(image_size=24)}
+    models = ["--model", save_model(), "--model", save_model("other.pth", **info)]
+    assert main([*map(str, models), str(images), "--device", "cpu"]) == 2
+    error = capfd.readouterr().err
+    assert words in error and "other.pth" in error and error.count("\n") == 1
+
+
+def flipped_and_turned(image):
+    for turns in range(4):
+        turned = np.rot90(image, turns)
+        yield turned
+        yield turned[:, ::-1]
+
+
+def test_with_all_eight_views_flips_and_turns_of_an_image_make_no_difference(tmp_path, save_model):
+    # At this size scaling to the shorter side and cropping the middle take no side.
+    model = save_model(model=small_model(image_size=28))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image[:16, :8] = 0
+    for number, view in enumerate(flipped_and_turned(image)):
+        Image.fromarray(np.ascontiguousarray(view)).save(tmp_path / f"{number}.png")
+    paths = [tmp_path / f"{number}.png" for number in range(8)]
+    one = predict(model, paths, device="cpu")[PROBABILITIES].to_numpy()
+    assert np.ptp(one, axis=0).max() > 0.01
+    eight = predict(model, paths, tta=8, device="cpu")[PROBABILITIES].to_numpy()
+    assert np.ptp(eight, axis=0).max() < 1e-6
+    assert np.allclose(eight[0], one.mean(axis=0), atol=1e-6)
+    two = predict(model, paths, tta=2, device="cpu")[PROBABILITIES].to_numpy()
+    assert np.allclose(two[0], one[:2].mean(axis=0), atol=1e-6)  # itself and its mirror image
+    four = predict(model, paths, tta=4, device="cpu")[PROBABILITIES].to_numpy()
+    assert np.allclose(
+        four[0], one[[0, 1, 4, 5]].mean(axis=0), atol=1e-6
+    )  # half-turns, not quarter
+
+
+def test_views_are_averaged_before_calibration(images, save_model):
+    plain, calibrated = save_model("1.pth"), save_model("2.pth", temperature=3.0)
+    raw = predict(plain, images, tta=8, device="cpu")[PROBABILITIES].to_numpy()
+    expected = Calibration(3.0, (0.0, 0.0, 0.0)).apply(raw)
+    table = predict(calibrated, images, tta=8, device="cpu")
+    assert np.allclose(table[PROBABILITIES], expected)
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+STORED = {
+    "malignant": {"sensitivity 90%": 0.9, "sensitivity 95%": 0.5, "specificity 90%": 0.95},
+    "melanoma": {"sensitivity 95%": 0.3},
+}
+
+
+def test_flags_are_set_by_the_thresholds_that_the_model_brings(images, save_model):
+    model = save_model(thresholds=STORED, malignant_classes=["melanoma", "nevus"], bias=[1, 0, 0])
+    table = predict(model, images, device="cpu")
+    assert list(table.columns[-2:]) == ["flag_malignant", "flag_melanoma"]
+    malignant = table["prob_melanoma"] + table["prob_nevus"]
+    assert table["flag_malignant"].tolist() == (malignant >= 0.5).tolist()
+    assert table["flag_melanoma"].tolist() == (table["prob_melanoma"] >= 0.3).tolist()
+
+
+def test_given_thresholds_take_the_place_of_those_it_brings(images, save_model):
+    model = save_model(thresholds=STORED, malignant_classes=["nevus"])
+    plain = predict(model, images, thresholds={}, device="cpu")
+    assert list(plain.columns) == ["path", "class", *PROBABILITIES]
+    middle = float(plain["prob_mole $1_x"].median())
+    given = {"Mole-$1_x": middle, "MALIGNANT": float(plain["prob_nevus"].min()), "Melanomas": 1}
+    table = predict(model, images, thresholds=given, device="cpu")
+    assert list(table.columns[-3:]) == ["flag_Mole-$1_x", "flag_MALIGNANT", "flag_Melanomas"]
+    assert table["flag_Mole-$1_x"].tolist() == (plain["prob_mole $1_x"] >= middle).tolist()
+    assert 0 < table["flag_Mole-$1_x"].sum() < len(table)
+    assert table["flag_MALIGNANT"].all() and not table["flag_Melanomas"].any()
+
+
+def test_an_ensemble_flags_by_the_mean_of_its_thresholds(save_model):
+    first = save_model("1.pth", thresholds=STORED, malignant_classes=["nevus"])
+    other = {"malignant": {"sensitivity 95%": 0.1}}
+    second = save_model("2.pth", thresholds=other, malignant_classes=["nevus"])
+    ensemble = Ensemble([first, second], device="cpu")
+    assert ensemble.thresholds == {"malignant": pytest.approx(0.3)}  # melanoma: not in both
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "words"),
+    [
+        ({"dermatofibroma": 0.2}, "none of the classes .* is called like dermatofibroma"),
+        ({"malignant": 0.2}, "none of the classes"),  # this model says none of its classes is
+        ({"nevus": 1.2}, "threshold of nevus is 1.2"),
+        ({"nevus": float("nan")}, "threshold of nevus is nan"),
+    ],
+)
+def test_a_threshold_of_nothing_is_an_error(images, save_model, thresholds, words):
+    with pytest.raises(ValueError, match=words):
+        predict(save_model(), images, thresholds=thresholds, device="cpu")
+
+
+def test_a_class_that_is_called_malignant_can_be_flagged(images, save_model):
+    model = save_model(classes=["benign", "malignant", "other"])
+    table = predict(model, images, thresholds={"malignant": 0.3}, device="cpu")
+    assert table["flag_malignant"].tolist() == (table["prob_malignant"] >= 0.3).tolist()
+
+
+# ---------------------------------------------------------------------------- files and folders
+
+
+def test_folders_are_walked_and_files_are_taken_whatever_their_suffix(images, save_model):
+    (images / ".hidden").mkdir()
+    image = (images / "a/0000.png").read_bytes()
+    for name in (".hidden/1.png", "a/.2.png", "a/no suffix", "a/notes.txt"):
+        (images / name).write_bytes(image)
+    given = [images / "b/0001.png", images, images / "a/no suffix", images / ".hidden/1.png"]
+    expected = ["b/0001.png", *(f"a/{i:04d}.png" for i in range(4)), "b/0000.png", "b/0002.png"]
+    expected += ["a/no suffix", ".hidden/1.png"]
+    assert find_files(given) == [f"{images.as_posix()}/{name}" for name in expected]
+    assert predict(save_model(), given, device="cpu")["path"].tolist() == find_files(given)
+
+
+def test_what_is_not_there_is_named_all_at_once(images, tmp_path, save_model):
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    given = [images, tmp_path / "x\ny.png", tmp_path / "link.png"]
+    with pytest.raises(FileNotFoundError, match=r"x\\ny.png.*link.png: no such file or folder"):
+        predict(save_model(), given)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="nothing: no images"):
+        predict(save_model(), tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no images are given"):
+        predict(save_model(), [])
+    with pytest.raises(FileNotFoundError, match="gone.pth"):
+        predict(tmp_path / "gone.pth", images)
+    with pytest.raises(ValueError, match="no model is given"):
+        predict([], images)
+
+
+def test_unreadable_images_are_named_in_a_warning_and_passed_over(images, save_model):
+    broken = break_files(images)
+    with pytest.warns(UserWarning, match="3 images cannot be read") as caught:
+        table = predict(save_model(), images, batch_size=2, device="cpu")
+    message = str(caught[0].message)
+    assert all(ascii(name).strip("'") in message for name in broken) and "\n" not in message
+    assert table["path"].tolist() == [p for p in find_files(images) if Path(p).parent != images]
+    assert table.index.tolist() == list(range(7))
+
+
+def test_where_nothing_can_be_read_the_table_has_no_rows(images, save_model, tmp_path):
+    paths = [images / name for name in break_files(images)]
+    model = save_model(thresholds=STORED, malignant_classes=["nevus"])
+    for name in ("out.csv", "out.json"):
+        with pytest.warns(UserWarning, match="3 images"):
+            table = predict(model, paths, output=tmp_path / name, batch_size=2, device="cpu")
+        assert len(table) == 0
+        assert list(table.columns[:2]) == ["path", "class"] and len(table.columns) == 7
+    assert list(pd.read_csv(tmp_path / "out.csv").columns) == list(table.columns)
+    assert json.loads((tmp_path / "out.json").read_text()) == []
+
+
+ODD_NAMES = [
+    "-x.png", "--model", "a b.png", "new\nline.png", "back\rhere.png", 'quo"te,.png', "möle ☃.png",
+    "<b>&amp;.png", "$1_x.png", "=1+1.png", b"not utf-8 \xff.png",
+]  # fmt: skip
+
+
+def test_any_name_comes_back_from_the_files_as_it_was(images, tmp_path, save_model, monkeypatch):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = [os.fsdecode(name) for name in ODD_NAMES]
+    for name in names:
+        (folder / name).write_bytes((images / "a/0000.png").read_bytes())
+    monkeypatch.chdir(folder)
+    model = save_model()
+    table = predict(model, names, output=tmp_path / "out.csv", device="cpu")
+    assert table["path"].tolist() == names
+    read = pd.read_csv(tmp_path / "out.csv", encoding_errors="surrogateescape")
+    assert read["path"].tolist() == names
+    assert np.allclose(read[PROBABILITIES], table[PROBABILITIES], rtol=1e-12)
+    predict(model, names, output=tmp_path / "out.json", device="cpu")
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [row["path"] for row in rows] == names
+    assert rows == table.to_dict("records")
+
+
+def test_files_hold_the_table_with_flags(images, tmp_path, save_model):
+    model = save_model(thresholds=STORED, malignant_classes=["nevus"])
+    for name in ("out.csv", "out.JSON"):
+        table = predict(model, images, output=tmp_path / name, batch_size=3, device="cpu")
+    assert len(table) == 7
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out.csv"), table, rtol=1e-14)
+    assert json.loads((tmp_path / "out.JSON").read_text()) == table.to_dict("records")
+
+
+def test_a_run_that_fails_halfway_leaves_the_earlier_file(
+    images, tmp_path, save_model, monkeypatch
+):
+    output, see, written = tmp_path / "out.csv", Ensemble.probabilities, []
+
+    def fail_at_the_third(ensemble, pixels, tta):
+        written.append(len(list(tmp_path.glob(".out*"))))
+        if len(written) == 3:
+            raise OSError("the disk is gone")
+        return see(ensemble, pixels, tta)
+
+    output.write_text("earlier")
+    monkeypatch.setattr(Ensemble, "probabilities", fail_at_the_third)
+    with pytest.raises(OSError, match="the disk is gone"):
+        predict(save_model(), images, output=output, batch_size=2, device="cpu")
+    assert written == [1, 1, 1]  # what there is so far is on the disk, under another name
+    assert output.read_text() == "earlier" and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("out.txt", "must end in .csv or .json"), ("gone/out.csv", "no folder"), ("d.csv", "folder")],
+)
+def test_an_output_that_cannot_be_is_said_before_the_work(
+    images, tmp_path, save_model, output, words
+):
+    (tmp_path / "d.csv").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        predict(tmp_path / "no model is read.pth", images, output=tmp_path / output)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tta": 0}, "tta is 0; it must be from 1 to 8"),
+        ({"tta": 9}, "tta is 9"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_workers": 0}, "num_workers is 0"),
+        ({"device": "gpu"}, "device gpu cannot be used"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+    ],
+)
+def test_arguments_that_cannot_be_are_errors(images, save_model, options, words):
+    with pytest.raises(ValueError, match=words):
+        predict(save_model(), images, **options)
+
+
+@pytest.mark.parametrize("info", [{"bias": [0.0]}, {"temperature": 0.0}])
+def test_a_calibration_that_does_not_fit_is_an_error(images, save_model, info):
+    with pytest.raises(ValueError, match="model.pth: its temperature and bias"):
+        predict(save_model(**info), images)
+
+
+# ---------------------------------------------------------------------------- preprocessors
+
+
+def test_a_model_with_preprocessors_needs_them_and_the_command_cannot_know_them(
+    images, save_model, capfd
+):
+    def darken(image):
+        return image // 2
+
+    model = save_model(preprocessors=fingerprint([darken]))
+    assert main(["--model", str(model), str(images)]) == 2
+    error = capfd.readouterr().err
+    assert "preprocessors of one's own" in error and error.count("\n") == 1
+    with pytest.raises(ValueError, match="other preprocessors"):
+        predict(model, images, preprocessors=[resize])
+    with pytest.raises(ValueError, match="trained without preprocessors"):
+        predict(save_model("plain.pth"), images, preprocessors=[darken])
+    dark = predict(model, images, preprocessors=[darken], device="cpu")
+    plain = predict(save_model("plain.pth"), images, device="cpu")
+    assert not np.allclose(dark[PROBABILITIES], plain[PROBABILITIES], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------- Grad-CAM
+
+
+def test_gradcam_is_the_paper_s_formula_where_it_can_be_done_by_hand():
+    # With average pooling and one dense layer W behind it, dy_c/dA_k is W_ck over the number of
+    # positions, everywhere in the map.
+    model = small_model(name="resnet_finetuned")
+    model.head = nn.Linear(512, len(CLASSES))
+    nn.init.uniform_(model.head.weight, -1, 2)
+    images, labels = torch.rand(4, 3, 64, 96), [0, 1, 2, 1]
+    stages = nn.Sequential(*list(model.backbone.children())[:-2])
+    with torch.no_grad():
+        maps = stages((images - model.mean) / model.std).numpy()
+    assert maps.shape == (4, 512, 2, 3)
+    weights = model.head.weight.detach().numpy()[labels] / 6
+    expected = np.maximum((weights[:, :, None, None] * maps).sum(axis=1), 0)
+    expected = F.interpolate(
+        torch.from_numpy(expected)[:, None], (64, 96), mode="bilinear", align_corners=False
+    )[:, 0].numpy()
+    assert (expected.max(axis=(1, 2)) > 0).all()
+    expected /= expected.max(axis=(1, 2), keepdims=True)
+    heatmaps = gradcam(model, images, labels)
+    assert heatmaps.dtype == np.float32 and heatmaps.shape == (4, 64, 96)
+    assert np.allclose(heatmaps, expected, atol=1e-5)
+
+
+def test_gradcam_of_the_simple_cnn_explains_the_last_convolution():
+    model, images, labels = small_model(), torch.rand(3, 3, 32, 32), torch.tensor([2, 0, 1])
+    maps = model.backbone[:5]((images - model.mean) / model.std)
+    maps.retain_grad()
+    logits = model.head(model.backbone[5:](maps))
+    assert torch.allclose(logits, model(images))
+    logits[torch.arange(3), labels].sum().backward()
+    weights = maps.grad.mean(dim=(2, 3))
+    expected = torch.einsum("nk,nkij->nij", weights, maps).clamp_min(0).detach()
+    expected = F.interpolate(expected[:, None], (32, 32), mode="bilinear")[:, 0].numpy()
+    highest = expected.max(axis=(1, 2), keepdims=True)
+    assert (highest > 0).any()
+    expected = np.divide(expected, highest, where=highest > 0, out=np.zeros_like(expected))
+    assert np.allclose(gradcam(model, images, labels), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradcam_leaves_every_kind_of_model_as_it_was(name):
+    model, images = small_model(name=name), torch.rand(4, 3, 32, 32)
+    model.train()
+    model.head[2].eval()  # not all modules in the same mode
+    for parameter in list(model.parameters())[-2:]:
+        parameter.grad = torch.ones_like(parameter)
+    modes = [module.training for module in model.modules()]
+    needs = [parameter.requires_grad for parameter in model.parameters()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.inference_mode():
+        heatmaps = gradcam(model, images, [0, 1, 2, 0])
+    assert heatmaps.dtype == np.float32 and heatmaps.shape == (4, 32, 32)
+    assert heatmaps.min() >= 0 and heatmaps.max() == 1
+    for heatmap in heatmaps:
+        assert heatmap.max() in (0, 1)
+    assert modes == [module.training for module in model.modules()]
+    assert needs == [parameter.requires_grad for parameter in model.parameters()]
+    grads = [parameter.grad for parameter in model.parameters()]
+    assert all(grad is None for grad in grads[:-2]) and all((g == 1).all() for g in grads[-2:])
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    again = gradcam(model, images[1:2].numpy(), [1])
+    assert np.allclose(again, heatmaps[1:2], atol=1e-4)  # an image's map is its own
+
+
+def test_a_map_in_which_nothing_speaks_for_the_class_stays_zero():
+    model = small_model(name="resnet_scratch")
+    nn.init.zeros_(model.head[-1].weight)
+    assert (gradcam(model, torch.rand(2, 3, 32, 32), [0, 1]) == 0).all()
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 3], [-1, 0]])
+def test_gradcam_of_labels_that_do_not_fit_is_an_error(labels):
+    with pytest.raises(ValueError, match="2 numbers from 0 to 2"):
+        gradcam(small_model(), torch.rand(2, 3, 32, 32), labels)
+
+
+def test_overlays_have_names_of_their_own_and_stay_in_their_folder(
+    images, tmp_path, save_model, monkeypatch
+):
+    picture = (images / "a/0000.png").read_bytes()
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    names = ["..png", "-x.png", "new\nline.png", os.fsdecode(b"\xff.png"), "☃" * 80 + ".png"]
+    for name in [*names, "same.png", "same.bmp"]:
+        (odd / name).write_bytes(picture)
+    monkeypatch.chdir(images)
+    given = [*(odd / name for name in names), odd, "a", "b", "../odd/same.png"]
+    before = sorted(tmp_path.rglob("*"))
+    table = predict(save_model(), given, gradcam=tmp_path / "cam" / "new", device="cpu")
+    overlays = sorted((tmp_path / "cam" / "new").iterdir())
+    assert len(overlays) == len(table) == len(set(table["path"])) == 15
+    for overlay in overlays:
+        assert overlay.name.isprintable() and overlay.suffix == ".png"
+        with Image.open(overlay) as image:
+            assert image.size == (32, 32) and image.mode == "RGB"
+    assert [path.name for path in overlays if path.name.startswith("0000-")]
+    made = {tmp_path / "model.pth", tmp_path / "cam", tmp_path / "cam" / "new", *overlays}
+    assert set(tmp_path.rglob("*")) - set(before) == made
+
+
+def test_an_overlay_shows_the_decided_class_and_keeps_the_rest_of_the_image(
+    images, tmp_path, save_model
+):
+    model = save_model(model=small_model(2))
+    table = predict(model, images / "a/0001.png", gradcam=tmp_path / "cam", device="cpu")
+    (path,) = (tmp_path / "cam").iterdir()
+    overlay = np.asarray(Image.open(path)).astype(int)
+    image = dataset.prepare_image(images / "a/0001.png", 32)
+    pixels = dataset.to_float(torch.from_numpy(image.copy())[None])
+    label = CLASSES.index(table["class"][0])
+    heatmap = gradcam(small_model(2), pixels, [label])[0]
+    assert (heatmap == 0).sum() > 0 and (heatmap > 0.5).any()
+    assert (overlay[heatmap == 0] == image[heatmap == 0]).all()
+    assert np.abs(overlay[heatmap > 0.5] - image[heatmap > 0.5]).mean() > 10
+
+
+def test_overlays_do_not_go_where_they_would_be_taken_for_images(images, tmp_path, save_model):
+    with pytest.raises(ValueError, match="lies in .*; choose a folder elsewhere"):
+        predict(save_model(), images, gradcam=images / "cam")
+    assert not (images / "cam").exists()
+    with pytest.raises(ValueError, match="model.pth is a file"):
+        predict(save_model(), images, gradcam=tmp_path / "model.pth")
+
+
+# ---------------------------------------------------------------------------- ONNX
+
+
+def test_an_export_gives_the_same_logits_and_says_how_to_use_it(tmp_path, save_model, capfd):
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model = small_model(name="resnet_head", image_size=28)
+    path = save_model(model=model, temperature=1.5, bias=[0.1, 0.0, -0.1])
+    assert main(["--model", str(path), "--export", str(tmp_path / "m.onnx")]) == 0
+    assert "same logits" in capfd.readouterr().out
+    exported = onnx.load(tmp_path / "m.onnx")
+    metadata = {entry.key: json.loads(entry.value) for entry in exported.metadata_props}
+    assert metadata == {
+        "classes": CLASSES, "image_size": 28, "shorter_side": 32, "preprocessors": "",
+        "temperature": 1.5, "bias": [0.1, 0.0, -0.1],
+    }  # fmt: skip
+    session = runtime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    images = torch.rand(5, 3, 28, 28)
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    assert np.allclose(logits, model(images).detach().numpy(), atol=1e-4)
+
+
+def test_an_export_that_gives_other_logits_is_not_written(tmp_path, save_model, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class OtherSession(runtime.InferenceSession):
+        def run(self, *arguments):
+            return [output + 1e-3 for output in super().run(*arguments)]
+
+    monkeypatch.setattr(runtime, "InferenceSession", OtherSession)
+    with pytest.raises(ValueError, match="other logits than PyTorch, by up to 0.001"):
+        export_onnx(save_model(), tmp_path / "m.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth"]
+
+
+def test_without_the_packages_an_export_says_what_to_install(
+    tmp_path, save_model, monkeypatch, capfd
+):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["--model", str(save_model()), "--export", str(tmp_path / "m.onnx")]) == 2
+    error = capfd.readouterr().err
+    assert "pip install onnx onnxscript onnxruntime" in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def test_the_command_prints_the_most_probable_classes_and_flags(images, save_model, capfd):
+    model = save_model(thresholds=STORED, malignant_classes=["melanoma", "nevus"])
+    table = predict(model, images, device="cpu")
+    assert main(["--model", str(model), str(images), "--top-k", "2", "--device", "cpu"]) == 0
+    header, *rows = capfd.readouterr().out.rstrip().split("\n")
+    assert header.split("  ")[0] == "image" and header.endswith("calibrated probabilities")
+    assert len(rows) == 7 + 2
+    for (_, row), line in zip(table.iterrows(), rows[:7], strict=True):
+        assert line.startswith(f"{row['path']}  {row['class']} ")
+        ranked = row[PROBABILITIES].astype(float).sort_values(ascending=False)
+        top = [f"{name.removeprefix('prob_')} {p:.3f}" for name, p in ranked.items()]
+        assert line.endswith(f"  {top[0]}, {top[1]}")
+        assert ("malignant" in line) == row["flag_malignant"]
+    flagged = f"malignant {table['flag_malignant'].sum()}, melanoma {table['flag_melanoma'].sum()}"
+    assert rows[-1] == f"7 images; flagged: {flagged}"
+
+
+def test_with_a_file_for_the_table_the_first_rows_are_printed(
+    make_images, tmp_path, save_model, capfd
+):
+    root, output = make_images({"a": 25}), tmp_path / "out.csv"
+    arguments = ["--model", str(save_model()), str(root), "--batch_size", "8", "--device", "cpu"]
+    main([*arguments, "--output", str(output)])
+    printed = capfd.readouterr().out
+    assert printed.count(".png") == 20 and "... and 5 more" in printed
+    assert len(pd.read_csv(output)) == 25
+    main(arguments)
+    assert capfd.readouterr().out.count(".png") == 25
+
+
+def test_flags_of_the_command_do_what_the_function_does(images, tmp_path, save_model, capfd):
+    one, two = save_model("1.pth"), save_model("2.pth", small_model(1))
+    main([
+        str(images / "b"), "--model", str(one), "--model", str(two), "--tta", "8",
+        "--output", str(tmp_path / "out.csv"), str(images / "a"), "--threshold", "nevus=0.25",
+        "--threshold=mole $1_x=0.5", "--gradcam", str(tmp_path / "cam"), "--device", "cpu",
+        "--precision", "fp32", "--num-workers", "2", "--batch-size", "4",
+    ])  # fmt: skip
+    expected = predict(
+        [one, two], [images / "b", images / "a"], tta=8, device="cpu",
+        thresholds={"nevus": 0.25, "mole $1_x": 0.5},
+    )  # fmt: skip
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert list(table.columns) == list(expected.columns)
+    assert table.drop(columns=PROBABILITIES).equals(expected.drop(columns=PROBABILITIES))
+    assert np.allclose(table[PROBABILITIES], expected[PROBABILITIES], atol=1e-6)
+    assert len(list((tmp_path / "cam").iterdir())) == 7
+
+
+def test_exit_statuses_are_0_for_all_read_1_for_some_and_2_for_a_mistake(
+    images, tmp_path, save_model
+):
+    picture = (images / "a/0000.png").read_bytes()
+    for name in ("-x.png", "möle ☃\n.png"):
+        (images / name).write_bytes(picture)
+    model = save_model()
+    done = run("--model", model, ".", "--output", "../o.json", "--", "-x.png", cwd=images)
+    assert (done.returncode, done.stderr) == (0, "")
+    paths = [row["path"] for row in json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))]
+    assert paths == ["-x.png", *(f"a/{i:04d}.png" for i in range(4)),
+                     *(f"b/{i:04d}.png" for i in range(3)), "möle ☃\n.png"]  # fmt: skip
+    assert "\nmöle" not in done.stdout and r"'m\xf6le \u2603\n.png'" in done.stdout
+
+    break_files(images)
+    done = run("--model", model, "--output", "../o.csv", ".", cwd=images)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 3
+    for line, words in zip(
+        done.stderr.splitlines(), (r"cut\nshort.png'", "empty.jpg: empty", "text.png"), strict=True
+    ):
+        assert line.startswith("predict.py: warning: ") and words in line
+    assert "9 images; could not be read: 3" in done.stdout
+    assert len(pd.read_csv(tmp_path / "o.csv")) == 9
+
+    done = run("--model", model, "gone.png", cwd=images)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "predict.py: error: gone.png: no such file or folder\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["a.png"], "--model"),
+        (["--model", "m.pth"], "name the images"),
+        (["--model", "m.pth", "a.png", "--threshold", "nevus"], "'nevus' is not of the form"),
+        (["--model", "m.pth", "a.png", "--threshold", "nevus=x"], "'nevus=x' is not"),
+        (["--model", "m.pth", "a.png", "--tta", "x"], "--tta: invalid int value: 'x'"),
+        (["--model", "m.pth", "a.png", "--top_k", "0"], "top_k is 0"),
+        (["--model", "m.pth", "a.png", "--export", "m.onnx"], "--export takes no images"),
+        (["--model", "m", "--model", "n", "--export", "m.onnx"], "--export takes one --model"),
+        (["--model", "m.pth", "--export", "m.onx"], "must end in .onnx"),
+        (["--model", "m.pth", "--unknown", "a.png"], "--unknown"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(words, error, capfd):
+    try:
+        status = main(words)
+    except SystemExit as exit:
+        status = exit.code
+    captured = capfd.readouterr()
+    assert (status, captured.out) == (2, "")
+    assert captured.err.startswith("predict.py: error: ") and error in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, predict; sys.exit(bool({'torch', 'pandas', 'numpy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_nothing_is_warned_of_when_all_is_well(images, save_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(save_model(), images, device=torch.device("cpu"))

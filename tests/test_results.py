@@ -1,0 +1,92 @@
+"""Trained models meet other images: the same figures, tables and report as after training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import recall_score
+
+from predict import main as predict_main
+from results import evaluate_folder
+from train_models import main as train_main
+
+
+@pytest.fixture
+def trained(make_images, tmp_path):
+    """A small model of three classes, trained for a few steps, and the folder of its images."""
+    root = make_images({"melanoma": 14, "nevus": 12, "vascular lesion": 12})
+    arguments = [
+        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
+        "--num_steps", "12", "--batch_size", "8", "--models", "simple_cnn", "--device", "cpu",
+        "--learning_rate", "0.01", "--dropout_rate", "0",
+    ]  # fmt: skip
+    assert train_main(arguments) == 0
+    return tmp_path / "out/simple_cnn/model.pth", root
+
+
+def test_other_images_are_measured_as_the_test_split_was(trained, make_images, tmp_path):
+    model, _ = trained
+    # Another hospital names its folders otherwise, and has not all classes.
+    other = make_images({"Nevi/Melanomas": 9, "Vascular_Lesion": 8}, name="other", seed=3)
+    comparison, unreadable = evaluate_folder([model], other, tmp_path / "found", device="cpu")
+    assert unreadable == []
+    report = json.loads((tmp_path / "found/simple_cnn/metrics.json").read_text())
+    predictions = pd.read_csv(tmp_path / "found/simple_cnn/predictions.csv")
+    assert predictions["true_class"].value_counts().to_dict() == {
+        "melanoma": 9, "vascular lesion": 8,
+    }  # fmt: skip
+    recall = recall_score(
+        predictions["true_class"], predictions["predicted_class"], average="weighted",
+        zero_division=0,
+    )  # fmt: skip
+    assert report["test"]["recall"] == pytest.approx(recall)
+    assert comparison["recall"].tolist() == [pytest.approx(recall)]
+    assert report["test"]["per_class"]["nevus"]["recall"] is None
+    brought = json.loads((model.parent / "metrics.json").read_text())["screening"]["melanoma"]
+    thresholds = [
+        [point["threshold"] for point in screened["points"]]
+        for screened in (brought, report["screening"]["melanoma"])
+    ]
+    assert np.allclose(*thresholds)  # chosen on validation, never on these images
+    assert (tmp_path / "found/report.html").stat().st_size > 100_000
+
+
+def test_the_command_names_what_cannot_be_read_and_says_so_in_its_status(trained, tmp_path, capfd):
+    model, root = trained
+    shutil.copytree(root, tmp_path / "copy")
+    (tmp_path / "copy/nevus/broken.jpg").write_text("no image")
+    words = ["--model", str(model), "--evaluate", str(tmp_path / "found"), "--device", "cpu"]
+    assert predict_main([*words, str(tmp_path / "copy")]) == 1
+    printed = capfd.readouterr()
+    assert "nevus/broken.jpg: cannot be read" in printed.err
+    assert "simple_cnn" in printed.out and "report.html" in printed.out
+    assert predict_main([*words, str(root)]) == 0
+
+
+def test_a_class_that_the_model_does_not_know_is_one_line(trained, make_images, tmp_path, capfd):
+    other = make_images({"melanoma": 3, "cat": 3}, name="cats")
+    words = ["--model", str(trained[0]), "--evaluate", str(tmp_path / "found"), "--device", "cpu"]
+    assert predict_main([*words, str(other)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "the images have a class cat, the model only melanoma, nevus, vascular lesion" in line
+    assert not (tmp_path / "found").exists()
+
+
+def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
+    model, root = trained
+    import torch
+
+    contents = torch.load(model, weights_only=True)
+    (tmp_path / "twin").mkdir()
+    torch.save(contents | {"preprocessors": "abc"}, tmp_path / "twin/model.pth")
+    with pytest.raises(ValueError, match="twin was trained with preprocessors of its own"):
+        evaluate_folder([model, tmp_path / "twin/model.pth"], root, tmp_path / "found")
+    shutil.copytree(model.parent, tmp_path / "again/simple_cnn")
+    comparison, _ = evaluate_folder(
+        [model, Path(tmp_path / "again/simple_cnn/model.pth")], root, tmp_path / "found"
+    )
+    assert comparison["model"].tolist() == ["simple_cnn", "simple_cnn (2)"]
+    assert comparison["behind_best"].tolist() == [0, 0]
