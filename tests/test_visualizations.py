@@ -638,11 +638,14 @@ def test_recall_and_precision_are_dots_with_their_intervals():
     assert intervals_in(ax, 1) == [(0.15, 0.85)]  # none where either is missing
 
 
-def test_an_interval_is_level_with_its_dot():
+def test_an_interval_is_level_with_its_dot_and_recall_is_clear_of_precision():
     ax = plot_class_metrics(PER_CLASS, INTERVALS).axes[0]
     for dots, lines in zip(ax.lines, ax.collections, strict=False):
         for (_, level), _ in lines.get_segments():
             assert level in dots.get_ydata().tolist()
+    recall, precision = (line.get_ydata() for line in ax.lines)
+    assert (np.round(recall) == range(3)).all() and (np.round(precision) == range(3)).all()
+    assert (precision - recall > 0.2).all()  # recall above, both within the row of their class
 
 
 def test_the_numbers_of_images_stand_beside_their_rows():
@@ -771,7 +774,9 @@ def test_pairs_without_two_images_each_are_refused():
 
 def test_mistakes_come_most_confident_first_with_both_classes_and_the_probability():
     images = colour_tiles("red", "lime", "blue")
-    figure = plot_mistakes(images, ["a", "b", "c"], ["b", "c", "a"], [0.5, 0.999, 0.75])
+    columns = {"true": ["a", "b", "c"], "predicted": ["b", "c", "a"], "prob": [0.5, 0.999, 0.75]}
+    table = pd.DataFrame(columns, index=[8, 1, 0])  # rows of a larger table
+    figure = plot_mistakes(images, table["true"], table["predicted"], table["prob"])
     assert captions(figure) == [
         "true: b\npredicted: c\nprobability: >99%",
         "true: c\npredicted: a\nprobability: 75%",
@@ -826,9 +831,8 @@ def test_a_heatmap_is_laid_over_the_grey_picture_beside_the_picture():
 
 
 def test_the_predicted_class_is_named_below_a_heatmap_only_where_it_is_wrong():
-    table = pd.DataFrame({"true": ["a", "b"], "predicted": ["a", "c"]}, index=[7, 5])
     images, heatmaps = colour_tiles("red", "blue"), np.zeros((2, 8, 8))
-    figure = plot_gradcams(images / 255, heatmaps, table["true"], table["predicted"])
+    figure = plot_gradcams(images / 255, heatmaps, ["a", "b"], ["a", "c"])
     assert captions(figure) == ["true: a", "true: b\npredicted: c"]
 
 
