@@ -24,7 +24,7 @@ from throughput import bare_inference, in_turn
 from dataset import prepare_image, to_float
 from files import save_tensors
 from models import MODELS, LesionClassifier, get_model
-from predict import find_files, predict
+from predict import Ensemble, find_files, predict
 from training import resolve_precision
 
 
@@ -85,12 +85,18 @@ def main() -> None:
             "bare": bare_inference(model, to_float(torch.from_numpy(batch)), device),
         }
         ours, bare = in_turn(variants, num_batches, arguments.rounds)
+        started = time.perf_counter()
+        Ensemble(path)
+        loading = time.perf_counter() - started
     name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"torch {torch.__version__}, {name_of_device}, {torch.get_num_threads()} threads, "
         f"{resolve_precision('auto', device)}, {num_batches} batches of {arguments.batch_size}"
     )
-    print(f"ours {ours:.1f} images/s, bare {bare:.1f}; ours / bare {ours / bare:.2f}")
+    print(
+        f"ours {ours:.1f} images/s, bare {bare:.1f}; ours / bare {ours / bare:.2f}, "
+        f"with {loading:.2f} s of loading the model"
+    )
 
 
 if __name__ == "__main__":
