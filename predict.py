@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from models import LesionClassifier
 
 AIM = "sensitivity 95%"  # of the thresholds that models bring, the one that flags are set by
+SMALLEST_MAP = 4  # on a side; the one place of a 1 x 1 map would explain nothing
 BATCHES_AHEAD = 2  # of images decoded while the model works
 NUM_VIEWS = 8  # flips and quarter-turns of a square
 MOST_ROWS_PRINTED = 20  # where there is a file that has them all
@@ -515,7 +516,8 @@ def gradcam(
     """Where a model saw what speaks for a class, float32 `(N, H, W)` in [0, 1].
 
     `images` are float `(N, 3, H, W)` in [0, 1], `labels` int `(N,)` the classes to explain. With
-    A_k the maps that the last convolution stage gives and y the class's logit, it is ReLU(sum_k a_k
+    A_k the maps that the last convolution stage gives (of images below 128 pixels an earlier one of
+    a ResNet, with maps of 4 x 4 or more) and y the class's logit, it is ReLU(sum_k a_k
     A_k), where a_k is the mean of dy/dA_k over the map (Selvaraju et al. 2017), scaled up
     bilinearly to the image and divided by its maximum; where nothing speaks for the class it is 0.
     Computed in float32. The model is left as it was, on its device. Raises ValueError for labels
@@ -542,7 +544,7 @@ def gradcam(
         return functional_call(module, parameters, values)
 
     modes = [(module, module.training) for module in model.modules()]
-    hook = _last_stage(model).register_forward_hook(start_graph_here)
+    hook = _last_stage(model, min(images.shape[2:])).register_forward_hook(start_graph_here)
     try:
         model.eval()
         with torch.inference_mode(False), torch.enable_grad():
@@ -563,16 +565,19 @@ def gradcam(
     return (maps / highest.clamp_min(torch.finfo(maps.dtype).tiny)).cpu().numpy()
 
 
-def _last_stage(model: "LesionClassifier") -> "nn.Module":
+def _last_stage(model: "LesionClassifier", image_size: int) -> "nn.Module":
+    """The last convolution stage; of a ResNet, the last whose maps still tell places apart."""
     from torch import nn
 
     from models import SimpleCNN
 
-    if not isinstance(model, SimpleCNN):
-        return model.backbone.layer4
-    layers = list(model.backbone)
-    last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
-    return layers[last + 1]  # the ReLU after it
+    if isinstance(model, SimpleCNN):
+        layers = list(model.backbone)
+        last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
+        return layers[last + 1]  # the ReLU after it
+    strides = {"layer4": 32, "layer3": 16, "layer2": 8, "layer1": 4}
+    large = [name for name, stride in strides.items() if image_size / stride >= SMALLEST_MAP]
+    return getattr(model.backbone, large[0] if large else "layer1")
 
 
 def _overlay_name(path: str) -> str:

@@ -493,21 +493,31 @@ def test_gradcam_is_the_paper_s_formula_where_it_can_be_done_by_hand():
     model = small_model(name="resnet_finetuned")
     model.head = nn.Linear(512, len(CLASSES))
     nn.init.uniform_(model.head.weight, -1, 2)
-    images, labels = torch.rand(4, 3, 64, 96), [0, 1, 2, 1]
+    images, labels = torch.rand(4, 3, 128, 160), [0, 1, 2, 1]
     stages = nn.Sequential(*list(model.backbone.children())[:-2])
     with torch.no_grad():
         maps = stages((images - model.mean) / model.std).numpy()
-    assert maps.shape == (4, 512, 2, 3)
-    weights = model.head.weight.detach().numpy()[labels] / 6
+    assert maps.shape == (4, 512, 4, 5)
+    weights = model.head.weight.detach().numpy()[labels] / 20
     expected = np.maximum((weights[:, :, None, None] * maps).sum(axis=1), 0)
     expected = F.interpolate(
-        torch.from_numpy(expected)[:, None], (64, 96), mode="bilinear", align_corners=False
+        torch.from_numpy(expected)[:, None], (128, 160), mode="bilinear", align_corners=False
     )[:, 0].numpy()
     assert (expected.max(axis=(1, 2)) > 0).all()
     expected /= expected.max(axis=(1, 2), keepdims=True)
     heatmaps = gradcam(model, images, labels)
-    assert heatmaps.dtype == np.float32 and heatmaps.shape == (4, 64, 96)
+    assert heatmaps.dtype == np.float32 and heatmaps.shape == (4, 128, 160)
     assert np.allclose(heatmaps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 32, 48])
+def test_gradcam_of_small_images_still_tells_places_apart(size):
+    model = small_model(name="resnet_finetuned")
+    images = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    heatmaps = gradcam(model, images, np.arange(8) % len(CLASSES))
+    is_empty = heatmaps.max(axis=(1, 2)) == 0  # nothing in the image speaks for the class
+    assert not is_empty.all()
+    assert (np.ptp(heatmaps[~is_empty], axis=(1, 2)) > 0.1).all()
 
 
 def test_gradcam_of_the_simple_cnn_explains_the_last_convolution():
