@@ -309,7 +309,8 @@ def _views(images: "Tensor") -> "Iterator[Tensor]":
     import torch
 
     for turns in (0, 2, 1, 3):
-        turned = torch.rot90(images, turns, (2, 3))
+        # rot90 by nothing is a copy too, with the channels first in memory.
+        turned = torch.rot90(images, turns, (2, 3)) if turns > 0 else images
         yield turned
         yield turned.flip(3)
 
