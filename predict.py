@@ -227,7 +227,7 @@ class Ensemble:
             model.to(self.device, memory_format=self.memory_format) for model in models
         ]
         self.calibrations = [
-            _calibration(path, info) for path, info in zip(paths, infos, strict=True)
+            calibration_of(path, info) for path, info in zip(paths, infos, strict=True)
         ]
         self.classes: list[str] = infos[0]["classes"]
         self.image_size: int = infos[0]["image_size"]
@@ -469,7 +469,8 @@ def _check_preprocessors(
     )
 
 
-def _calibration(path: str | Path, info: Mapping[str, Any]) -> "Calibration":
+def calibration_of(path: str | Path, info: Mapping[str, Any]) -> "Calibration":
+    """That of a `model.pth`; one that changes nothing where the file has none."""
     from evaluation import Calibration
 
     num_classes = len(info["classes"])
@@ -632,7 +633,7 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
     from models import load_model
 
     classifier, info = load_model(model)
-    calibration = _calibration(model, info)
+    calibration = calibration_of(model, info)
     size = info["image_size"]
     metadata = {
         "classes": info["classes"],

@@ -30,7 +30,6 @@ from dataset import (
     to_float,
 )
 from evaluation import (
-    Calibration,
     assess,
     compare,
     match_classes,
@@ -39,7 +38,7 @@ from evaluation import (
 )
 from files import write_atomically, write_text
 from models import LesionClassifier, count_parameters, load_model
-from predict import gradcam
+from predict import calibration_of, gradcam
 from report import write_report
 from training import Evaluation, evaluate
 from visualizations import (
@@ -74,15 +73,15 @@ def leave_results(
     """
     classes, groups = info["classes"], dataset.metadata["group"]
     y_true, y_prob = evaluation.labels, evaluation.probabilities
-    calibration = Calibration(info["temperature"], tuple(info["bias"]))
+    calibration = calibration_of(folder / "model.pth", info)
     own = [name for name in METADATA_COLUMNS if name != "source_split"]
     found = assess(
         y_true,
         y_prob,
         classes,
         calibration,
-        info["thresholds"],
-        malignant=info["malignant_classes"],
+        info.get("thresholds", {}),
+        malignant=info.get("malignant_classes", []),
         groups=groups,
         columns=dataset.metadata.drop(columns=own, errors="ignore"),
         seed=seed,

@@ -282,13 +282,11 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 
     Gives the exit status: 1 when only the audit was asked for and it found something.
     """
-    from evaluation import match_classes
-    from report import write_report
-    from results import compare_models, leave_audit
-
     settings = _prepare_demo(settings) if is_demo else settings
     save_dir = Path(settings.save_dir)
     _check_folders(settings)
+    from results import compare_models, leave_audit  # torch with it: not before the check above
+
     if settings.audit_only:
         findings = _audit(_make_builder(settings))
         leave_audit(save_dir, findings, settings.data_dir)
@@ -297,6 +295,9 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from evaluation import match_classes
+    from report import write_report
 
     device = _choose_device(settings.device)
     if settings.deterministic:
