@@ -1,7 +1,7 @@
 # Each target sets up what it needs on a fresh machine: a virtual environment in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-TOOLS = pytest hypothesis ruff playwright onnx onnxscript onnxruntime
+TOOLS = pytest hypothesis ruff playwright onnx onnxscript onnxruntime nbclient ipykernel
 
 .PHONY: demo test lint
 

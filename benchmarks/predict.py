@@ -5,7 +5,7 @@
 `predict` is timed whole: it loads the model, decodes the files, and gives its table. The bare model
 has one batch in memory, and the precision and layout that `predict` chooses. The weights are
 random, which makes no difference to the time. Prints the median images per second of several rounds
-and ours / bare.
+and the median of ours / bare.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from throughput import bare_inference, in_turn
+from throughput import Speeds, bare_inference, describe
 
 from dataset import prepare_image, to_float
 from files import save_tensors
@@ -84,7 +84,11 @@ def main() -> None:
             "ours": our_prediction(path, paths, arguments.batch_size, arguments.num_workers),
             "bare": bare_inference(model, to_float(torch.from_numpy(batch)), device),
         }
-        ours, bare = in_turn(variants, num_batches, arguments.rounds)
+        speeds: Speeds = []
+        for run in variants.values():
+            run(2)  # warms up
+        for _ in range(arguments.rounds):
+            speeds.append({variant: run(num_batches) for variant, run in variants.items()})
         started = time.perf_counter()
         Ensemble(path)
         loading = time.perf_counter() - started
@@ -93,10 +97,7 @@ def main() -> None:
         f"torch {torch.__version__}, {name_of_device}, {torch.get_num_threads()} threads, "
         f"{resolve_precision('auto', device)}, {num_batches} batches of {arguments.batch_size}"
     )
-    print(
-        f"ours {ours:.1f} images/s, bare {bare:.1f}; ours / bare {ours / bare:.2f}, "
-        f"with {loading:.2f} s of loading the model"
-    )
+    print(f"{describe(speeds)}, with {loading:.2f} s of loading the model")
 
 
 if __name__ == "__main__":

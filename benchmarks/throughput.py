@@ -6,8 +6,9 @@ The plain loop reads an ImageFolder with two workers and torchvision's transform
 is `create_dataloaders` and `train` as they come. The bare step has one batch in memory, and the
 precision and layout that `train` chooses; a frozen backbone runs under no_grad there as well. All
 do the same five augmentations but the last, which does none. Evaluation is `evaluate` on the
-validation split against the model alone on one batch in memory. Prints the median images per second
-of several rounds, ours / plain, and ours / bare.
+validation split against the model alone on one batch in memory. They take turns of a few steps,
+with one run of `train` or `evaluate` throughout. Prints the median images per second of several
+rounds, and the medians of ours / plain and ours / bare.
 """
 
 import argparse
@@ -40,6 +41,11 @@ from training import (
     warmup_cosine,
 )
 
+NUM_WORKERS = 2
+READ_AHEAD = 2 * NUM_WORKERS  # batches that a DataLoader has in hand
+Runs = dict[str, Callable[[int], float]]  # does so many batches, gives images per second
+Speeds = list[dict[str, float]]  # of each variant, a round an entry
+
 PLAIN_TRANSFORMS = v2.Compose(
     [
         v2.ToImage(),
@@ -57,8 +63,10 @@ def plain_steps(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def run(num_steps: int) -> float:
-        started, num_images = time.perf_counter(), 0
-        for _ in range(num_steps):
+        num_images = 0
+        for number in range(READ_AHEAD + num_steps):
+            if number == READ_AHEAD:  # what was read between the turns is used up
+                started, num_images = time.perf_counter(), 0
             images, labels = next(batches)
             optimizer.zero_grad()
             loss = cross_entropy(model(images.to(device)), labels.to(device))
@@ -66,7 +74,9 @@ def plain_steps(
             optimizer.step()
             loss.item()  # as everybody's loop does, to show it
             num_images += len(images)
-        return num_images / (time.perf_counter() - started)
+        speed = num_images / (time.perf_counter() - started)
+        time.sleep(2)  # the workers go on reading, which is not to slow the next
+        return speed
 
     return run
 
@@ -95,28 +105,31 @@ def bare_steps(
     return run
 
 
-def our_steps(
-    make_model: Callable[[], nn.Module], loaders: dict, device: torch.device
-) -> Callable[[int], float]:
-    few = [next(iter(loaders["valid"]))]
-
-    def run(num_steps: int) -> float:
-        model = make_model()
-        optimizer = make_optimizer(model)
-        _, history = train(
-            model,
-            loaders["train"],
-            few,
-            num_classes=len(loaders["train"].dataset.classes),
-            num_steps=2 * num_steps,
-            optimizer=optimizer,
-            scheduler=warmup_cosine(optimizer, 2 * num_steps),
-            device=device,
-            eval_every=num_steps,
-        )
-        return history["images_per_second"][-1]  # the first half warms up
-
-    return run
+def train_in_turn(
+    model: nn.Module,
+    loaders: dict,
+    device: torch.device,
+    others: Runs,
+    num_steps: int,
+    rounds: int,
+) -> Speeds:
+    """One run of `train`, which gives way to the others after every `num_steps` of its steps."""
+    speeds: Speeds = []
+    batches = in_turn(loaders["train"].batches(), device, others, num_steps, rounds, speeds)
+    optimizer = make_optimizer(model)
+    num_steps = num_steps * (rounds + 1) + 1
+    train(
+        model,
+        batches,
+        [next(iter(loaders["valid"]))],
+        num_classes=len(loaders["train"].dataset.classes),
+        num_steps=num_steps,
+        optimizer=optimizer,
+        scheduler=warmup_cosine(optimizer, num_steps),
+        device=device,
+        eval_every=num_steps,
+    )
+    return speeds
 
 
 def bare_inference(
@@ -139,15 +152,48 @@ def bare_inference(
     return run
 
 
-def our_evaluation(
-    model: nn.Module, loader: LesionLoader, device: torch.device
-) -> Callable[[int], float]:
-    def run(num_batches: int) -> float:
-        started = time.perf_counter()
-        found = evaluate(model, itertools.islice(loader, num_batches), device=device)
-        return len(found.labels) / (time.perf_counter() - started)
+def evaluate_in_turn(
+    model: nn.Module,
+    loader: LesionLoader,
+    device: torch.device,
+    others: Runs,
+    num_batches: int,
+    rounds: int,
+) -> Speeds:
+    """The same with one run of `evaluate`."""
+    full = (
+        batch for _ in itertools.count() for batch in loader if len(batch[1]) == loader.batch_size
+    )
+    speeds: Speeds = []
+    evaluate(model, in_turn(full, device, others, num_batches, rounds, speeds), device=device)
+    return speeds
 
-    return run
+
+def in_turn(
+    stream: Iterator[tuple[Tensor, Tensor]],
+    device: torch.device,
+    others: Runs,
+    count: int,
+    rounds: int,
+    speeds: Speeds,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches for whoever is measured; notes, a round at a time, how fast all are by turns.
+
+    Machines are faster at one time than at another. Short turns see to it that all variants have
+    their share of both, so that their ratios in a round are steadier than the speeds. The first
+    round is not noted: it warms up.
+    """
+    for number in range(rounds + 1):
+        found = {variant: run(count) for variant, run in others.items()}
+        _wait_for(device)
+        started, num_images = time.perf_counter(), 0
+        for images, labels in itertools.islice(stream, count):
+            num_images += len(labels)
+            yield images, labels
+        _wait_for(device)
+        if number > 0:
+            speeds.append(found | {"ours": num_images / (time.perf_counter() - started)})
+    yield next(stream)  # or the last round would not come to its end
 
 
 def _wait_for(device: torch.device) -> None:
@@ -155,17 +201,16 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def in_turn(
-    variants: dict[str, Callable[[int], float]], count: int, rounds: int
-) -> Iterator[float]:
-    """The median speed of each, after a short warm-up."""
-    speeds = {variant: [] for variant in variants}
-    for run in variants.values():
-        run(2)
-    for _ in range(rounds):
-        for variant, run in variants.items():
-            speeds[variant].append(run(count))
-    return (statistics.median(values) for values in speeds.values())
+def describe(speeds: Speeds) -> str:
+    """The medians, and those of the ratios of each round."""
+    variants = ["plain", "ours", "bare"] if "plain" in speeds[0] else ["ours", "bare"]
+    medians = (f"{v} {statistics.median(speed[v] for speed in speeds):.1f}" for v in variants)
+    ratios = (
+        f"ours / {v} {statistics.median(speed['ours'] / speed[v] for speed in speeds):.2f}"
+        for v in variants
+        if v != "ours"
+    )
+    return f"images/s: {', '.join(medians)}; {', '.join(ratios)}"
 
 
 def main() -> None:
@@ -175,8 +220,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--layers", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="a turn")
+    parser.add_argument("--rounds", type=int, default=8)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     builder = DatasetBuilder(arguments.data_dir, cache_dir=arguments.cache_dir)
@@ -190,7 +235,7 @@ def main() -> None:
         plain_set,
         arguments.batch_size,
         shuffle=True,
-        num_workers=2,
+        num_workers=NUM_WORKERS,
         persistent_workers=True,
         drop_last=True,
     )
@@ -205,29 +250,17 @@ def main() -> None:
             classes = len(splits["train"].classes)
             return get_model(name, classes, layers=arguments.layers, weights=None, seed=0)
 
-        variants = {
+        others = {
             "plain": plain_steps(make_model(), endless(plain_loader), device),
-            "ours": our_steps(make_model, loaders, device),
             "bare": bare_steps(make_model(), next(loaders["train"].batches()), device),
         }
-        plain, ours, bare = in_turn(variants, arguments.steps, arguments.rounds)
-        print(
-            f"{name}: plain {plain:.1f} images/s, ours {ours:.1f}, bare {bare:.1f}; ours / plain "
-            f"{ours / plain:.2f}, ours / bare {ours / bare:.2f}",
-            flush=True,
-        )
+        steps, rounds = arguments.steps, arguments.rounds
+        speeds = train_in_turn(make_model(), loaders, device, others, steps, rounds)
+        print(f"{name}, training, {describe(speeds)}", flush=True)
         images, _ = next(iter(loaders["valid"]))
-        variants = {
-            "ours": our_evaluation(make_model(), loaders["valid"], device),
-            "bare": bare_inference(make_model(), images, device),
-        }
-        batches = min(arguments.steps, len(loaders["valid"]))
-        ours, bare = in_turn(variants, batches, arguments.rounds)
-        print(
-            f"{name}, evaluation: ours {ours:.1f} images/s, bare {bare:.1f}; ours / bare "
-            f"{ours / bare:.2f}",
-            flush=True,
-        )
+        others = {"bare": bare_inference(make_model(), images, device)}
+        speeds = evaluate_in_turn(make_model(), loaders["valid"], device, others, steps, rounds)
+        print(f"{name}, evaluation, {describe(speeds)}", flush=True)
 
 
 if __name__ == "__main__":
