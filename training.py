@@ -265,7 +265,7 @@ def train(
     model.train()
     forward = _make_forward(model, device, compile)
     group = _make_group()
-    window, checkpointed = _Window(progress), time.monotonic()
+    window, next_checkpoint = _Window(progress), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     with (
         _own_random_state(device),
         _fastest_convolutions(),
@@ -318,16 +318,15 @@ def train(
                 bar.log(progress)
                 window = _Window(progress)
 
-            is_due = checkpoint is not None and _is_due(
-                checkpoint_every, progress.step, checkpointed
-            )
+            is_due = checkpoint is not None and _is_due(checkpoint_every, progress, next_checkpoint)
             stopping, is_due = _agree(group, signals.noted, is_due)
             if stopping:
                 signals.noted = stopping
                 break
             if is_due:
-                _save_last(checkpoint, model, progress, window)
-                checkpointed = time.monotonic()
+                seconds = _save_last(checkpoint, model, progress, window)
+                pause = max(SECONDS_BETWEEN_CHECKPOINTS, 100 * seconds)  # a slow disk costs 1 % too
+                next_checkpoint = time.monotonic() + pause
         _save_last(checkpoint, model, progress, window)
         _agree(group, 0)  # if one process ended while the first still writes, torchrun would end it
     model.load_state_dict(progress.best_state)
@@ -576,13 +575,15 @@ def _check_weights(model: nn.Module, progress: _Progress) -> None:
 
 def _save_last(
     checkpoint: "_Checkpoint | None", model: nn.Module, progress: _Progress, window: _Window
-) -> None:
-    """Writes `last.pth` where that is this process's; all call it together."""
+) -> float:
+    """Writes `last.pth` in the first process, and gives the seconds; all call it together."""
+    started = time.monotonic()
     window.pause(progress)
     _check_weights(model, progress)
     progress.saved_step = progress.step
     if checkpoint is not None:
         checkpoint.save_last(progress)
+    return time.monotonic() - started
 
 
 def _check_arguments(
@@ -715,10 +716,10 @@ def _fit_outputs(
     }
 
 
-def _is_due(checkpoint_every: int | None, step: int, checkpointed: float) -> bool:
+def _is_due(checkpoint_every: int | None, progress: _Progress, next_checkpoint: float) -> bool:
     if checkpoint_every is None:
-        return time.monotonic() - checkpointed > SECONDS_BETWEEN_CHECKPOINTS
-    return step % checkpoint_every == 0
+        return time.monotonic() > next_checkpoint
+    return progress.step % checkpoint_every == 0
 
 
 def _copy_to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

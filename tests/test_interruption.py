@@ -104,7 +104,7 @@ def send(*signums):
 
 @pytest.mark.parametrize("signum", SIGNALS)
 @pytest.mark.parametrize("step", [5, 6, 10])  # between evaluations, at one, at the last
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "early_stopping_patience": 2}])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "early_stopping_patience": 3}])
 def test_a_signal_ends_the_step_and_resuming_ends_as_if_there_had_been_none(
     loaders, tmp_path, at_step, handled, signum, step, options
 ):
@@ -364,6 +364,26 @@ def test_before_the_first_checkpoint_there_is_none_to_name(loaders, tmp_path, at
     at_step(1, lambda: model.head[-1].bias.detach().fill_(torch.nan))
     with pytest.raises(NonFiniteLossError, match="no checkpoint had been written before"):
         run(loaders, tmp_path, model=model)
+
+
+# ---------------------------------------------------------------------------- cost
+
+
+def test_checkpoints_take_a_hundredth_of_the_time_however_slow_the_disk(
+    loaders, tmp_path, monkeypatch
+):
+    import training
+
+    written = []
+
+    def slow(path, contents):
+        time.sleep(0.2)
+        written.append(path.name)
+
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(training, "save_tensors", slow)
+    run(loaders, tmp_path, checkpoint_every=None)
+    assert written.count("last.pth") == 2  # after the first step and at the end
 
 
 # ---------------------------------------------------------------------------- another machine
