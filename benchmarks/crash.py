@@ -33,7 +33,7 @@ import train_models
 from results import environment
 from synthetic import make_dataset
 
-STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 60, 10, 3
+STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 120, 15, 4
 
 
 class Trial:
