@@ -33,13 +33,11 @@ import train_models
 from results import environment
 from synthetic import make_dataset
 
-STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 120, 15, 4
-
 
 class Trial:
     """One run in a folder of its own, which may take several sessions."""
 
-    def __init__(self, data: Path, folder: Path, processes: int) -> None:
+    def __init__(self, data: Path, folder: Path, processes: int, num_steps: int) -> None:
         self.save_dir = folder / "out"
         self.model = self.save_dir / "simple_cnn"
         self.log = folder / "log"
@@ -48,8 +46,8 @@ class Trial:
         self.arguments = [
             "--data_dir", data, "--save_dir", self.save_dir, "--cache_dir", folder / "cache",
             "--models", "simple_cnn", "--image_size", 32, "--device", "cpu", "--batch_size", 8,
-            "--accumulate", 2, "--num_steps", STEPS, "--eval_every", EVAL_EVERY,
-            "--early_stopping_patience", 4, "--checkpoint_every", CHECKPOINT_EVERY,
+            "--accumulate", 2, "--num_steps", num_steps, "--eval_every", max(num_steps // 8, 1),
+            "--early_stopping_patience", 4, "--checkpoint_every", 4,
         ]  # fmt: skip
 
     def start(self, resume: bool) -> "multiprocessing.Process | subprocess.Popen":
@@ -164,6 +162,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--num_steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     signum = signal.Signals[f"SIG{arguments.signal}"]
@@ -171,7 +170,8 @@ def main() -> int:
     torch.set_num_threads(1)  # what a fork of several would be left without
     with tempfile.TemporaryDirectory() as folder:
         data = make_dataset(Path(folder) / "data", num_images=120, size=64)
-        whole = Trial(data, Path(folder) / "whole", arguments.processes)
+        how = (arguments.processes, arguments.num_steps)
+        whole = Trial(data, Path(folder) / "whole", *how)
         started = time.monotonic()
         if wait(whole.start(resume=False), None) != 0:
             raise RuntimeError(whole.log.read_text())
@@ -180,7 +180,7 @@ def main() -> int:
 
         stages, wrong = Counter(), 0
         for number in range(arguments.times):
-            trial = Trial(data, Path(folder) / str(number), arguments.processes)
+            trial = Trial(data, Path(folder) / str(number), *how)
             broken = run_broken(trial, duration, signum, rng, breaks=1 + number % 2)
             found = differences(trial, whole)
             stages.update(broken)
