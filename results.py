@@ -4,11 +4,14 @@ After training this is done for the test split (`train_models.py`), and later fo
 (`predict.py --evaluate`), so that both leave the same.
 """
 
+import contextlib
 import json
+import os
 import platform
+import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import PIL
 import sklearn
 import torch
 import torchvision
+from filelock import Timeout
 
 from audit import worst_pairs
 from dataset import (
@@ -36,7 +40,7 @@ from evaluation import (
     most_confident_mistakes,
     typical_examples,
 )
-from files import write_atomically, write_text
+from files import lock, write_atomically, write_text
 from models import LesionClassifier, count_parameters, load_model
 from predict import calibration_of, gradcam
 from report import write_report
@@ -53,6 +57,43 @@ from visualizations import (
 )
 
 COMPARED = ("precision", "recall", "f1", "accuracy", "balanced_accuracy")
+
+
+# Loading workers of a process that was killed hold its lock until they notice, 5 seconds at most.
+SECONDS_TO_WAIT = 6
+
+
+@contextlib.contextmanager
+def claim(save_dir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of `save_dir`, which is made, as long as the block lasts.
+
+    The claim ends with its process, however that ends. Raises ValueError when another process has
+    it, and says which.
+    """
+    save_dir = Path(save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    owner = save_dir / ".owner"
+    try:
+        held = lock(save_dir / ".lock").acquire(timeout=SECONDS_TO_WAIT)
+    except Timeout:
+        raise ValueError(
+            f"{save_dir} is in use by {_describe_owner(owner)}; wait for it, or choose another "
+            "folder"
+        ) from None
+    with held:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+
+
+def _describe_owner(owner: Path) -> str:
+    try:
+        return owner.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:  # it has the lock, and has not come to writing this yet
+        return "another process"
 
 
 def leave_results(
@@ -280,14 +321,14 @@ def evaluate_folder(
     that the models bring. Gives the comparison, and the files that cannot be read.
 
     Raises ValueError for models of different classes or sizes or with preprocessors of their own,
-    and for a class of the images that the models do not know.
+    for a class of the images that the models do not know, and for a `save_dir` in use.
     """
     save_dir = Path(save_dir)
     loaded = {name: load_model(path) for name, path in _named(models).items()}
     first = next(iter(loaded.values()))[1]
     for name, (_, info) in loaded.items():
         _check_like_first(name, info, first)
-    with tempfile.TemporaryDirectory() as cache_dir:
+    with tempfile.TemporaryDirectory() as cache_dir, contextlib.ExitStack() as claimed:
         builder = DatasetBuilder(
             data_dir,
             image_size=first["image_size"],
@@ -302,7 +343,7 @@ def evaluate_folder(
         splits, metadata = builder.build(splits={"test": 1.0})
         dataset = _with_labels_of(splits["test"], first["classes"])
         loader = create_dataloaders({"test": dataset}, batch_size, device=device)["test"]
-        save_dir.mkdir(parents=True, exist_ok=True)
+        claimed.enter_context(claim(save_dir))
         config = {"command": command, "settings": {"data_dir": str(data_dir)}} | environment()
         write_text(save_dir / "config.json", json.dumps(config, indent=2) + "\n")
         with write_atomically(save_dir / "splits.csv") as temporary:
@@ -319,7 +360,7 @@ def evaluate_folder(
             }
             leave_results(save_dir / name, about, model, info, evaluation, dataset, seed=seed)
         comparison = compare_models(save_dir, list(loaded), dataset, seed=seed)
-    write_report(save_dir)
+        write_report(save_dir)
     unreadable = findings["images"][findings["kind"] == "unreadable"]
     return comparison, [f"{path}: cannot be read" for paths in unreadable for path in paths]
 

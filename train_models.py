@@ -18,11 +18,14 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -98,9 +101,12 @@ DEMO_SETTINGS = Settings(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and gives its exit status; a mistake of the user's ends in one line."""
+    """Runs the command and gives its exit status; a mistake of the user's ends in one line.
+
+    So does an interruption, with status 130 for SIGINT (Ctrl-C) and 143 for SIGTERM.
+    """
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
-    with _only_the_first_speaks(), warnings.catch_warnings():
+    with _only_the_first_speaks(), warnings.catch_warnings(), _stoppable():
         warnings.showwarning = _show_warning
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         try:
@@ -112,6 +118,65 @@ def main(argv: Sequence[str] | None = None) -> int:
             if advice is None:
                 raise
             return _say_error(advice)
+        except KeyboardInterrupt as interruption:
+            return _say_stopped(interruption)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the run: SIGINT (Ctrl-C) or SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signal.Signals(signum)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM end the block with Stopped, in the main thread.
+
+    Of several processes only the first, which alone prints and writes, ends in this orderly way:
+    the others may be waiting for it in a library, where Python's handlers are not heard.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        for known in before:  # timeout(1) and torchrun send a signal twice; the way out is short
+            signal.signal(known, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            # None is a handler that is not Python's, and whoever ignores a signal means it.
+            if signal.getsignal(signum) not in (None, signal.SIG_IGN):
+                handler = stop if _is_first() else signal.SIG_DFL
+                before[signum] = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _say_stopped(interruption: KeyboardInterrupt) -> int:
+    signum = getattr(interruption, "signum", signal.SIGINT)
+    (how_to_go_on,) = getattr(interruption, "__notes__", ["nothing had been begun"])
+    if _is_first():
+        print(f"train_models.py: stopped by {signum.name}; {how_to_go_on}", file=sys.stderr)
+    return 128 + signum
+
+
+@contextlib.contextmanager
+def _resumable(settings: Settings) -> Iterator[None]:
+    """Adds to an interruption how to go on after it."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        again = command(replace(settings, resume=True))
+        if _world_size() > 1:
+            processes = os.environ["LOCAL_WORLD_SIZE"]
+            again = again.replace("python", f"torchrun --nproc_per_node={processes}", 1)
+        interruption.add_note(f"to go on: {again}")
+        raise
 
 
 def _advice(error: RuntimeError, settings: Settings) -> str | None:
@@ -285,19 +350,21 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     settings = _prepare_demo(settings) if is_demo else settings
     save_dir = Path(settings.save_dir)
     _check_folders(settings)
-    from results import compare_models, leave_audit  # torch with it: not before the check above
+    from results import claim, leave_audit  # torch with it: not before the check above
 
+    if _is_first() and (save_dir / ".lock").exists():
+        with claim(save_dir):  # to say at once that it is in use, not after the images are prepared
+            pass
     if settings.audit_only:
         findings = _audit(_make_builder(settings))
-        leave_audit(save_dir, findings, settings.data_dir)
+        with claim(save_dir):
+            leave_audit(save_dir, findings, settings.data_dir)
         print(f"\nEverything is in {save_dir}.")
         return 1 if len(findings) > 0 else 0
 
     import torch
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from evaluation import match_classes
-    from report import write_report
 
     device = _choose_device(settings.device)
     if settings.deterministic:
@@ -309,8 +376,28 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     loaders, metadata = _load_data(builder, settings, device)
     if settings.malignant_classes:
         match_classes(loaders["train"].dataset.classes, settings.malignant_classes)
+    with claim(save_dir) if _is_first() else contextlib.nullcontext():
+        if _is_first():
+            _begin(settings, metadata, is_demo)
+        with _resumable(settings):
+            _train_and_compare(settings, loaders, metadata, findings, device)
+    return 0
+
+
+def _train_and_compare(
+    settings: Settings,
+    loaders: "dict[str, LesionLoader]",
+    metadata: "pd.DataFrame",
+    findings: "pd.DataFrame",
+    device: "torch.device",
+) -> None:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from report import write_report
+    from results import compare_models, leave_audit
+
+    save_dir = Path(settings.save_dir)
     if _is_first():
-        _begin(settings, metadata, is_demo)
         leave_audit(save_dir, findings, settings.data_dir)
         _say_unavoidable_errors(loaders["test"].dataset)
         _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
@@ -327,7 +414,6 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         _say_comparison(compare_models(save_dir, settings.models, test, seed=settings.seed))
         write_report(save_dir)
         print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
-    return 0
 
 
 # ---------------------------------------------------------------------------- several processes

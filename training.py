@@ -5,10 +5,14 @@ import hashlib
 import itertools
 import logging
 import math
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,12 +40,13 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
+SECONDS_OF_ONE_SIGNAL = 1.0
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class NonFiniteLossError(ValueError):
-    """A loss that is infinite or not a number: training has diverged."""
+    """A loss or weight that is infinite or not a number: training has diverged."""
 
 
 class Evaluation(NamedTuple):
@@ -220,6 +225,10 @@ def train(
     calibration and the thresholds that validation gave), `last.pth` (all that is needed to resume)
     and `history.csv`.
 
+    SIGINT (Ctrl-C) and SIGTERM are held back until the step is done and `last.pth` is written; then
+    whatever handled them before does so, by default with a KeyboardInterrupt or the end of the
+    process. A second one acts at once. In other threads than the main one signals are left alone.
+
     Raises ValueError for arguments that cannot be, or a `last.pth` of another run, and
     NonFiniteLossError when training diverges.
     """
@@ -252,44 +261,51 @@ def train(
     if rank > 0:
         checkpoint = None  # the first process writes for all
 
-    window, checkpointed = _Window(progress.recent_losses), time.monotonic()
     batches = _endless_batches(train_loader, progress.step * accumulate)
     model.train()
     forward = _make_forward(model, device, compile)
+    group = _make_group()
+    window, next_checkpoint = _Window(progress), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     with (
         _own_random_state(device),
         _fastest_convolutions(),
+        _saying_what_is_kept(save_path, progress),
         _StepBar(num_steps, progress) as bar,
+        _Signals() as signals,
     ):
-        while progress.step < num_steps and not progress.is_over(early_stopping_patience):
-            learning_rate = optimizer.param_groups[0]["lr"]
-            torch.manual_seed(derive_seed(seed, "dropout", progress.step, rank))
-            losses, num_images = [], 0
-            for images, labels in itertools.islice(batches, accumulate):
-                is_last = len(losses) == accumulate - 1
-                with _exchange_of_gradients(forward, is_last):
-                    with _autocast(device, dtype):
-                        logits = forward(_move_images(images, device, dtype))
-                    loss = criterion(logits.float(), labels.to(device)) / accumulate
-                    scaler.scale(loss).backward()
-                losses.append(loss.detach())
-                num_images += len(images) * world_size
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step()
-            progress.step += 1
-            window.add(progress.step, learning_rate, torch.stack(losses).sum(), num_images)
-            bar.update(window)
+        while not progress.is_over(num_steps, early_stopping_patience):
+            if not progress.is_evaluation_due(eval_every, num_steps):
+                progress.learning_rate = optimizer.param_groups[0]["lr"]
+                torch.manual_seed(derive_seed(seed, "dropout", progress.step, rank))
+                losses, num_images = [], 0
+                for images, labels in itertools.islice(batches, accumulate):
+                    is_last = len(losses) == accumulate - 1
+                    with _exchange_of_gradients(forward, is_last):
+                        with _autocast(device, dtype):
+                            logits = forward(_move_images(images, device, dtype))
+                        loss = criterion(logits.float(), labels.to(device)) / accumulate
+                        scaler.scale(loss).backward()
+                    losses.append(loss.detach())
+                    num_images += len(images) * world_size
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step()
+                progress.step += 1
+                window.add(progress, torch.stack(losses).sum(), num_images)
+                bar.update(window)
 
-            if progress.step % eval_every == 0 or progress.step == num_steps:
+            evaluation = None
+            if progress.is_evaluation_due(eval_every, num_steps):
                 train_loss, speed = window.mean_loss(), window.images_per_second()
-                train_loss = _mean_over_processes(train_loss, device)
+                _check_weights(model, progress)
                 _share_buffers(model)
-                evaluation = evaluate(model, valid_loader, device=device, precision=precision)
-                metrics = _summarise(evaluation, class_names, progress.step)
-                is_best = progress.add(metrics, learning_rate, train_loss, speed)
+                with signals.ending_this():
+                    evaluation = evaluate(model, valid_loader, device=device, precision=precision)
+            if evaluation is not None:
+                metrics = _summarise(evaluation, class_names, progress)
+                is_best = progress.add(metrics, train_loss, speed)
                 if is_best:
                     progress.best_state = _copy_to_cpu(model.state_dict())
                 if isinstance(scheduler, ReduceLROnPlateau):
@@ -300,15 +316,19 @@ def train(
                         fitted = _fit_outputs(evaluation, class_names, malignant_classes, shifted)
                         checkpoint.save_best(progress, valid_loader, class_names, fitted)
                 bar.log(progress)
-                window = _Window()
-                progress.recent_losses = []
+                window = _Window(progress)
 
-            if checkpoint is not None and _is_due(checkpoint_every, progress.step, checkpointed):
-                progress.recent_losses = window.all_losses()
-                checkpoint.save_last(progress)
-                checkpointed = time.monotonic()
-    if checkpoint is not None:
-        checkpoint.save_last(progress)
+            is_due = checkpoint is not None and _is_due(checkpoint_every, progress, next_checkpoint)
+            stopping, is_due = _agree(group, signals.noted, is_due)
+            if stopping:
+                signals.noted = stopping
+                break
+            if is_due:
+                seconds = _save_last(checkpoint, model, progress, window)
+                pause = max(SECONDS_BETWEEN_CHECKPOINTS, 100 * seconds)  # a slow disk costs 1 % too
+                next_checkpoint = time.monotonic() + pause
+        _save_last(checkpoint, model, progress, window)
+        _agree(group, 0)  # if one process ended while the first still writes, torchrun would end it
     model.load_state_dict(progress.best_state)
     return model.eval(), progress.history
 
@@ -325,19 +345,17 @@ class _Progress:
     best_metrics: dict[str, Any] = field(default_factory=dict)
     best_state: dict[str, Tensor] = field(default_factory=dict)
     evaluations_since_best: int = 0
+    learning_rate: float = math.nan  # of the last step
+    saved_step: int = 0  # that `last.pth` holds
     recent_losses: list[float] = field(default_factory=list)  # since the last evaluation
+    recent_images: int = 0
+    recent_seconds: float = 0.0
 
-    def add(
-        self,
-        metrics: dict[str, Any],
-        learning_rate: float,
-        train_loss: float,
-        images_per_second: float,
-    ) -> bool:
+    def add(self, metrics: dict[str, Any], train_loss: float, images_per_second: float) -> bool:
         """Takes an evaluation into the history, and says whether it is the best so far."""
         entry = {
             "step": self.step,
-            "learning_rate": learning_rate,
+            "learning_rate": self.learning_rate,
             "train_loss": train_loss,
             "valid_loss": metrics["loss"],
             "valid_precision": metrics["precision"],
@@ -356,36 +374,44 @@ class _Progress:
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         if is_best:
             self.best_metrics = metrics
+        self.recent_losses, self.recent_images, self.recent_seconds = [], 0, 0.0
         return is_best
 
-    def is_over(self, patience: int) -> bool:
-        return 0 < patience <= self.evaluations_since_best
+    def is_evaluation_due(self, eval_every: int, num_steps: int) -> bool:
+        is_at_one = self.step % eval_every == 0 or self.step == num_steps
+        return is_at_one and self.step > self._evaluated_step()
+
+    def is_over(self, num_steps: int, patience: int) -> bool:
+        return self._evaluated_step() >= num_steps or 0 < patience <= self.evaluations_since_best
+
+    def _evaluated_step(self) -> int:
+        return self.history["step"][-1] if self.history else 0
 
 
 class _Window:
-    """The training steps since the last evaluation."""
+    """The training steps since the last evaluation, those of a run that is resumed among them."""
 
-    def __init__(self, losses_before: Sequence[float] = ()) -> None:
-        self.losses_before = list(losses_before)  # of a run that is resumed
+    def __init__(self, progress: _Progress) -> None:
+        self.losses_before = progress.recent_losses
+        self.num_images = progress.recent_images
+        self.started = time.monotonic() - progress.recent_seconds
         self.steps: list[tuple[int, float]] = []
         self.losses: list[Tensor] = []  # they stay on the device: reading one waits for it
-        self.num_images = 0
-        self.started = time.monotonic()
 
-    def add(self, step: int, learning_rate: float, loss: Tensor, num_images: int) -> None:
-        self.steps.append((step, learning_rate))
+    def add(self, progress: _Progress, loss: Tensor, num_images: int) -> None:
+        self.steps.append((progress.step, progress.learning_rate))
         self.losses.append(loss)
         self.num_images += num_images
 
     def all_losses(self) -> list[float]:
-        """The losses as numbers; raises NonFiniteLossError at the first that is none."""
-        losses = torch.stack(self.losses).tolist() if self.losses else []
+        """The losses, means over the processes; NonFiniteLossError for the first that is no number.
+
+        All processes call this together, and all of them raise.
+        """
+        losses = _mean_over_processes(torch.stack(self.losses)).tolist() if self.losses else []
         for (step, learning_rate), loss in zip(self.steps, losses, strict=True):
             if not math.isfinite(loss):
-                raise NonFiniteLossError(
-                    f"the training loss is {loss} at step {step} (learning rate "
-                    f"{learning_rate:.3g}); try a smaller --learning_rate, or --precision fp32"
-                )
+                raise _diverged(f"the training loss is {loss}", step, learning_rate)
         return self.losses_before + losses
 
     def mean_loss(self) -> float:
@@ -393,6 +419,12 @@ class _Window:
 
     def images_per_second(self) -> float:
         return self.num_images / (time.monotonic() - self.started)
+
+    def pause(self, progress: _Progress) -> None:
+        """Leaves in `progress` what another window needs to go on where this one is."""
+        progress.recent_losses = self.all_losses()
+        progress.recent_images = self.num_images
+        progress.recent_seconds = time.monotonic() - self.started
 
 
 class _StepBar:
@@ -441,6 +473,117 @@ class _StepBar:
             last["images_per_second"],
             " (best)" if progress.evaluations_since_best == 0 else "",
         )
+
+
+class _Signals:
+    """Holds SIGINT and SIGTERM back while it is entered; a second one acts at once.
+
+    On leaving, the handlers are what they were before, and get the signal that was held back.
+    """
+
+    def __init__(self) -> None:
+        self.noted = 0  # the number of the signal, 0 for none
+        self._noted_at = 0.0
+        self._is_raised = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                # None is a handler that is not Python's, and whoever ignores a signal means it.
+                if signal.getsignal(signum) not in (None, signal.SIG_IGN):
+                    self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._restore()
+        if self.noted and kind is None:
+            self._deliver(self.noted)
+
+    @contextlib.contextmanager
+    def ending_this(self) -> Iterator[None]:
+        """A block that can be done again, and that a signal therefore ends at once.
+
+        Not in one process of several: the others would wait for it in theirs.
+        """
+        self._is_raised = _world_size() == 1
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self.noted:
+                raise
+        finally:
+            self._is_raised = False
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        # timeout(1) and torchrun send a signal to the process that its group has had already.
+        if self.noted and time.monotonic() - self._noted_at > SECONDS_OF_ONE_SIGNAL:
+            self._restore()
+            self._deliver(signum)
+        if not self.noted:
+            self.noted, self._noted_at = signum, time.monotonic()
+        if self._is_raised:
+            self._is_raised = False
+            raise KeyboardInterrupt
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _deliver(self, signum: int) -> None:
+        handler = self._before.get(signum)
+        if callable(handler):
+            handler(signum, None)
+        elif handler is signal.SIG_DFL:
+            signal.raise_signal(signum)
+        raise KeyboardInterrupt  # the training ends, whatever a handler of the user's makes of it
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(save_path: str | Path | None, progress: _Progress) -> Iterator[None]:
+    """Adds to a NonFiniteLossError which files hold the training from before it."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        if save_path is None:
+            raise
+        kept = "no checkpoint had been written before"
+        if progress.saved_step:
+            kept = f"{Path(save_path) / 'last.pth'} is that of step {progress.saved_step}"
+        if progress.best_metrics:
+            best = progress.best_metrics["step"]
+            kept += f", {Path(save_path) / 'model.pth'} the best, of step {best}"
+        raise NonFiniteLossError(f"{error}; {kept}") from None
+
+
+def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"{what} at step {step} (learning rate {learning_rate:.3g}); try a smaller "
+        "--learning_rate, or --precision fp32"
+    )
+
+
+def _check_weights(model: nn.Module, progress: _Progress) -> None:
+    """Raises NonFiniteLossError for weights or statistics that are not finite.
+
+    The loss of a step is from before its update, and that of validation may hide an infinity.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise _diverged(f"{name} is not finite", progress.step, progress.learning_rate)
+
+
+def _save_last(
+    checkpoint: "_Checkpoint | None", model: nn.Module, progress: _Progress, window: _Window
+) -> float:
+    """Writes `last.pth` in the first process, and gives the seconds; all call it together."""
+    started = time.monotonic()
+    window.pause(progress)
+    _check_weights(model, progress)
+    progress.saved_step = progress.step
+    if checkpoint is not None:
+        checkpoint.save_last(progress)
+    return time.monotonic() - started
 
 
 def _check_arguments(
@@ -538,14 +681,14 @@ def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Call
     return torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
-def _summarise(evaluation: Evaluation, class_names: list[str], step: int) -> dict[str, Any]:
+def _summarise(
+    evaluation: Evaluation, class_names: list[str], progress: _Progress
+) -> dict[str, Any]:
     if not math.isfinite(evaluation.loss):
-        raise NonFiniteLossError(
-            f"the validation loss is {evaluation.loss} at step {step}; try a smaller "
-            "--learning_rate, or --precision fp32"
-        )
+        what = f"the validation loss is {evaluation.loss}"
+        raise _diverged(what, progress.step, progress.learning_rate)
     metrics = compute_metrics(evaluation.labels, evaluation.probabilities, class_names)
-    return {"step": step, "loss": evaluation.loss} | metrics
+    return {"step": progress.step, "loss": evaluation.loss} | metrics
 
 
 def _fit_outputs(
@@ -573,10 +716,10 @@ def _fit_outputs(
     }
 
 
-def _is_due(checkpoint_every: int | None, step: int, checkpointed: float) -> bool:
+def _is_due(checkpoint_every: int | None, progress: _Progress, next_checkpoint: float) -> bool:
     if checkpoint_every is None:
-        return time.monotonic() - checkpointed > SECONDS_BETWEEN_CHECKPOINTS
-    return step % checkpoint_every == 0
+        return time.monotonic() > next_checkpoint
+    return progress.step % checkpoint_every == 0
 
 
 def _copy_to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -617,12 +760,26 @@ def _share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def _mean_over_processes(value: float, device: torch.device) -> float:
+def _mean_over_processes(values: Tensor) -> Tensor:
     if _world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=device)
+        return values
+    total = values.clone()
     dist.all_reduce(total)
-    return total.item() / _world_size()
+    return total / _world_size()
+
+
+def _make_group() -> "dist.ProcessGroup | None":
+    """A group for `_agree`: with gloo, which never waits for a GPU."""
+    return dist.new_group(backend="gloo") if _world_size() > 1 else None
+
+
+def _agree(group: "dist.ProcessGroup | None", *numbers: int) -> list[int]:
+    """The largest of each number over the processes, so that all do the same after a step."""
+    if group is None:
+        return list(numbers)
+    shared = torch.tensor(numbers)
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
+    return shared.tolist()
 
 
 def _from_all_processes(
@@ -689,6 +846,31 @@ def _describe_scheduler(scheduler: LRScheduler | None, num_steps: int) -> list[s
     return described
 
 
+def _environment(model: nn.Module) -> dict[str, Any]:
+    """What the last bits of the weights depend on, besides the settings."""
+    device = next(model.parameters()).device
+    is_cuda = device.type == "cuda"
+    kind = torch.backends.cpu.get_cpu_capability()
+    return {
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type}, {kind}",
+    }
+
+
+def _warn_of_other_environment(path: Path, before: Any, now: dict[str, Any]) -> None:
+    before = before if isinstance(before, dict) else {}
+    differing = [
+        f"{n} was {before[n]}, is {now[n]}" for n in now if before.get(n, now[n]) != now[n]
+    ]
+    if differing:
+        warnings.warn(
+            f"{path}: {'; '.join(differing)}: the weights will be as good, but not bit for bit "
+            "those of a run that was never stopped",
+            stacklevel=2,
+        )
+
+
 def _resume(checkpoint: "_Checkpoint | None", train_loader: Batches) -> _Progress:
     if checkpoint is None:
         raise ValueError("resume needs the save_path in which the run to go on with was saved")
@@ -748,6 +930,7 @@ class _Checkpoint:
         """Writes `last.pth`, all that is needed to go on from this step."""
         contents = {
             "settings": self.settings,
+            "environment": _environment(self.model),
             "progress": vars(progress),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -773,6 +956,7 @@ class _Checkpoint:
         ]
         if differing:
             raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
+        _warn_of_other_environment(path, contents.get("environment"), _environment(self.model))
         self.model.load_state_dict(contents["model"])
         self.optimizer.load_state_dict(contents["optimizer"])
         if self.scheduler is not None:

@@ -52,12 +52,12 @@ def arguments(make_images, tmp_path):
 
 
 def names(folder):
-    return {path.name for path in folder.iterdir() if path.is_file()}
+    return {path.name for path in folder.iterdir() if path.is_file()} - {".lock"}
 
 
 def digest(folder):
     """Every file below a folder with its contents and time, to see that nothing was touched."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
 
 
@@ -279,7 +279,10 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_p
     assert np.allclose(*(p.filter(like="prob_") for p in predictions), atol=1e-5)
 
 
-def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(arguments, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(
+    arguments, tmp_path, signum
+):
     steps = ["--num_steps", "500", "--eval_every", "500", "--checkpoint_every", "20"]
     words = [*arguments, "--models", "simple_cnn", *steps]
     last = tmp_path / "out/simple_cnn/last.pth"
@@ -290,13 +293,43 @@ def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(argume
             time.sleep(0.02)
         assert last.exists(), (tmp_path / "log").read_text()
         workers = Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(int(workers[-1]), signum)
         assert both.wait(timeout=60) != 0
+        if signum == signal.SIGTERM:  # which stops both after the same step, and the first writes
+            said = "stopped by SIGTERM; to go on: torchrun --nproc_per_node=2 train_models.py"
+            assert said in (tmp_path / "log").read_text()
         assert not last.with_name("metrics.json").exists()
         again = torchrun([*words, "--resume"], stdout=log, stderr=log)
         assert again.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     assert names(last.parent) - {"mistakes.png"} == MODEL_FILES
     assert "500" in last.with_name("history.csv").read_text()
+
+
+NAN_IN_ONE = """
+import sys
+import torch
+import torch.distributed as dist
+from models import get_model
+from training import make_optimizer, train
+dist.init_process_group("gloo")
+model = get_model("simple_cnn", 2, image_size=16, seed=0)
+batch = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 0, 1])
+spoilt = batch[0] * (torch.nan if dist.get_rank() == 1 else 1), batch[1]
+batches = [batch, batch, spoilt, *[batch] * 50]
+train(model, batches, [batch], 2, 40, make_optimizer(model), eval_every=5, save_path=sys.argv[1])
+"""
+
+
+def test_a_loss_that_is_none_in_one_process_ends_all_at_the_same_step(tmp_path):
+    (tmp_path / "script.py").write_text(NAN_IN_ONE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*launcher, str(tmp_path / "script.py"), str(tmp_path / "m")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.count("NonFiniteLossError: the training loss is nan at step 3 (") == 2
+    assert not (tmp_path / "m/last.pth").exists()
 
 
 # ---------------------------------------------------------------------------- mistakes
