@@ -265,16 +265,20 @@ def _read_decisions(folder: Path, classes: Sequence[str]) -> np.ndarray:
     return table["predicted_class"].map(labels).to_numpy()
 
 
-def leave_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) -> None:
-    """Writes `audit.csv` and, if there are pairs to show, `audit.png`."""
+def leave_audit(save_dir: Path, findings: pd.DataFrame) -> None:
+    """Writes `audit.csv`; a picture of an earlier audit goes."""
     save_dir.mkdir(parents=True, exist_ok=True)
+    (save_dir / "audit.png").unlink(missing_ok=True)
     table = findings.copy()
     for name in ("images", "classes"):
         table[name] = table[name].map("; ".join)
     with write_atomically(save_dir / "audit.csv") as temporary:
         table.to_csv(temporary, index=False, errors="surrogateescape")
+
+
+def picture_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) -> None:
+    """Draws `audit.png`, if there are pairs to show."""
     pairs = worst_pairs(findings)
-    (save_dir / "audit.png").unlink(missing_ok=True)
     if len(pairs) > 0:
         images = [
             [read_image(Path(data_dir) / path, longest_side=400) for path in two]
@@ -348,7 +352,8 @@ def evaluate_folder(
         write_text(save_dir / "config.json", json.dumps(config, indent=2) + "\n")
         with write_atomically(save_dir / "splits.csv") as temporary:
             metadata.to_csv(temporary, index=False, errors="surrogateescape")
-        leave_audit(save_dir, findings, data_dir)
+        leave_audit(save_dir, findings)
+        picture_audit(save_dir, findings, data_dir)
         for name, (model, info) in loaded.items():
             evaluation = evaluate(model, loader, device=loader.device, precision=precision)
             about = {

@@ -350,7 +350,8 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     settings = _prepare_demo(settings) if is_demo else settings
     save_dir = Path(settings.save_dir)
     _check_folders(settings)
-    from results import claim, leave_audit  # torch with it: not before the check above
+    # Not before the check above: torch comes with it.
+    from results import claim, leave_audit, picture_audit
 
     if _is_first() and (save_dir / ".lock").exists():
         with claim(save_dir):  # to say at once that it is in use, not after the images are prepared
@@ -358,7 +359,8 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     if settings.audit_only:
         findings = _audit(_make_builder(settings))
         with claim(save_dir):
-            leave_audit(save_dir, findings, settings.data_dir)
+            leave_audit(save_dir, findings)
+            picture_audit(save_dir, findings, settings.data_dir)
         print(f"\nEverything is in {save_dir}.")
         return 1 if len(findings) > 0 else 0
 
@@ -394,13 +396,12 @@ def _train_and_compare(
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from report import write_report
-    from results import compare_models, leave_audit
+    from results import compare_models, leave_audit, picture_audit
 
     save_dir = Path(settings.save_dir)
     if _is_first():
-        leave_audit(save_dir, findings, settings.data_dir)
+        leave_audit(save_dir, findings)
         _say_unavoidable_errors(loaders["test"].dataset)
-        _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
     with _process_group(device):
         for number, name in enumerate(settings.models, 1):
             print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
@@ -410,6 +411,9 @@ def _train_and_compare(
                 with logging_redirect_tqdm():  # or a line of the log would break the bar
                     _train_one(name, settings, loaders, device)
     if _is_first():
+        # Drawing takes seconds, for which the training should not wait.
+        picture_audit(save_dir, findings, settings.data_dir)
+        _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
         test = loaders["test"].dataset
         _say_comparison(compare_models(save_dir, settings.models, test, seed=settings.seed))
         write_report(save_dir)

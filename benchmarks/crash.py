@@ -70,9 +70,9 @@ class Trial:
         """How far the run has come, by what it has left."""
         ends = {
             "building": self.save_dir / "config.json",
-            "data figures": self.save_dir / "augmentations.png",
             "training": self.model / "learning_curves.png",
             "results": self.model / "metrics.json",
+            "data figures": self.save_dir / "augmentations.png",
             "comparison, report": self.save_dir / "report.html",
         }
         return next((name for name, end in ends.items() if not end.exists()), "finished")
