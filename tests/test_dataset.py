@@ -25,6 +25,7 @@ import dataset
 from dataset import (
     DatasetBuilder,
     LesionLoader,
+    UnreadableImageError,
     balanced_frequencies,
     center_crop,
     create_dataloaders,
