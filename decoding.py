@@ -144,6 +144,8 @@ def _open(contents: bytes) -> tuple[Image.Image, int]:
     else:
         raise UnreadableImageError("not an image of a known format")
     _check_limits(image, len(contents), num_scans)
+    if image.format == "TIFF":
+        _check_whole(image)
     return image, orientation
 
 
@@ -164,6 +166,14 @@ def _check_limits(image: Image.Image, num_bytes: int, num_scans: int) -> None:
         raise UnreadableImageError(
             f"a run-length-encoded BMP of more than {MAX_RLE_PIXELS:,} pixels or bytes"
         )
+
+
+def _check_whole(image: Image.Image) -> None:
+    """Raises for strips or tiles that do not fill the image: Pillow would leave the rest black."""
+    boxes = (tile[1] for tile in image.tile)
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
+    if covered < image.width * image.height:
+        raise UnreadableImageError("a TIFF with strips or tiles missing")
 
 
 class _StrippedJpeg(NamedTuple):

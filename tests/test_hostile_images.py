@@ -285,6 +285,7 @@ REFUSED = {
     "segments.jpg": (with_segment(JPEG, 0xFE, b"", 100_001), "100,000 segments"),
     "chunks.png": (PNG[:33] + with_chunk(b"", b"tEXt", b"") * 100_001, "100,000 chunks"),
     "strips.tif": (with_tags(TIFF, {STRIP_OFFSETS: (4, 2**31, 8)}.items()), "1,000,000 values"),
+    "shorter_than_it_says.tif": (with_tags(TIFF, {257: (4, 1, 64)}.items()), "strips or tiles"),
     "directory_outside.tif": (TIFF[:4] + b"\xff\xff\xff\xff" + TIFF[8:], "cut off"),
     "floats.tif": (encoded(Image.new("F", (9, 9)), "TIFF"), "floating-point numbers"),
 }
