@@ -106,6 +106,8 @@ def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Imag
         image = _to_rgb(image)
     except UnreadableImageError:
         raise
+    except Image.DecompressionBombError as error:  # where Pillow looks for itself before we can
+        raise UnreadableImageError(f"pixels are more than the limit of {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow documents no closed set of errors for damaged files
         raise UnreadableImageError(str(error).strip() or type(error).__name__) from error
     if orientation in TURN_UPRIGHT:
@@ -186,7 +188,7 @@ def _strip_jpeg(contents: bytes) -> _StrippedJpeg:
     """A JPEG without metadata, and without what follows its end."""
     markers = _find_markers(contents)
     kept, start, orientation, num_scans = [], 0, 1, 0
-    at, end = 0, 2
+    end = 2
     for _ in range(MAX_PARTS):
         following = np.searchsorted(markers, end)
         if following == len(markers):

@@ -237,6 +237,13 @@ def test_extreme_shapes_are_read_and_prepared(tmp_path, size, kind):
 # ---------------------------------------------------------------------------- refused
 
 
+def huge_webp():
+    """An animation on a canvas of 20000 x 20000."""
+    whole = SHOWN_BY_A_VIEWER["animated.webp"]
+    size = whole.index(b"VP8X") + 12
+    return whole[:size] + (20_000 - 1).to_bytes(3, "little") * 2 + whole[size + 6 :]
+
+
 @pytest.mark.parametrize("tenth", range(1, 10))
 @pytest.mark.parametrize(
     "options",
@@ -276,6 +283,7 @@ REFUSED = {
     "telephone.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC and AVIF are not supported"),
     "bomb.png": (flat_png(10_000, 10_000), "10,000 x 10,000 pixels are more than the limit"),
     "huge.png": (flat_png(20_000, 20_000, b""), "20,000 x 20,000 pixels are more than the limit"),
+    "huge.webp": (huge_webp(), "pixels are more than the limit"),
     "huge.tif": (with_tags(TIFF, {256: (4, 1, 2**31)}.items()), "pixels are more than the limit"),
     "scans.jpg": (with_scans(encoded(picture(), "JPEG", progressive=True), 1001), "scans are more"),
     "large_scans.jpg": (
