@@ -2,11 +2,9 @@
 
 import functools
 import hashlib
-import io
 import json
 import os
 import secrets
-import stat
 import sys
 import sysconfig
 import time
@@ -24,7 +22,7 @@ import numpy as np
 import pandas as pd
 import PIL
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -33,10 +31,11 @@ from tqdm import tqdm
 
 import audit
 from augmentation import Views, apply_views, draw_views
+from decoding import UnreadableImageError, decode, read_regular_file, scaled_size
 from files import lock, write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # named, as they are pictures too
 DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
 STEM_COLUMNS = ("image_id", "image_name", "isic_id")  # HAM10000's, the 2020 challenge's, ISIC's
 METADATA_COLUMNS = (
@@ -67,10 +66,6 @@ MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling 
 Preprocessor = Callable[[np.ndarray], np.ndarray]
 
 
-class UnreadableImageError(ValueError):
-    """A file that should be an image and cannot be read as one."""
-
-
 # ---------------------------------------------------------------------------- single images
 
 
@@ -81,7 +76,7 @@ def read_image(path: str | Path, longest_side: int | None = None) -> np.ndarray:
     side above `longest_side` is scaled down to it. Raises UnreadableImageError naming the file.
     """
     try:
-        image = _decode(_read_regular_file(path)[0])[0]
+        image = decode(read_regular_file(path)[0])[0]
         if longest_side is not None:
             image.thumbnail((longest_side, longest_side))
         return np.array(image)
@@ -99,7 +94,7 @@ def prepare_image(
     file, and ValueError naming a preprocessor that gives no image.
     """
     try:
-        image, _ = _decode_for(_read_regular_file(path)[0], image_size, preprocessors)
+        image, _ = _decode_for(read_regular_file(path)[0], image_size, preprocessors)
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{_shown(path)}: {error}") from error
     return _prepare(image, image_size, preprocessors, path)
@@ -108,7 +103,7 @@ def prepare_image(
 def resize(image: np.ndarray, size: int = 256) -> np.ndarray:
     """Scales a uint8 RGB image `(h, w, 3)` to a shorter side of `size`, the aspect ratio kept."""
     height, width = image.shape[:2]
-    scaled = _scaled_size(width, height, size)
+    scaled = scaled_size(width, height, size)
     return np.array(Image.fromarray(image).resize(scaled, Image.Resampling.BILINEAR))
 
 
@@ -124,12 +119,6 @@ def normalize(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / 255
 
 
-def _scaled_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
-    if width <= height:
-        return shorter_side, int(shorter_side * height / width)
-    return int(shorter_side * width / height), shorter_side
-
-
 def _shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
@@ -141,7 +130,7 @@ def _fit(image: Image.Image, image_size: int) -> Image.Image:
     only the pixels that stay are computed.
     """
     width, height = image.size
-    scaled_width, scaled_height = _scaled_size(width, height, _shorter_side(image_size))
+    scaled_width, scaled_height = scaled_size(width, height, _shorter_side(image_size))
     left, top = round((scaled_width - image_size) / 2), round((scaled_height - image_size) / 2)
     x, y = width / scaled_width, height / scaled_height
     box = (left * x, top * y, (left + image_size) * x, (top + image_size) * y)
@@ -154,51 +143,12 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize(size, Image.Resampling.BOX).convert("L"))
 
 
-def _read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
-    """The bytes of a file, and its state just before they were read."""
-    try:
-        # A pipe would be waited on for ever, so the kind of file is looked at before it is opened.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UnreadableImageError("not a regular file")
-        with open(path, "rb") as file:
-            return file.read(), os.fstat(file.fileno())
-    except OSError as error:
-        raise UnreadableImageError(error.strerror or str(error)) from error
-
-
-def _decode(
-    contents: bytes, shorter_side: int | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
-    """The upright RGB image in the contents of a file, and its width and height.
-
-    With `shorter_side`, a JPEG may come out at a half, a quarter or an eighth of its size, but not
-    smaller than that: its decoder does so at a fraction of the work.
-    """
-    if not contents:
-        raise UnreadableImageError("empty file")
-    try:
-        image = Image.open(io.BytesIO(contents), formats=IMAGE_FORMATS)
-        width, height = image.size
-        if shorter_side is not None:
-            image.draft(None, _scaled_size(width, height, shorter_side))
-        image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # it lies on its side
-            width, height = height, width
-        return _to_rgb(ImageOps.exif_transpose(image)), (width, height)
-    except UnreadableImageError:
-        raise
-    except PIL.UnidentifiedImageError as error:
-        raise UnreadableImageError("not an image of a known format") from error
-    except Exception as error:  # Pillow documents no closed set of errors for damaged files
-        raise UnreadableImageError(str(error).strip() or type(error).__name__) from error
-
-
 def _decode_for(
     contents: bytes, image_size: int, preprocessors: Sequence[Preprocessor]
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """As `_decode`: for a preprocessor the original, without one no more than is needed."""
+    """As `decode`: for a preprocessor the original, without one no more than is needed."""
     needed = max(_shorter_side(image_size), 2 * audit.THUMBNAIL_SIZE)
-    return _decode(contents, None if preprocessors else needed)
+    return decode(contents, None if preprocessors else needed)
 
 
 def _prepare(
@@ -210,20 +160,6 @@ def _prepare(
         except ValueError as error:
             raise ValueError(f"{error} (on {_shown(path)})") from error
     return np.asarray(_fit(image, image_size))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise UnreadableImageError("pixels are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise UnreadableImageError("pixels have more than 16 bits")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
-    return image.convert("RGB")
 
 
 def _shown(path: str | Path) -> str:
@@ -395,7 +331,8 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     `path` is relative to `data_dir` with forward slashes, `class` the parent folder's name, and
     `source_split` what lies above that. Without class folders there is no `class`, and
     `source_split` is all that lies above the image. Hidden files and folders are passed over, links
-    followed.
+    followed. What has an image's name but is none, or of a format that is not supported, has its
+    row too: whoever reads it hears of it.
 
     Raises FileNotFoundError for no such folder; ValueError for no images, and where there are class
     folders for images that stand directly in `data_dir` and for fewer than two classes.
@@ -452,9 +389,11 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
         path = folder / name
         if name.startswith("."):
             continue
+        is_named_like_an_image = path.suffix.lower() in IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES
         if os.path.isdir(path):
-            yield from _walk(path, ancestors | {identity})
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            inside = list(_walk(path, ancestors | {identity}))
+            yield from inside or ([path] if is_named_like_an_image else [])
+        elif is_named_like_an_image:
             yield path
 
 
@@ -586,7 +525,7 @@ class _ArrayCache:
         code = hashlib.sha256(identity).hexdigest()[:8]
         self.folder = cache_dir / f"{self.data_dir.name}-{image_size}-{code}"
         self.version = (
-            f"3, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}, "
+            f"4, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}, "
             f"near-duplicates {audit.THUMBNAIL_SIZE}, {audit.MAX_DISTANCE}"
         )
 
@@ -648,7 +587,7 @@ class _ArrayCache:
     def _refreshed(self, record: _FileRecord) -> _FileRecord | None:
         """The record with the file's times as they are now, or None if its contents are others."""
         try:
-            contents, status = _read_regular_file(self.data_dir / record.path)
+            contents, status = read_regular_file(self.data_dir / record.path)
         except UnreadableImageError as error:
             return record if str(error) == record.error else None
         if hashlib.sha256(contents).hexdigest() != record.content_hash:
@@ -714,7 +653,7 @@ class _ArrayCache:
         path = paths[row]
         contents, size, mtime_ns, ctime_ns = b"", 0, 0, 0
         try:
-            contents, status = _read_regular_file(self.data_dir / path)
+            contents, status = read_regular_file(self.data_dir / path)
             size, mtime_ns, ctime_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
             image, (width, height) = _decode_for(contents, self.image_size, self.preprocessors)
             problem = ""

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from audit import MAX_DISTANCE, find_near_duplicates
-from dataset import _decode, _thumbnail, find_images
+from dataset import _thumbnail, find_images
+from decoding import decode
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.1, 0.12, MAX_DISTANCE, 0.16, 0.18, 0.2, 0.22, 0.24)
 TURNS = [None, *Image.Transpose]
@@ -46,9 +47,9 @@ def main() -> None:
     rng = np.random.default_rng(arguments.seed)
     originals, copies = [], []
     for contents in tqdm(files.values(), "copies", disable=None):
-        image = _decode(contents)[0]
+        image = decode(contents)[0]
         originals.append(_thumbnail(image))
-        copies.append(_thumbnail(_decode(changed_copy(image, rng))[0]))
+        copies.append(_thumbnail(decode(changed_copy(image, rng))[0]))
     thumbnails, paths = np.stack(originals + copies), list(files)
     found = find_near_duplicates(thumbnails, range(len(thumbnails)), max(THRESHOLDS))
     num_images = len(paths)

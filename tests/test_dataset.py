@@ -35,7 +35,6 @@ from dataset import (
     k_fold_splits,
     normalize,
     prepare_image,
-    read_image,
     resize,
     stratified_split,
 )
@@ -114,78 +113,6 @@ def test_folders_that_cannot_be_used_are_named(make_images, tmp_path):
     shutil.copy(stray / "a/0000.png", stray / "loose.png")
     with pytest.raises(ValueError, match="loose.png stands directly"):
         find_images(stray)
-
-
-# ---------------------------------------------------------------------------- decoding
-
-
-def test_sixteen_bits_are_reduced_not_clipped(tmp_path):
-    values = np.array([[0, 257, 30_000, 65_535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    assert read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 117, 255]
-
-
-def test_transparency_lies_over_white(tmp_path):
-    pixels = np.array([[[200, 0, 0, 255], [200, 0, 0, 0]]], dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "alpha.png")
-    assert read_image(tmp_path / "alpha.png")[0].tolist() == [[200, 0, 0], [255, 255, 255]]
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putdata([0, 1])
-    palette.save(tmp_path / "palette.png", transparency=1)
-    assert read_image(tmp_path / "palette.png")[0].tolist() == [[10, 20, 30], [255, 255, 255]]
-
-
-def test_cmyk_and_grey_become_rgb(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
-    red = read_image(tmp_path / "cmyk.jpg")[4, 4]
-    assert red[0] > 240 and red[1] < 15 and red[2] < 15
-    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
-    assert read_image(tmp_path / "grey.png")[0, 0].tolist() == [90, 90, 90]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation):
-    upright = np.zeros((16, 24, 3), dtype=np.uint8)
-    upright[:8, :8] = 255  # a mark in the upper left corner
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright, 1),
-        7: upright[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / "turned.png"
-    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
-    assert np.array_equal(read_image(path), upright)
-
-
-def test_all_unreadable_images_are_named_at_once(make_images):
-    root = make_images({"a": 4, "b": 4})
-    Image.open(root / "a/0000.png").save(root / "a/cut.jpg")
-    whole = (root / "a/cut.jpg").read_bytes()
-    (root / "a/cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (root / "b/text.jpg").write_text("not an image")
-    (root / "b/empty.png").touch()
-    os.mkfifo(root / "b/pipe.png")
-    (root / "b/gone.png").symlink_to("nowhere.png")
-    for _ in range(2):  # the second time from the array on disk
-        with pytest.raises(UnreadableImageError) as caught:
-            build(root)
-        message = str(caught.value)
-        assert "5 of 13" in message and "\n" not in message
-        names = ("a/cut.jpg", "b/text.jpg", "b/empty.png", "b/pipe.png", "b/gone.png")
-        assert all(name in message for name in names)
-    with pytest.warns(UserWarning, match="5 of 13 images cannot be read and are left out"):
-        splits, metadata = build(root, skip_unreadable=True)
-    assert len(metadata) == 8 == sum(map(len, splits.values()))
-    images = np.concatenate([s.gather(np.arange(len(s))) for s in splits.values()])
-    assert images.reshape(8, -1).max(axis=1).min() > 0  # no row of zeros stands for an image
 
 
 # ---------------------------------------------------------------------------- preprocessing
@@ -1110,7 +1037,7 @@ def test_an_older_file_is_not_hashed_again(make_images, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: now() + 10_000_000_000)
     _, expected = build(root)  # takes the new times into the index
     read = []
-    monkeypatch.setattr(dataset, "_read_regular_file", read.append)
+    monkeypatch.setattr(dataset, "read_regular_file", read.append)
     _, metadata = build(root)
     assert read == []
     assert metadata.equals(expected)

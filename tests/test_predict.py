@@ -79,8 +79,8 @@ def break_files(folder):
     whole = (folder / "a/0000.png").read_bytes()
     (folder / "empty.jpg").touch()
     (folder / "cut\nshort.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("not an image")
-    return ["empty.jpg", "cut\nshort.png", "text.png"]
+    os.mkfifo(folder / "pipe.gif")
+    return ["empty.jpg", "cut\nshort.png", "pipe.gif"]
 
 
 # ---------------------------------------------------------------------------- what the models see
@@ -740,7 +740,7 @@ def test_exit_statuses_are_0_for_all_read_1_for_some_and_2_for_a_mistake(
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 3
     for line, words in zip(
-        done.stderr.splitlines(), (r"cut\nshort.png'", "empty.jpg: empty", "text.png"), strict=True
+        done.stderr.splitlines(), (r"cut\nshort.png'", "empty.jpg: empty", "pipe.gif"), strict=True
     ):
         assert line.startswith("predict.py: warning: ") and words in line
     assert "9 images; could not be read: 3" in done.stdout

@@ -1,0 +1,319 @@
+"""An image file from anywhere → its upright RGB pixels, or one kind of error, in bounded time.
+
+What an application may put into a file beside the picture (EXIF, colour profiles, text, previews,
+further pages) is taken out before Pillow sees the file: a viewer shows the picture however broken
+that is, and so it costs neither time nor memory.
+"""
+
+import io
+import os
+import stat
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+MAX_BYTES = 512 * 2**20
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+# Each scan of a JPEG passes over the whole picture, however few bytes it has. Encoders make about
+# ten; this allows 11 of the largest picture and 1,000 of a small one.
+MAX_SCANNED_PIXELS = 1_000_000_000
+MAX_RLE_PIXELS = 2**22  # Pillow decodes run-length-encoded BMPs in Python, a megapixel a second
+MAX_PARTS = 100_000  # segments of a JPEG, chunks of a PNG
+MAX_TAG_VALUES = 1_000_000  # of one tag of a TIFF, such as the places of its strips
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two are BigTIFF's
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
+
+# JPEG: all that an application may add, but for those by which decoders know the colour space.
+METADATA_MARKERS = {*range(0xE1, 0xF0), 0xFE} - {0xEE}
+SOI, EOI, SOS, EXIF_MARKER = 0xD8, 0xD9, 0xDA, 0xE1
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+# TIFF: size, coding, strips, tiles, palette and colour space, by the numbers of the specification.
+TIFF_TAGS = (
+    *(256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320),
+    *(322, 323, 324, 325, 332, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521),
+    *(529, 530, 531, 532),
+)
+ORIENTATION_TAG = 274
+TURN_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImageError(ValueError):
+    """A file that should be an image and cannot be read as one."""
+
+
+def read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
+    """The bytes of a file, and its state just before they were read.
+
+    Raises UnreadableImageError, which does not name it, for what is no file, cannot be opened or
+    has more than `MAX_BYTES`.
+    """
+    try:
+        # A pipe would be waited on for ever, so the kind of file is looked at before it is opened.
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UnreadableImageError("a folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImageError("not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise UnreadableImageError(
+                f"{status.st_size:,} bytes are more than the limit of {MAX_BYTES:,}"
+            )
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            return file.read(), status
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or str(error)) from error
+
+
+def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """The upright RGB image in the contents of a file, and its width and height.
+
+    The first page or frame, EXIF orientation applied, transparency laid over white, 16 bits reduced
+    to 8. With `shorter_side`, a JPEG may come out at a half, a quarter or an eighth of its size,
+    but not smaller than that: its decoder does so at a fraction of the work.
+
+    Raises UnreadableImageError and nothing else, whatever the contents are. More than `MAX_PIXELS`
+    are refused before memory is taken for them.
+    """
+    if not contents:
+        raise UnreadableImageError("empty file")
+    try:
+        image, orientation = _open(contents)
+        width, height = image.size
+        if shorter_side is not None:
+            image.draft(None, scaled_size(width, height, shorter_side))
+        image.load()
+        if image.format == "WEBP":
+            orientation = _orientation(image.info.get("exif", b""))
+        image = _to_rgb(image)
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:  # where Pillow looks for itself before we can
+        raise UnreadableImageError(f"pixels are more than the limit of {MAX_PIXELS:,}") from error
+    except Exception as error:  # Pillow documents no closed set of errors for damaged files
+        raise UnreadableImageError(str(error).strip() or type(error).__name__) from error
+    if orientation in TURN_UPRIGHT:
+        image = image.transpose(TURN_UPRIGHT[orientation])
+    return image, (width, height) if orientation < 5 else (height, width)
+
+
+def scaled_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
+    """Width and height with a shorter side of `shorter_side`, the aspect ratio kept."""
+    if width <= height:
+        return shorter_side, int(shorter_side * height / width)
+    return int(shorter_side * width / height), shorter_side
+
+
+def _open(contents: bytes) -> tuple[Image.Image, int]:
+    """The image, not decoded yet, and its orientation."""
+    # The formats' own classes, as Image.open would warn, in every thread, of what is refused here.
+    orientation, num_scans = 1, 1
+    if contents.startswith(b"\xff\xd8\xff"):
+        contents, orientation, num_scans = _strip_jpeg(contents)
+        image = JpegImageFile(io.BytesIO(contents))
+    elif contents.startswith(PNG_SIGNATURE):
+        contents, orientation = _strip_png(contents)
+        image = PngImageFile(io.BytesIO(contents))
+    elif contents.startswith(TIFF_SIGNATURES):
+        contents, orientation = _strip_tiff(contents)
+        image = TiffImageFile(io.BytesIO(contents))
+    elif contents.startswith(b"BM"):
+        image = BmpImageFile(io.BytesIO(contents))
+    elif contents.startswith(b"RIFF") and contents[8:12] == b"WEBP":
+        image = WebPImageFile(io.BytesIO(contents))
+    elif contents.startswith(b"GIF8"):
+        raise UnreadableImageError("GIF is not supported; save it as PNG")
+    elif contents[4:8] == b"ftyp" and contents[8:12] in HEIF_BRANDS:
+        raise UnreadableImageError("HEIC and AVIF are not supported; save it as JPEG or PNG")
+    else:
+        raise UnreadableImageError("not an image of a known format")
+    _check_limits(image, len(contents), num_scans)
+    if image.format == "TIFF":
+        _check_whole(image)
+    return image, orientation
+
+
+def _check_limits(image: Image.Image, num_bytes: int, num_scans: int) -> None:
+    width, height = image.size
+    num_pixels = width * height
+    if num_pixels > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{width:,} x {height:,} pixels are more than the limit of {MAX_PIXELS:,}"
+        )
+    if num_scans * max(num_pixels, 1_000_000) > MAX_SCANNED_PIXELS:
+        raise UnreadableImageError(
+            f"{num_scans:,} scans are more than a JPEG of {width:,} x {height:,} may have"
+        )
+    # A row counts as 256, as one code skips as many and Pillow fills them before it looks.
+    cost = max(width * max(height, 256), num_bytes)
+    if image.tile and image.tile[0][0] == "bmp_rle" and cost > MAX_RLE_PIXELS:
+        raise UnreadableImageError(
+            f"a run-length-encoded BMP of more than {MAX_RLE_PIXELS:,} pixels or bytes"
+        )
+
+
+def _check_whole(image: Image.Image) -> None:
+    """Raises for strips or tiles that do not fill the image: Pillow would leave the rest black."""
+    boxes = (tile[1] for tile in image.tile)
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
+    if covered < image.width * image.height:
+        raise UnreadableImageError("a TIFF with strips or tiles missing")
+
+
+class _StrippedJpeg(NamedTuple):
+    contents: bytes
+    orientation: int
+    num_scans: int
+
+
+def _strip_jpeg(contents: bytes) -> _StrippedJpeg:
+    """A JPEG without metadata, and without what follows its end."""
+    markers = _find_markers(contents)
+    kept, start, orientation, num_scans = [], 0, 1, 0
+    end = 2
+    for _ in range(MAX_PARTS):
+        following = np.searchsorted(markers, end)
+        if following == len(markers):
+            raise UnreadableImageError("a JPEG that is cut off: it has no end marker")
+        at = int(markers[following])
+        kind = contents[at + 1]
+        if kind == EOI:
+            kept.append(contents[start : at + 2])
+            return _StrippedJpeg(b"".join(kept), orientation, num_scans)
+        end = at + 2
+        if kind != SOI:
+            end += int.from_bytes(contents[at + 2 : at + 4], "big")
+        num_scans += kind == SOS
+        if kind in METADATA_MARKERS:
+            if kind == EXIF_MARKER and orientation == 1:
+                orientation = _orientation(contents[at + 4 : end])
+            kept.append(contents[start:at])
+            start = end
+    raise UnreadableImageError(f"a JPEG of more than {MAX_PARTS:,} segments")
+
+
+def _find_markers(contents: bytes) -> np.ndarray:
+    """Where a segment of a JPEG may begin: within coded pixels nowhere, but in others by chance."""
+    values = np.frombuffer(contents, np.uint8)
+    found = np.flatnonzero(values[:-1] == 0xFF)
+    kinds = values[found + 1]
+    is_restart = (kinds >= 0xD0) & (kinds <= 0xD7)
+    return found[(kinds >= 0xC0) & (kinds < 0xFF) & ~is_restart]
+
+
+def _strip_png(contents: bytes) -> tuple[bytes, int]:
+    """A PNG with the chunks alone that make its picture, and its orientation."""
+    view, kept, at, orientation = memoryview(contents), [PNG_SIGNATURE], len(PNG_SIGNATURE), 1
+    for _ in range(MAX_PARTS):
+        if at + 12 > len(contents) and kept[-1][4:8] == b"IDAT":
+            return b"".join(kept), orientation  # whether pixels lack too, the decoder sees
+        length, kind = int.from_bytes(view[at : at + 4], "big"), contents[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(contents):
+            raise UnreadableImageError("a PNG that is cut off")
+        if kind == b"eXIf":
+            orientation = _orientation(contents[at + 8 : end - 4])
+        elif kind in PNG_CHUNKS:
+            if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+                raise UnreadableImageError(f"a damaged PNG: wrong checksum of {kind.decode()}")
+            kept.append(view[at:end])
+        if kind == b"IEND":
+            return b"".join(kept), orientation
+        at = end
+    raise UnreadableImageError(f"a PNG of more than {MAX_PARTS:,} chunks")
+
+
+def _strip_tiff(contents: bytes) -> tuple[bytes, int]:
+    """A TIFF of the first page alone, with the tags alone that make its picture; orientation."""
+    orientation = _orientation(contents)
+    try:
+        tags = _first_directory(contents)
+    except ValueError as error:
+        raise UnreadableImageError("a TIFF that is cut off") from error
+    tags = tags[np.unique(tags["tag"], return_index=True)[1]]
+    tags = tags[np.isin(tags["tag"], TIFF_TAGS)]
+    if (tags["count"] > MAX_TAG_VALUES).any():
+        raise UnreadableImageError(f"a TIFF with a tag of more than {MAX_TAG_VALUES:,} values")
+    order, is_big = _tiff_kind(contents)
+    offset = len(contents) + len(contents) % 2  # a directory begins at an even place
+    pointer = offset.to_bytes(8 if is_big else 4, order)
+    header = contents[: 8 if is_big else 4] + pointer
+    number = len(tags).to_bytes(8 if is_big else 2, order)
+    rest = contents[len(header) :].ljust(offset - len(header), b"\0")
+    return b"".join([header, rest, number, tags.tobytes(), bytes(len(pointer))]), orientation
+
+
+def _orientation(exif: bytes) -> int:
+    """What EXIF, or a TIFF's own tags, say of it: 1 to 8, and 1 where they say nothing valid."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    if not exif.startswith(TIFF_SIGNATURES):
+        return 1
+    try:
+        tags = _first_directory(exif)
+    except ValueError:
+        return 1
+    (found,) = np.nonzero(tags["tag"] == ORIENTATION_TAG)
+    if len(found) == 0:
+        return 1
+    tag = tags[found[0]]
+    length = {1: 1, 3: 2, 4: 4}.get(int(tag["type"]), 0)  # BYTE, SHORT, LONG
+    value = int.from_bytes(tag["value"].tobytes()[:length], _tiff_kind(exif)[0])
+    return value if value in TURN_UPRIGHT else 1
+
+
+def _first_directory(tiff: bytes) -> np.ndarray:
+    """The tags of the first page, a record each; raises ValueError where there is none."""
+    order, is_big = _tiff_kind(tiff)
+    width = 8 if is_big else 4
+    offset = int.from_bytes(tiff[width : 2 * width], order)
+    start = offset + (8 if is_big else 2)
+    number = int.from_bytes(tiff[offset:start], order)
+    sign = "<" if order == "little" else ">"
+    record = np.dtype(
+        [
+            ("tag", f"{sign}u2"),
+            ("type", f"{sign}u2"),
+            ("count", f"{sign}u{width}"),
+            ("value", f"V{width}"),
+        ]
+    )
+    if start + number * record.itemsize > len(tiff):
+        raise ValueError("the directory is cut off")
+    return np.frombuffer(tiff, record, number, start)
+
+
+def _tiff_kind(tiff: bytes) -> tuple[str, bool]:
+    """The byte order, and whether it is a BigTIFF."""
+    return "little" if tiff.startswith(b"II") else "big", b"+" in tiff[2:4]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise UnreadableImageError("pixels are floating-point numbers of unknown range")
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UnreadableImageError("pixels have more than 16 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+    return image.convert("RGB")
