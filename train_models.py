@@ -12,6 +12,7 @@ trains with two processes, the first of which prints, draws and writes for both.
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dataset import DatasetBuilder, LesionDataset, LesionLoader
     from models import LesionClassifier
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
 # Settings on which no result depends: a run may be resumed with others.
 NOT_RESULTS = {
@@ -145,7 +147,7 @@ def _stoppable() -> Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOPPING:
             # None is a handler that is not Python's, and whoever ignores a signal means it.
             if signal.getsignal(signum) not in (None, signal.SIG_IGN):
                 handler = stop if _is_first() else signal.SIG_DFL
@@ -454,12 +456,24 @@ def _process_group(device: "torch.device") -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    _end_with_the_launcher()
+    # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
+    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOPPING}
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     yield
     dist.destroy_process_group()  # after an error torchrun ends the others instead
+
+
+def _end_with_the_launcher() -> None:
+    """Has Linux send SIGTERM when torchrun is killed, which cannot tell its processes then."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------------- before the training

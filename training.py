@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 SECONDS_OF_ONE_SIGNAL = 1.0
+SECONDS_BETWEEN_EXCHANGES = 0.5
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -264,7 +265,7 @@ def train(
     batches = _endless_batches(train_loader, progress.step * accumulate)
     model.train()
     forward = _make_forward(model, device, compile)
-    group = _make_group()
+    together = _Together()
     window, next_checkpoint = _Window(progress), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     with (
         _own_random_state(device),
@@ -318,17 +319,19 @@ def train(
                 bar.log(progress)
                 window = _Window(progress)
 
-            is_due = checkpoint is not None and _is_due(checkpoint_every, progress, next_checkpoint)
-            stopping, is_due = _agree(group, signals.noted, is_due)
+            is_late = time.monotonic() > next_checkpoint
+            stopping, is_due = together.largest(signals.noted, is_late)
             if stopping:
                 signals.noted = stopping
                 break
+            if checkpoint_every is not None:
+                is_due = progress.step % checkpoint_every == 0
             if is_due:
                 seconds = _save_last(checkpoint, model, progress, window)
                 pause = max(SECONDS_BETWEEN_CHECKPOINTS, 100 * seconds)  # a slow disk costs 1 % too
                 next_checkpoint = time.monotonic() + pause
         _save_last(checkpoint, model, progress, window)
-        _agree(group, 0)  # if one process ended while the first still writes, torchrun would end it
+        together.wait()  # if one process ended while the first still writes, torchrun would end it
     model.load_state_dict(progress.best_state)
     return model.eval(), progress.history
 
@@ -716,12 +719,6 @@ def _fit_outputs(
     }
 
 
-def _is_due(checkpoint_every: int | None, progress: _Progress, next_checkpoint: float) -> bool:
-    if checkpoint_every is None:
-        return time.monotonic() > next_checkpoint
-    return progress.step % checkpoint_every == 0
-
-
 def _copy_to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
@@ -768,18 +765,36 @@ def _mean_over_processes(values: Tensor) -> Tensor:
     return total / _world_size()
 
 
-def _make_group() -> "dist.ProcessGroup | None":
-    """A group for `_agree`: with gloo, which never waits for a GPU."""
-    return dist.new_group(backend="gloo") if _world_size() > 1 else None
+class _Together:
+    """Lets all processes stop or write after the same step.
 
+    They ask each other every so many steps, as asking takes time, and agree on how many: those of
+    the slowest in half a second. They do it with gloo, which never waits for a GPU.
+    """
 
-def _agree(group: "dist.ProcessGroup | None", *numbers: int) -> list[int]:
-    """The largest of each number over the processes, so that all do the same after a step."""
-    if group is None:
-        return list(numbers)
-    shared = torch.tensor(numbers)
-    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
-    return shared.tolist()
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if _world_size() > 1 else None
+        self._steps_left = self._steps = 1
+        self._asked = time.monotonic()
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the processes; zeros after a step without asking."""
+        if self._group is None:
+            return list(numbers)
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return [0] * len(numbers)
+        microseconds = int(1e6 * (time.monotonic() - self._asked) / self._steps)
+        shared = torch.tensor([*numbers, microseconds])
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+        *largest, microseconds = shared.tolist()
+        self._steps = max(int(1e6 * SECONDS_BETWEEN_EXCHANGES / max(microseconds, 1)), 1)
+        self._steps_left, self._asked = self._steps, time.monotonic()
+        return largest
+
+    def wait(self) -> None:
+        if self._group is not None:
+            dist.barrier(group=self._group)
 
 
 def _from_all_processes(
