@@ -22,6 +22,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -136,16 +137,23 @@ class Stopped(KeyboardInterrupt):
 def _stoppable() -> Iterator[None]:
     """Lets SIGINT and SIGTERM end the block with Stopped, in the main thread.
 
+    A second one, later than a moment after the first, ends the process as it would without this.
+
     Of several processes only the first, which alone prints and writes, ends in this orderly way:
     the others may be waiting for it in a library, where Python's handlers are not heard.
     """
-
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        for known in before:  # timeout(1) and torchrun send a signal twice; the way out is short
-            signal.signal(known, signal.SIG_IGN)
-        raise Stopped(signum)
-
     before = {}
+    stopped_at = None
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped_at
+        if stopped_at is None:
+            stopped_at = time.monotonic()
+            raise Stopped(signum)
+        if time.monotonic() - stopped_at > 1:  # timeout(1) and torchrun send a signal twice
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
     if threading.current_thread() is threading.main_thread():
         for signum in STOPPING:
             # None is a handler that is not Python's, and whoever ignores a signal means it.

@@ -295,6 +295,33 @@ def test_a_real_process_ends_in_one_line_with_the_status_of_its_signal(arguments
     assert said_command(line)[-1] == "--resume"
 
 
+def test_a_second_ctrl_c_ends_a_way_out_that_takes_long():
+    script = """
+import time, train_models
+
+def run(settings, is_demo):
+    try:
+        print("running", flush=True)
+        time.sleep(60)
+    finally:
+        print("leaving", flush=True)
+        time.sleep(60)
+
+train_models.run = run
+train_models.main(["--demo"])
+"""
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "leaving\n"
+        process.send_signal(signal.SIGINT)  # of the same moment, as timeout(1) sends two
+        time.sleep(1.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+
+
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been():
     words = [sys.executable, ROOT / "benchmarks/crash.py", "--times", "3", "--num_steps", "24"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
