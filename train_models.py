@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _only_the_first_speaks(), warnings.catch_warnings(), _stoppable():
         warnings.showwarning = _show_warning
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        _end_with_the_launcher()
         try:
             return run(settings, is_demo)
         except (ValueError, OSError) as error:
@@ -464,7 +465,6 @@ def _process_group(device: "torch.device") -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    _end_with_the_launcher()
     # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
     handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOPPING}
     if device.type == "cuda":
@@ -479,7 +479,7 @@ def _process_group(device: "torch.device") -> Iterator[None]:
 
 def _end_with_the_launcher() -> None:
     """Has Linux send SIGTERM when torchrun is killed, which cannot tell its processes then."""
-    if sys.platform == "linux":
+    if _world_size() > 1 and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
