@@ -1,12 +1,15 @@
 """Image folders → metadata → memory-mapped arrays → stratified splits → loaders."""
 
+import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import secrets
 import sys
 import sysconfig
+import threading
 import time
 import types
 import unicodedata
@@ -16,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -623,9 +626,21 @@ class _ArrayCache:
     def _write_arrays(
         self, array_path: Path, thumbnails_path: Path, paths: Sequence[str]
     ) -> tuple[list[_FileRecord], pd.DataFrame]:
-        array = _allocate_array(array_path, (len(paths), self.image_size, self.image_size, 3))
-        side = audit.THUMBNAIL_SIZE
-        thumbnails = _allocate_array(thumbnails_path, (len(paths), side, side))
+        side, size = audit.THUMBNAIL_SIZE, self.image_size
+        with (
+            _NewArray(array_path, (len(paths), size, size, 3)) as array,
+            _NewArray(thumbnails_path, (len(paths), side, side)) as thumbnails,
+        ):
+            records = self._write_rows(array, thumbnails, paths)
+        hashes = [record.content_hash for record in records]
+        with tqdm(desc="looking for near-duplicates", total=0, disable=None, leave=False):
+            return records, audit.find_near_duplicates(
+                np.load(thumbnails_path, mmap_mode="r"), hashes
+            )
+
+    def _write_rows(
+        self, array: "_NewArray", thumbnails: "_NewArray", paths: Sequence[str]
+    ) -> list[_FileRecord]:
         write_row = functools.partial(self._write_row, array, thumbnails, paths)
         pool = ThreadPoolExecutor(self.num_workers)
         try:
@@ -641,14 +656,10 @@ class _ArrayCache:
                         progress.update()
         finally:
             pool.shutdown(cancel_futures=True)
-        array.flush()
-        thumbnails.flush()
-        hashes = [record.content_hash for record in records]
-        with tqdm(desc="looking for near-duplicates", total=0, disable=None, leave=False):
-            return records, audit.find_near_duplicates(thumbnails, hashes)
+        return records
 
     def _write_row(
-        self, array: np.ndarray, thumbnails: np.ndarray, paths: Sequence[str], row: int
+        self, array: "_NewArray", thumbnails: "_NewArray", paths: Sequence[str], row: int
     ) -> _FileRecord:
         path = paths[row]
         contents, size, mtime_ns, ctime_ns = b"", 0, 0, 0
@@ -706,26 +717,74 @@ class _ArrayCache:
                 path.unlink(missing_ok=True)
 
 
-def _allocate_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A new array with its space on disk reserved: a full disk under a map kills the process."""
-    num_bytes = int(np.prod(shape))
-    try:
-        with open(path, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), file.tell(), num_bytes)
-            else:
-                os.ftruncate(file.fileno(), file.tell() + num_bytes)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{error.strerror}; {num_bytes / 1e6:,.0f} MB are needed, elsewhere with --cache_dir "
-            "(cache_dir)",
-            str(path),
-        ) from error
-    return np.load(path, mmap_mode="r+")
+class _NewArray:
+    """A uint8 array in a new .npy file, filled a row at a time by any thread, in any order.
+
+    The space on disk is reserved first. Rows are written, not mapped: where a file system has
+    promised too much, that is an OSError, and not a signal that kills the process.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        self._path = path
+        self._num_bytes = math.prod(shape)
+        self._row_bytes = math.prod(shape[1:])
+        self._lock = threading.Lock()
+        with self._errors_that_say_what_is_needed():
+            self._file = open(path, "wb")  # noqa: SIM115, closed by the `with` that this is for
+            try:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(self._file, header)
+                self._file.flush()
+                self._start = self._file.tell()
+                _reserve(self._file, self._num_bytes)
+            except BaseException:
+                self._file.close()
+                raise
+
+    def __setitem__(self, row: int, values: np.ndarray) -> None:
+        contents = np.ascontiguousarray(values, dtype=np.uint8).tobytes()
+        if len(contents) != self._row_bytes:
+            raise ValueError(f"a row of {len(contents)} bytes where {self._row_bytes} belong")
+        with self._lock, self._errors_that_say_what_is_needed():
+            self._file.seek(self._start + row * self._row_bytes)
+            self._file.write(contents)
+
+    def __enter__(self) -> "_NewArray":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        with self._errors_that_say_what_is_needed(), self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _errors_that_say_what_is_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; {self._num_bytes / 1e6:,.1f} MB are needed, elsewhere with "
+                "--cache_dir (cache_dir)",
+                str(self._path),
+            ) from error
+
+
+def _reserve(file: BinaryIO, num_bytes: int) -> None:
+    """Makes a file longer by so many zeros, for which the disk has room."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), file.tell(), num_bytes)
+            return
+        except OSError as error:
+            # From C libraries that do not, as glibc does, write zeros where the file system cannot.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    zeros = bytes(2**20)
+    for start in range(0, num_bytes, len(zeros)):
+        file.write(zeros[: num_bytes - start])
+    file.flush()
 
 
 # ---------------------------------------------------------------------------- splits

@@ -1,14 +1,38 @@
 """Files whole or not at all, locks, and tensors from untrusted files."""
 
+import errno
+import io
+import math
 import os
+import pickletools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+# What torch.save names when it writes tensors and plain values. torch.load takes more, of which
+# some ask for memory that no byte of the file pays for, such as bytearray(10**12).
+KNOWN_NAMES = {
+    "collections Counter",
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    *(
+        f"torch {kind}Storage"
+        for kind in (
+            "BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short",
+        )
+    ),
+}  # fmt: skip
+MOST_PICKLED_BYTES = 16 * 2**20  # a checkpoint of ResNet-50 has 0.2 MB beside its tensors
+MOST_VALUES = 1_000_000
+DEEPEST_NESTING = 30
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextmanager
@@ -17,7 +41,8 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
     The temporary file keeps the suffix of `path`, is flushed to the disk before the rename, and is
     removed when the block raises; what stood at `path` before stays whole until then. What a
-    killed process left behind for the same `path` is removed first.
+    killed process left behind for the same `path` is removed first. An OSError of the temporary
+    file names `path`.
     """
     path = Path(path)
     _remove_leftovers(path)
@@ -27,6 +52,12 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         _flush_to_disk(temporary)
         os.replace(temporary, path)
         _flush_to_disk(path.parent)
+    except OSError as error:
+        # Writing to an open file gives an error without a name; so does much else in the block.
+        is_of_writing = error.filename is None and error.errno in DISK_ERRORS
+        if is_of_writing or str(error.filename) == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,15 +69,24 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_tensors(path: str | Path, contents: dict[str, Any]) -> None:
-    """Writes a dict of tensors and plain values to `path`, whole or not at all."""
+    """Writes a dict of tensors and plain values to `path`, whole or not at all.
+
+    Raises OSError, which says how many bytes are needed, when the disk does not take them.
+    """
     import torch
 
     with write_atomically(path) as temporary:
-        torch.save(contents, temporary)
+        try:
+            torch.save(contents, temporary)
+        except RuntimeError as error:
+            raise _reason_not_written(temporary, contents, error) from error
 
 
 def load_tensors(path: str | Path) -> Any:
     """The tensors and plain values in the file at `path`, on the CPU; no code in it is ever run.
+
+    All tensors are dense and have their bytes in the file: a small one takes little memory and
+    time, whatever it claims. Their numbers may be anything, see `check_alike`.
 
     Raises FileNotFoundError when there is no such file, and ValueError when it is not a file of
     tensors, is damaged, or holds anything but tensors and plain values.
@@ -55,15 +95,60 @@ def load_tensors(path: str | Path) -> Any:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb"):  # a file that may not be read is no damaged file
-        pass
+        raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    with path.open("rb") as file:  # a file that may not be read is no damaged file
+        is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        _check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _check_names(_pickled_in_zip(path) if is_zip else _start_of(path))
+        # Mapped, a storage cannot be larger than the file; torch 2.6 would read beyond its end.
+        can_be_mapped = is_zip and _is_utf8(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
+        _check_values(contents, path.stat().st_size)
     except Exception as error:  # torch.load documents no closed set of errors for damaged files
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not a readable file of tensors ({reason})") from error
+    return contents
+
+
+def check_alike(found: Any, expected: Any, name: str) -> None:
+    """Raises ValueError, which says where, unless `found` can take the place of `expected`.
+
+    Dicts must have the same keys and lists the same length. A tensor must have the same shape, be
+    of floating point or not as the other is, and be finite; a number must be one, and finite if the
+    other is. In place of None anything can be.
+    """
+    import torch
+
+    if isinstance(expected, torch.Tensor):
+        _check_tensor_alike(found, expected, name)
+    elif isinstance(expected, Mapping):
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{name} is no dict")
+        for verb, keys in {
+            "lacks": expected.keys() - found.keys(),
+            "has an unknown": found.keys() - expected.keys(),
+        }.items():
+            if keys:
+                raise ValueError(f"{name} {verb} {min(map(str, keys))[:80]}")
+        for key, value in expected.items():
+            check_alike(found[key], value, f"{name} {key}")
+    elif isinstance(expected, list | tuple):
+        if not isinstance(found, list | tuple) or len(found) != len(expected):
+            raise ValueError(f"{name} is no list of {len(expected)}")
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            check_alike(*pair, f"{name} {number}")
+    elif is_number(expected):
+        if not is_number(found) or (math.isfinite(expected) and not math.isfinite(found)):
+            raise ValueError(f"{name} is no finite number")
+    elif expected is not None and type(found) is not type(expected):
+        raise ValueError(f"{name} is a {type(found).__name__}, no {type(expected).__name__}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is an int or a float but NaN; a bool is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return isinstance(value, float) and not math.isnan(value)
 
 
 def lock(path: str | Path) -> FileLock:
@@ -71,13 +156,114 @@ def lock(path: str | Path) -> FileLock:
     return FileLock(path)
 
 
-def _check_zip(path: Path) -> None:
-    """Raises when the bytes in a zip are not those written: torch.load checks no sums."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+def _check_tensor_alike(found: Any, expected: Any, name: str) -> None:
+    import torch
+
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"{name} is no tensor")
+    if found.shape != expected.shape:
+        raise ValueError(f"{name} is {tuple(found.shape)}, not {tuple(expected.shape)}")
+    if found.is_floating_point() != expected.is_floating_point():
+        raise ValueError(f"{name} is {found.dtype}, not {expected.dtype}")
+    # As it will be used: what float64 holds can be too large for float32.
+    if not found.to(expected.dtype).isfinite().all():
+        raise ValueError(f"{name} has numbers that are not finite")
+
+
+def _pickled_in_zip(path: Path) -> io.BytesIO:
+    """What a file of torch.save holds beside the tensors; raises when its bytes are damaged.
+
+    torch.load checks no sums, and inflates what torch.save would not have compressed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed, which no file of tensors is")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("it claims to hold more bytes than it has")
+        damaged = archive.testzip()
         if damaged:
             raise ValueError(f"{damaged} is damaged")
+        pickles = [e for e in entries if e.filename.lower().endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("a zip that torch.save did not write")
+        if pickles[0].file_size > MOST_PICKLED_BYTES:
+            raise ValueError("it holds too much beside tensors")
+        return io.BytesIO(archive.read(pickles[0]))
+
+
+def _start_of(path: Path) -> io.BytesIO:
+    """Where a file of torch.save before version 1.6 has all that is no tensor."""
+    with path.open("rb") as file:
+        return io.BytesIO(file.read(MOST_PICKLED_BYTES))
+
+
+def _check_names(pickled: io.BytesIO) -> None:
+    """Raises when unpickling would use anything but what files of tensors need."""
+    size = len(pickled.getbuffer())
+    for _ in range(5):  # as many pickles stand one after the other in an old file; else it is one
+        if pickled.tell() == size:
+            return
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name == "STACK_GLOBAL":
+                raise ValueError("it is pickled as no file of tensors is")
+            if opcode.name in ("GLOBAL", "INST") and argument not in KNOWN_NAMES:
+                shown = ascii(argument.replace(" ", "."))[1:81]
+                raise ValueError(f"it asks for {shown}, which no file of weights needs")
+
+
+def _check_values(contents: Any, most_bytes: int) -> None:
+    """Raises for what is no tensor or plain value, and for tensors larger than the file.
+
+    A value in which others stand many times over, or itself, is as many values, or too deep.
+    """
+    import torch
+
+    waiting, number = [(contents, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        number += 1
+        if number > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        if depth > DEEPEST_NESTING:
+            raise ValueError("its values are nested too deep")
+        if isinstance(value, Mapping):
+            waiting += [(part, depth + 1) for item in value.items() for part in item]
+        elif isinstance(value, list | tuple):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, torch.Tensor):
+            storage = value.untyped_storage().nbytes()
+            if value.numel() * value.element_size() > min(storage, most_bytes):
+                raise ValueError("a tensor in it is larger than the numbers that it has for it")
+        elif value is not None and not isinstance(value, bool | int | float | str):
+            raise ValueError(f"it holds a {type(value).__name__}")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # torch opens any name, but maps only files of these
+        return False
+    return True
+
+
+def _reason_not_written(path: Path, contents: Mapping[str, Any], error: RuntimeError) -> OSError:
+    """torch keeps the reason to itself; the next bytes that are written to the file tell it."""
+    reason = OSError(errno.EIO, str(error).strip().split("\n")[0])
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(2**16))
+    except OSError as of_disk:
+        reason = of_disk
+    megabytes = _num_bytes(contents) / 1e6
+    return OSError(reason.errno, f"{reason.strerror}; {megabytes:,.1f} MB are needed", str(path))
+
+
+def _num_bytes(contents: Any) -> int:
+    """The bytes of all tensors in nested dicts."""
+    if isinstance(contents, Mapping):
+        return sum(map(_num_bytes, contents.values()))
+    return getattr(contents, "nbytes", 0)
 
 
 def _remove_leftovers(path: Path) -> None:

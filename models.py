@@ -6,6 +6,7 @@ deviation itself, and gives float32 logits `(B, num_classes)`. Its `config` hold
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
-from files import load_tensors
+from files import check_alike, is_number, load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST_IMAGE = 8192  # pixels on a side that a model.pth may ask for
 RESNETS = {18: resnet18, 34: resnet34, 50: resnet50}
 
 
@@ -37,6 +39,10 @@ class ClassificationHead(nn.Sequential):
         )
 
 
+def _of_channels(values: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(values).view(1, 3, 1, 1)
+
+
 class LesionClassifier(nn.Module):
     """A backbone from normalised images to features `(B, F)`, and the common head."""
 
@@ -47,9 +53,8 @@ class LesionClassifier(nn.Module):
         self.backbone = backbone
         self.head = ClassificationHead(in_features, num_classes, dropout_rate)
         self.config: dict[str, Any] = {}
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", _of_channels(IMAGENET_MEAN), persistent=False)
+        self.register_buffer("std", _of_channels(IMAGENET_STD), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
         """Features `(B, F)` of images `(B, 3, H, W)` in [0, 1]."""
@@ -232,24 +237,95 @@ def load_model(path: str | Path) -> tuple[LesionClassifier, dict[str, Any]]:
     `evaluation.Calibration`; `thresholds`, by what is screened for and by aim, of calibrated
     probabilities; and `malignant_classes`, whose probabilities add up to that of `malignant`.
 
-    Raises FileNotFoundError when there is no such file, and ValueError when it is no `model.pth`.
+    Raises FileNotFoundError when there is no such file, and ValueError when it is no `model.pth`,
+    its weights are not finite, or what it says does not fit together.
     """
     info = load_tensors(path)
     found = set(info) if isinstance(info, dict) else set()
     missing = sorted({"config", "classes", "image_size", "state_dict"} - found)
     if missing:
         raise ValueError(f"{path}: not a model saved by this project (no {', '.join(missing)})")
-    state_dict = info.pop("state_dict")
+    weights = info.pop("state_dict")
     try:
-        if len(info["classes"]) != info["config"]["num_classes"]:
-            raise ValueError(f"{len(info['classes'])} classes, not as many as the config says")
-        # The weights are in this file: the config must not make another be read or downloaded.
-        model = get_model(**info["config"] | {"weights": None, "seed": 0})
-        model.load_state_dict(state_dict)
-    except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+        _check_info(info)
+        return _restored(info["config"], weights).eval(), info
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # get_model's of a config
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: its weights and its config do not match ({reason})") from error
-    return model.eval(), info
+        raise ValueError(f"{path}: a model that cannot be used ({reason})") from error
+
+
+def _restored(config: dict[str, Any], weights: Any) -> LesionClassifier:
+    """The model that a config describes, with these weights."""
+    # Without numbers, which takes no time and no memory, whatever sizes the config claims. The
+    # weights are all here: the config must not make another file be read or downloaded.
+    with torch.device("meta"):
+        model = get_model(**config | {"weights": None, "seed": 0})
+    expected = model.state_dict()
+    check_alike(weights, expected, "state_dict")
+    for name, tensor in weights.items():
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"state_dict {name} has variances below 0")
+    # Copied, as what was read is mapped from the file and may share its memory.
+    own = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(weights[name])
+        for name, tensor in expected.items()
+    }
+    model.load_state_dict(own, assign=True)
+    model.mean, model.std = _of_channels(IMAGENET_MEAN), _of_channels(IMAGENET_STD)
+    return model
+
+
+def _check_info(info: dict[str, Any]) -> None:
+    """Raises ValueError when a `model.pth` says of its model what cannot be."""
+    config, classes, size = info["config"], info["classes"], info["image_size"]
+    if not isinstance(config, dict) or not {"name", "num_classes", "image_size"} <= config.keys():
+        raise ValueError("its config is none")
+    if not _are_names(classes) or len(set(classes)) < len(classes):
+        raise ValueError("its classes are no list of different names")
+    if type(config["num_classes"]) is not int or config["num_classes"] != len(classes):
+        raise ValueError(f"{len(classes)} classes, not as many as the config says")
+    if not is_number(config.get("dropout_rate", 0.0)):
+        raise ValueError("dropout_rate of the config is no number")
+    for what, side in {
+        "image_size": size,
+        "image_size of the config": config["image_size"],
+    }.items():
+        if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
+            raise ValueError(f"{what} is not a whole number from 1 to {LARGEST_IMAGE:,}")
+    if config["name"] == "simple_cnn" and size != config["image_size"]:
+        raise ValueError(f"image_size is {size}, that of the config {config['image_size']}")
+    if not isinstance(info.get("preprocessors", ""), str):
+        raise ValueError("its preprocessors are no fingerprint")
+    if not isinstance(info.get("metrics", {}), dict):
+        raise ValueError("its metrics are no dict")
+    _check_outputs(info, classes)
+
+
+def _check_outputs(info: dict[str, Any], classes: list[str]) -> None:
+    """Raises ValueError when no probabilities and flags can be made with these values."""
+    temperature, bias = info.get("temperature", 1.0), info.get("bias", [0.0] * len(classes))
+    # Training fits temperatures from 1/20 to 20.
+    if not is_number(temperature) or not 1e-3 <= temperature <= 1e3:
+        raise ValueError("its temperature is not a number from 0.001 to 1000")
+    if not isinstance(bias, list) or len(bias) != len(classes):
+        raise ValueError(f"its bias does not fit its {len(classes)} classes")
+    check_alike(bias, [0.0] * len(classes), "bias")
+    malignant = info.get("malignant_classes", [])
+    if not _are_names(malignant) or not set(malignant) <= set(classes):
+        raise ValueError("its malignant_classes are not among its classes")
+    thresholds = info.get("thresholds", {})
+    if not isinstance(thresholds, dict) or not _are_names(list(thresholds)):
+        raise ValueError("its thresholds are no dict by name")
+    for name, aims in thresholds.items():
+        if not isinstance(aims, dict) or not _are_names(list(aims)):
+            raise ValueError(f"its thresholds of {name[:80]!r} are no dict by aim")
+        # Just above 1 is the threshold that nothing reaches.
+        if not all(is_number(value) and 0 <= value <= 1 + 1e-9 for value in aims.values()):
+            raise ValueError(f"a threshold of {name[:80]!r} is not from 0 to 1")
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
@@ -290,9 +366,17 @@ def imagenet_weights(layers: int, download: bool = True) -> Path:
 
 
 def _load_backbone(backbone: nn.Module, path: Path, architecture: str) -> None:
-    state_dict = load_tensors(path)
+    weights, expected = load_tensors(path), backbone.state_dict()
     try:
-        own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("fc.")}
+        if not isinstance(weights, Mapping) or not _are_names(list(weights)):
+            raise ValueError("no dict of tensors by name")
+        own = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+        # What is there must fit; what is missing or too much, torch says, and knows what may be.
+        common = {name: expected[name] for name in own.keys() & expected.keys()}
+        check_alike({name: own[name] for name in common}, common, "the file")
         backbone.load_state_dict(own)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a torchvision state dict of {architecture}") from error
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path}: not a torchvision state dict of {architecture} ({reason})"
+        ) from error

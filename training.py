@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ from evaluation import (
     fit_calibration,
     screening_targets,
 )
-from files import load_tensors, save_tensors, write_atomically
+from files import check_alike, is_number, load_tensors, save_tensors, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -961,21 +961,105 @@ class _Checkpoint:
         if not path.exists():
             return _Progress()
         contents = load_tensors(path)
-        if not isinstance(contents, dict) or "settings" not in contents:
+        kinds = {"settings", "progress", "model", "optimizer", "scheduler", "scaler"}
+        if not isinstance(contents, dict) or not kinds <= contents.keys():
             raise ValueError(f"{path}: not a checkpoint of this project")
-        before = contents["settings"]
+        self._check_settings(contents["settings"], path)
+        _warn_of_other_environment(path, contents.get("environment"), _environment(self.model))
+        try:
+            return self._take(contents)
+        # What a scheduler of one's own makes of a state that is none cannot be known.
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{path}: a checkpoint that cannot be used ({reason})") from error
+
+    def _check_settings(self, before: Any, path: Path) -> None:
+        """Raises ValueError when the checkpoint is of another run, and says what differs."""
+        if not isinstance(before, dict):
+            raise ValueError(f"{path}: not a checkpoint of this project")
         differing = [
             f"{name} was {before.get(name)}, is {self.settings.get(name)}"
-            for name in sorted(before.keys() | self.settings.keys())
-            if before.get(name) != self.settings.get(name)
+            for name in sorted(before.keys() | self.settings.keys(), key=str)
+            if repr(before.get(name)) != repr(self.settings.get(name))
         ]
         if differing:
             raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
-        _warn_of_other_environment(path, contents.get("environment"), _environment(self.model))
-        self.model.load_state_dict(contents["model"])
+
+    def _take(self, contents: dict[str, Any]) -> _Progress:
+        progress = _checked_progress(contents["progress"], self.model, self.settings["num_steps"])
+        check_alike(contents["model"], self.model.state_dict(), "model")
+        _check_optimizer(contents["optimizer"], self.optimizer)
+        self.model.load_state_dict(dict(contents["model"]))
         self.optimizer.load_state_dict(contents["optimizer"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(contents["scheduler"])
+            own, found = self.scheduler.state_dict(), contents["scheduler"]
+            # What other versions of torch have more or less of is left to it.
+            known = {name: own[name] for name in own if name in found}
+            check_alike({name: found[name] for name in known}, known, "scheduler")
+            self.scheduler.load_state_dict(found)
         if contents["scaler"]:
+            check_alike(contents["scaler"], self.scaler.state_dict(), "scaler")
             self.scaler.load_state_dict(contents["scaler"])
-        return _Progress(**contents["progress"])
+        return progress
+
+
+_RANKED = ("loss", "balanced_accuracy")  # metrics by which the best weights are chosen
+
+
+def _checked_progress(found: Any, model: nn.Module, num_steps: int) -> _Progress:
+    """The progress that a checkpoint holds; raises ValueError where it is none."""
+    names = {each.name for each in fields(_Progress)}
+    if not isinstance(found, dict) or found.keys() != names:
+        raise ValueError("its progress is none")
+    progress = _Progress(**found)
+    for name in ("step", "saved_step", "evaluations_since_best"):
+        count = getattr(progress, name)
+        if type(count) is not int or not 0 <= count <= num_steps:
+            raise ValueError(f"{name} is not a whole number from 0 to {num_steps}")
+    for name in ("learning_rate", "recent_images", "recent_seconds"):
+        _check_numbers([getattr(progress, name)], name)
+    _check_numbers(progress.recent_losses, "recent_losses")
+    history, best = progress.history, progress.best_metrics
+    if not isinstance(history, dict) or not isinstance(best, dict):
+        raise ValueError("its history and best_metrics are no dicts")
+    if history:
+        example = _Progress()
+        example.add(dict.fromkeys((*_RANKED, "precision", "recall", "f1"), 0.0), 0.0, 0.0)
+        if history.keys() != example.history.keys():
+            raise ValueError("history has other columns")
+        for name, values in history.items():
+            _check_numbers(values, f"history of {name}")
+            if len(values) != len(history["step"]):
+                raise ValueError("history has columns of different lengths")
+        check_alike({name: best.get(name) for name in _RANKED}, dict.fromkeys(_RANKED, 0.0), "best")
+        check_alike(progress.best_state, model.state_dict(), "best_state")
+    elif best or progress.best_state:
+        raise ValueError("it has best weights without an evaluation")
+    return progress
+
+
+def _check_numbers(values: Any, name: str) -> None:
+    if not isinstance(values, list) or not all(v is None or is_number(v) for v in values):
+        raise ValueError(f"{name} is no list of numbers")
+
+
+def _check_optimizer(found: Any, optimizer: Optimizer) -> None:
+    """Raises ValueError unless this is the state of an optimizer of the same parameters.
+
+    Of the numbers that it keeps for a parameter, those of Adam and AdamW alone are known here.
+    """
+    own = optimizer.state_dict()
+    if not isinstance(found, dict) or not {"state", "param_groups"} <= found.keys():
+        raise ValueError("optimizer is no state of one")
+    check_alike(found["param_groups"], own["param_groups"], "optimizer's groups")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(found["state"], dict) or not found["state"].keys() <= set(
+        range(len(parameters))
+    ):
+        raise ValueError("optimizer has a state of other parameters")
+    if not isinstance(optimizer, Adam | AdamW):
+        return
+    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.defaults["amsgrad"]
+    for number, state in found["state"].items():
+        kept = dict.fromkeys(names, parameters[number]) | {"step": torch.tensor(0.0)}
+        check_alike(state, kept, f"optimizer's state {number}")

@@ -594,9 +594,9 @@ def test_a_model_file_makes_no_other_file_be_read_or_downloaded(tmp_path, downlo
 
 def test_what_later_versions_add_to_the_file_is_given_too(tmp_path):
     path, model = tmp_path / "model.pth", small_model("simple_cnn")
-    save_tensors(path, contents_of(model, temperature=1.5, thresholds=[0.1, 0.2]))
+    save_tensors(path, contents_of(model, temperature=1.5, calibrated_on=[0.1, 0.2]))
     _, info = load_model(path)
-    assert (info["temperature"], info["thresholds"]) == (1.5, [0.1, 0.2])
+    assert (info["temperature"], info["calibrated_on"]) == (1.5, [0.1, 0.2])
 
 
 @pytest.mark.parametrize("key", ["config", "classes", "image_size", "state_dict"])

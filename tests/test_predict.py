@@ -456,12 +456,6 @@ def test_arguments_that_cannot_be_are_errors(images, save_model, options, words)
         predict(save_model(), images, **options)
 
 
-@pytest.mark.parametrize("info", [{"bias": [0.0]}, {"temperature": 0.0}])
-def test_a_calibration_that_does_not_fit_is_an_error(images, save_model, info):
-    with pytest.raises(ValueError, match="model.pth: its temperature and bias"):
-        predict(save_model(**info), images)
-
-
 # ---------------------------------------------------------------------------- preprocessors
 
 
