@@ -348,7 +348,7 @@ class _Progress:
     best_metrics: dict[str, Any] = field(default_factory=dict)
     best_state: dict[str, Tensor] = field(default_factory=dict)
     evaluations_since_best: int = 0
-    learning_rate: float = math.nan  # of the last step
+    learning_rate: float = 0.0  # of the last step
     saved_step: int = 0  # that `last.pth` holds
     recent_losses: list[float] = field(default_factory=list)  # since the last evaluation
     recent_images: int = 0
