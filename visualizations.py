@@ -7,6 +7,7 @@ figure is also written there, whole or not at all, in the format that its suffix
 FileNotFoundError.
 """
 
+import io
 import math
 import textwrap
 import warnings
@@ -547,8 +548,11 @@ def _figure(
             figure.draw_without_rendering()  # creates all ticks now, while the style holds
             return
         suffix = Path(save_path).suffix.removeprefix(".")
+        # Drawn in memory: on a full disk the writers of JPEG and PDF fail in ways of their own.
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix, dpi=200, bbox_inches="tight")
         with write_atomically(save_path) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=200, bbox_inches="tight")
+            temporary.write_bytes(drawn.getbuffer())
 
 
 def _history_table(history: Mapping[str, Sequence[float | None]] | pd.DataFrame) -> pd.DataFrame:
