@@ -1,31 +1,28 @@
-"""Optimiser, schedule, loop, checkpoints; `train` and `evaluate`."""
+"""Optimiser, schedule, loop; `train` and `evaluate`."""
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import math
 import signal
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from checkpoints import Batches, Checkpoint, Progress, describe_run
 from dataset import LesionLoader, check_seed, derive_seed
 from evaluation import (
     MALIGNANT,
@@ -34,7 +31,6 @@ from evaluation import (
     fit_calibration,
     screening_targets,
 )
-from files import check_alike, is_number, load_tensors, save_tensors, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +38,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 SECONDS_OF_ONE_SIGNAL = 1.0
 SECONDS_BETWEEN_EXCHANGES = 0.5
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class NonFiniteLossError(ValueError):
@@ -244,7 +238,7 @@ def train(
     rank, world_size = _rank(), _world_size()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     checkpoint = None
-    progress = _Progress()
+    progress = Progress()
     if save_path is not None:
         settings = {
             "num_steps": num_steps,
@@ -255,8 +249,8 @@ def train(
             "accumulate": accumulate,
             "world_size": world_size,
             "seed": seed,
-        } | _describe_run(model, optimizer, scheduler, train_loader, valid_loader, num_steps)
-        checkpoint = _Checkpoint(Path(save_path), model, optimizer, scheduler, scaler, settings)
+        } | describe_run(model, optimizer, scheduler, train_loader, valid_loader, num_steps)
+        checkpoint = Checkpoint(Path(save_path), model, optimizer, scheduler, scaler, settings)
     if resume:
         progress = _resume(checkpoint, train_loader)
     if rank > 0:
@@ -339,69 +333,17 @@ def train(
 # ---------------------------------------------------------------------------- the loop's parts
 
 
-@dataclass
-class _Progress:
-    """How far a run has come, and the best of it."""
-
-    step: int = 0
-    history: dict[str, list[float]] = field(default_factory=dict)
-    best_metrics: dict[str, Any] = field(default_factory=dict)
-    best_state: dict[str, Tensor] = field(default_factory=dict)
-    evaluations_since_best: int = 0
-    learning_rate: float = 0.0  # of the last step
-    saved_step: int = 0  # that `last.pth` holds
-    recent_losses: list[float] = field(default_factory=list)  # since the last evaluation
-    recent_images: int = 0
-    recent_seconds: float = 0.0
-
-    def add(self, metrics: dict[str, Any], train_loss: float, images_per_second: float) -> bool:
-        """Takes an evaluation into the history, and says whether it is the best so far."""
-        entry = {
-            "step": self.step,
-            "learning_rate": self.learning_rate,
-            "train_loss": train_loss,
-            "valid_loss": metrics["loss"],
-            "valid_precision": metrics["precision"],
-            "valid_recall": metrics["recall"],
-            "valid_f1": metrics["f1"],
-            "valid_balanced_accuracy": metrics["balanced_accuracy"],
-            "images_per_second": images_per_second,
-        }
-        for name, value in entry.items():
-            self.history.setdefault(name, []).append(value)
-
-        def rank(metrics: dict[str, Any]) -> tuple[float, float]:
-            return metrics["balanced_accuracy"], -metrics["loss"]
-
-        is_best = not self.best_metrics or rank(metrics) > rank(self.best_metrics)
-        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
-        if is_best:
-            self.best_metrics = metrics
-        self.recent_losses, self.recent_images, self.recent_seconds = [], 0, 0.0
-        return is_best
-
-    def is_evaluation_due(self, eval_every: int, num_steps: int) -> bool:
-        is_at_one = self.step % eval_every == 0 or self.step == num_steps
-        return is_at_one and self.step > self._evaluated_step()
-
-    def is_over(self, num_steps: int, patience: int) -> bool:
-        return self._evaluated_step() >= num_steps or 0 < patience <= self.evaluations_since_best
-
-    def _evaluated_step(self) -> int:
-        return self.history["step"][-1] if self.history else 0
-
-
 class _Window:
     """The training steps since the last evaluation, those of a run that is resumed among them."""
 
-    def __init__(self, progress: _Progress) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.losses_before = progress.recent_losses
         self.num_images = progress.recent_images
         self.started = time.monotonic() - progress.recent_seconds
         self.steps: list[tuple[int, float]] = []
         self.losses: list[Tensor] = []  # they stay on the device: reading one waits for it
 
-    def add(self, progress: _Progress, loss: Tensor, num_images: int) -> None:
+    def add(self, progress: Progress, loss: Tensor, num_images: int) -> None:
         self.steps.append((progress.step, progress.learning_rate))
         self.losses.append(loss)
         self.num_images += num_images
@@ -423,7 +365,7 @@ class _Window:
     def images_per_second(self) -> float:
         return self.num_images / (time.monotonic() - self.started)
 
-    def pause(self, progress: _Progress) -> None:
+    def pause(self, progress: Progress) -> None:
         """Leaves in `progress` what another window needs to go on where this one is."""
         progress.recent_losses = self.all_losses()
         progress.recent_images = self.num_images
@@ -433,7 +375,7 @@ class _Window:
 class _StepBar:
     """A progress bar over steps with loss, learning rate and the last validation."""
 
-    def __init__(self, num_steps: int, progress: _Progress) -> None:
+    def __init__(self, num_steps: int, progress: Progress) -> None:
         self._num_steps = num_steps
         self._bar = tqdm(
             total=num_steps,
@@ -459,7 +401,7 @@ class _StepBar:
             self._bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}{self._validation}")
             self._shown = time.monotonic()
 
-    def log(self, progress: _Progress) -> None:
+    def log(self, progress: Progress) -> None:
         """One line on the last evaluation, to the log and from then on beside the bar."""
         last = {name: values[-1] for name, values in progress.history.items()}
         self._validation = f", valid balanced accuracy {last['valid_balanced_accuracy']:.3f}"
@@ -543,7 +485,7 @@ class _Signals:
 
 
 @contextlib.contextmanager
-def _saying_what_is_kept(save_path: str | Path | None, progress: _Progress) -> Iterator[None]:
+def _saying_what_is_kept(save_path: str | Path | None, progress: Progress) -> Iterator[None]:
     """Adds to a NonFiniteLossError which files hold the training from before it."""
     try:
         yield
@@ -566,7 +508,7 @@ def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteLossError:
     )
 
 
-def _check_weights(model: nn.Module, progress: _Progress) -> None:
+def _check_weights(model: nn.Module, progress: Progress) -> None:
     """Raises NonFiniteLossError for weights or statistics that are not finite.
 
     The loss of a step is from before its update, and that of validation may hide an infinity.
@@ -577,7 +519,7 @@ def _check_weights(model: nn.Module, progress: _Progress) -> None:
 
 
 def _save_last(
-    checkpoint: "_Checkpoint | None", model: nn.Module, progress: _Progress, window: _Window
+    checkpoint: Checkpoint | None, model: nn.Module, progress: Progress, window: _Window
 ) -> float:
     """Writes `last.pth` in the first process, and gives the seconds; all call it together."""
     started = time.monotonic()
@@ -606,6 +548,17 @@ def _check_arguments(
         )
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be 1 or more, or None")
+
+
+def _resume(checkpoint: Checkpoint | None, train_loader: Batches) -> Progress:
+    if checkpoint is None:
+        raise ValueError("resume needs the save_path in which the run to go on with was saved")
+    if not isinstance(train_loader, LesionLoader):
+        raise ValueError(
+            "resume needs a LesionLoader (create_dataloaders): another training loader cannot go "
+            "on where it stopped"
+        )
+    return checkpoint.restore()
 
 
 def _make_criterion(class_weights: Sequence[float] | None, num_classes: int) -> nn.CrossEntropyLoss:
@@ -685,7 +638,7 @@ def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Call
 
 
 def _summarise(
-    evaluation: Evaluation, class_names: list[str], progress: _Progress
+    evaluation: Evaluation, class_names: list[str], progress: Progress
 ) -> dict[str, Any]:
     if not math.isfinite(evaluation.loss):
         what = f"the validation loss is {evaluation.loss}"
@@ -805,261 +758,3 @@ def _from_all_processes(
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     return [b for part in parts for b in part[0]], [b for part in parts for b in part[1]]
-
-
-# ---------------------------------------------------------------------------- checkpoints
-
-
-def _describe_run(
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-    train_loader: Batches,
-    valid_loader: Batches,
-    num_steps: int,
-) -> dict[str, Any]:
-    """What must be the same for a run to go on as if it had not stopped, as plain values."""
-    groups = [
-        {name: repr(value) for name, value in group.items() if name not in ("params", "lr")}
-        for group in optimizer.param_groups
-    ]
-    run = {
-        "model": _config(model) or type(model).__name__,
-        "optimizer": [type(optimizer).__name__, groups],
-        "learning_rate": [group["lr"] for group in optimizer.param_groups],
-        "scheduler": _describe_scheduler(scheduler, num_steps),
-        "batch_size": getattr(train_loader, "batch_size", None),
-    }
-    for name, loader in {"train": train_loader, "valid": valid_loader}.items():
-        if isinstance(loader, LesionLoader):
-            images = loader.dataset.metadata[["path", "class", "content_hash"]]
-            run[f"{name} images"] = hashlib.sha256(
-                images.to_csv().encode(errors="replace")
-            ).hexdigest()
-            run[f"{name} loader"] = {
-                "augmentation": loader.augmentation,
-                "balanced": loader.balanced,
-                "seed": loader.seed,
-                "image_size": loader.dataset.image_size,
-                "preprocessors": loader.dataset.preprocessors,
-            }
-    return run
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    return config if isinstance(config, dict) else {}
-
-
-def _describe_scheduler(scheduler: LRScheduler | None, num_steps: int) -> list[str]:
-    if scheduler is None:
-        return []
-    described = [type(scheduler).__name__, repr(scheduler.state_dict())]
-    if isinstance(scheduler, LambdaLR):  # what its functions hold is not in its state
-        steps = range(0, num_steps, max(num_steps // 16, 1))
-        described += [repr([factor(s) for s in steps]) for factor in scheduler.lr_lambdas]
-    return described
-
-
-def _environment(model: nn.Module) -> dict[str, Any]:
-    """What the last bits of the weights depend on, besides the settings."""
-    device = next(model.parameters()).device
-    is_cuda = device.type == "cuda"
-    kind = torch.backends.cpu.get_cpu_capability()
-    return {
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type}, {kind}",
-    }
-
-
-def _warn_of_other_environment(path: Path, before: Any, now: dict[str, Any]) -> None:
-    before = before if isinstance(before, dict) else {}
-    differing = [
-        f"{n} was {before[n]}, is {now[n]}" for n in now if before.get(n, now[n]) != now[n]
-    ]
-    if differing:
-        warnings.warn(
-            f"{path}: {'; '.join(differing)}: the weights will be as good, but not bit for bit "
-            "those of a run that was never stopped",
-            stacklevel=2,
-        )
-
-
-def _resume(checkpoint: "_Checkpoint | None", train_loader: Batches) -> _Progress:
-    if checkpoint is None:
-        raise ValueError("resume needs the save_path in which the run to go on with was saved")
-    if not isinstance(train_loader, LesionLoader):
-        raise ValueError(
-            "resume needs a LesionLoader (create_dataloaders): another training loader cannot go "
-            "on where it stopped"
-        )
-    return checkpoint.restore()
-
-
-class _Checkpoint:
-    """The files of one run in its `save_path`."""
-
-    def __init__(
-        self,
-        folder: Path,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-        scaler: torch.amp.GradScaler,
-        settings: dict[str, Any],
-    ) -> None:
-        self.folder = folder
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.scaler = scaler
-        self.settings = settings
-
-    def save_history(self, progress: _Progress) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with write_atomically(self.folder / "history.csv") as temporary:
-            pd.DataFrame(progress.history).to_csv(temporary, index=False)
-
-    def save_best(
-        self,
-        progress: _Progress,
-        valid_loader: Batches,
-        class_names: list[str],
-        fitted: dict[str, Any],
-    ) -> None:
-        """Writes `model.pth`, all that is needed to use the best model."""
-        config = _config(self.model)
-        dataset = getattr(valid_loader, "dataset", None)
-        contents = {
-            "config": config,
-            "classes": class_names,
-            "image_size": getattr(dataset, "image_size", config.get("image_size")),
-            "preprocessors": getattr(dataset, "preprocessors", ""),
-            "metrics": progress.best_metrics,
-            "state_dict": progress.best_state,
-        } | fitted
-        save_tensors(self.folder / "model.pth", contents)
-
-    def save_last(self, progress: _Progress) -> None:
-        """Writes `last.pth`, all that is needed to go on from this step."""
-        contents = {
-            "settings": self.settings,
-            "environment": _environment(self.model),
-            "progress": vars(progress),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.folder / "last.pth", contents)
-
-    def restore(self) -> _Progress:
-        """Brings everything to where `last.pth` left it; a fresh start if there is none."""
-        path = self.folder / "last.pth"
-        if not path.exists():
-            return _Progress()
-        contents = load_tensors(path)
-        kinds = {"settings", "progress", "model", "optimizer", "scheduler", "scaler"}
-        if not isinstance(contents, dict) or not kinds <= contents.keys():
-            raise ValueError(f"{path}: not a checkpoint of this project")
-        self._check_settings(contents["settings"], path)
-        _warn_of_other_environment(path, contents.get("environment"), _environment(self.model))
-        try:
-            return self._take(contents)
-        # What a scheduler of one's own makes of a state that is none cannot be known.
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{path}: a checkpoint that cannot be used ({reason})") from error
-
-    def _check_settings(self, before: Any, path: Path) -> None:
-        """Raises ValueError when the checkpoint is of another run, and says what differs."""
-        if not isinstance(before, dict):
-            raise ValueError(f"{path}: not a checkpoint of this project")
-        differing = [
-            f"{name} was {before.get(name)}, is {self.settings.get(name)}"
-            for name in sorted(before.keys() | self.settings.keys(), key=str)
-            if repr(before.get(name)) != repr(self.settings.get(name))
-        ]
-        if differing:
-            raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
-
-    def _take(self, contents: dict[str, Any]) -> _Progress:
-        progress = _checked_progress(contents["progress"], self.model, self.settings["num_steps"])
-        check_alike(contents["model"], self.model.state_dict(), "model")
-        _check_optimizer(contents["optimizer"], self.optimizer)
-        self.model.load_state_dict(dict(contents["model"]))
-        self.optimizer.load_state_dict(contents["optimizer"])
-        if self.scheduler is not None:
-            own, found = self.scheduler.state_dict(), contents["scheduler"]
-            # What other versions of torch have more or less of is left to it.
-            known = {name: own[name] for name in own if name in found}
-            check_alike({name: found[name] for name in known}, known, "scheduler")
-            self.scheduler.load_state_dict(found)
-        if contents["scaler"]:
-            check_alike(contents["scaler"], self.scaler.state_dict(), "scaler")
-            self.scaler.load_state_dict(contents["scaler"])
-        return progress
-
-
-_RANKED = ("loss", "balanced_accuracy")  # metrics by which the best weights are chosen
-
-
-def _checked_progress(found: Any, model: nn.Module, num_steps: int) -> _Progress:
-    """The progress that a checkpoint holds; raises ValueError where it is none."""
-    names = {each.name for each in fields(_Progress)}
-    if not isinstance(found, dict) or found.keys() != names:
-        raise ValueError("its progress is none")
-    progress = _Progress(**found)
-    for name in ("step", "saved_step", "evaluations_since_best"):
-        count = getattr(progress, name)
-        if type(count) is not int or not 0 <= count <= num_steps:
-            raise ValueError(f"{name} is not a whole number from 0 to {num_steps}")
-    for name in ("learning_rate", "recent_images", "recent_seconds"):
-        _check_numbers([getattr(progress, name)], name)
-    _check_numbers(progress.recent_losses, "recent_losses")
-    history, best = progress.history, progress.best_metrics
-    if not isinstance(history, dict) or not isinstance(best, dict):
-        raise ValueError("its history and best_metrics are no dicts")
-    if history:
-        example = _Progress()
-        example.add(dict.fromkeys((*_RANKED, "precision", "recall", "f1"), 0.0), 0.0, 0.0)
-        if history.keys() != example.history.keys():
-            raise ValueError("history has other columns")
-        for name, values in history.items():
-            _check_numbers(values, f"history of {name}")
-            if len(values) != len(history["step"]):
-                raise ValueError("history has columns of different lengths")
-        check_alike({name: best.get(name) for name in _RANKED}, dict.fromkeys(_RANKED, 0.0), "best")
-        check_alike(progress.best_state, model.state_dict(), "best_state")
-    elif best or progress.best_state:
-        raise ValueError("it has best weights without an evaluation")
-    return progress
-
-
-def _check_numbers(values: Any, name: str) -> None:
-    if not isinstance(values, list) or not all(v is None or is_number(v) for v in values):
-        raise ValueError(f"{name} is no list of numbers")
-
-
-def _check_optimizer(found: Any, optimizer: Optimizer) -> None:
-    """Raises ValueError unless this is the state of an optimizer of the same parameters.
-
-    Of the numbers that it keeps for a parameter, those of Adam and AdamW alone are known here.
-    """
-    own = optimizer.state_dict()
-    if not isinstance(found, dict) or not {"state", "param_groups"} <= found.keys():
-        raise ValueError("optimizer is no state of one")
-    check_alike(found["param_groups"], own["param_groups"], "optimizer's groups")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(found["state"], dict) or not found["state"].keys() <= set(
-        range(len(parameters))
-    ):
-        raise ValueError("optimizer has a state of other parameters")
-    if not isinstance(optimizer, Adam | AdamW):
-        return
-    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.defaults["amsgrad"]
-    for number, state in found["state"].items():
-        kept = dict.fromkeys(names, parameters[number]) | {"step": torch.tensor(0.0)}
-        check_alike(state, kept, f"optimizer's state {number}")
