@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import signal
 import sys
 import sysconfig
 import threading
@@ -1418,6 +1419,7 @@ class LesionLoader:
                 num_workers=self.num_workers,
                 generator=generator,
                 pin_memory=pin_memory,
+                worker_init_fn=_leave_ctrl_c_to_the_parent,
             )
         )
 
@@ -1429,6 +1431,11 @@ class LesionLoader:
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         images = to_float(images)
         return apply_views(images, views) if self.augmentation else images, labels
+
+
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    """A terminal sends it to all processes; the parent may still want a batch to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Gatherer(Dataset):

@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from console import Parser, in_one_line, say, speak_utf8, with_underscores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from models import LesionClassifier
 
 AIM = "sensitivity 95%"  # of the thresholds that models bring, the one that flags are set by
+PROGRAM = "predict.py"
 SMALLEST_MAP = 4  # on a side; the one place of a 1 x 1 map would explain nothing
 BATCHES_AHEAD = 2  # of images decoded while the model works
 NUM_VIEWS = 8  # flips and quarter-turns of a square
@@ -211,12 +214,12 @@ class Ensemble:
         precision: str = "auto",
     ) -> None:
         from models import load_model
-        from training import _memory_format, resolve_precision
+        from training import _memory_format, choose_device, resolve_precision
 
         paths = _as_list(paths)
         if not paths:
             raise ValueError("no model is given; name one model.pth or several")
-        self.device = _usable_device(device)
+        self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
         self.memory_format = _memory_format(self.device, self.dtype)
         models, infos = zip(*map(load_model, paths), strict=True)
@@ -492,19 +495,6 @@ def _mean_thresholds(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _usable_device(name: "torch.device | str | None") -> "torch.device":
-    import torch
-
-    if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whichever torch raises
-        raise ValueError(f"device {name} cannot be used: {error}") from error
-    return device
-
-
 def _as_list(paths: Paths) -> list[str | os.PathLike]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
@@ -745,6 +735,7 @@ def run(settings: Settings) -> int:
 
 def _evaluate_and_print(settings: Settings) -> int:
     from results import evaluate_folder
+    from training import choose_device
 
     comparison, unreadable = evaluate_folder(
         settings.model,
@@ -752,14 +743,14 @@ def _evaluate_and_print(settings: Settings) -> int:
         settings.evaluate,
         labels_csv=settings.labels_csv,
         label_column=settings.label_column,
-        device=_usable_device(settings.device),
+        device=choose_device(settings.device),
         precision=settings.precision,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
         command=shlex.join(["python", "predict.py", *sys.argv[1:]]),
     )
     for problem in unreadable:
-        print(f"predict.py: warning: {_in_one_line(problem)}", file=sys.stderr)
+        say(PROGRAM, "warning", problem)
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
     print(f"\nEverything is in {settings.evaluate}; begin with {settings.evaluate}/report.html.")
@@ -784,7 +775,7 @@ def _predict_and_print(settings: Settings) -> int:
         num_workers=settings.num_workers,
     ):
         for problem in unreadable:
-            tqdm.write(f"predict.py: warning: {_in_one_line(problem)}", file=sys.stderr)
+            tqdm.write(f"{PROGRAM}: warning: {in_one_line(problem)}", file=sys.stderr)
         printer.print(table)
         num_images += len(table)
         num_unreadable += len(unreadable)
@@ -849,17 +840,12 @@ def _names(table: "pd.DataFrame") -> tuple[list[str], list[str]]:
     return classes, flags
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {_in_one_line(message)}\n")
-
-
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """The settings; exits with status 2 for a flag that is wrong."""
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are images, whatever it is
     parser = _make_parser()
-    arguments = vars(parser.parse_intermixed_args([_with_underscores(w) for w in argv[:end]]))
+    arguments = vars(parser.parse_intermixed_args([with_underscores(w) for w in argv[:end]]))
     arguments["images"] += argv[end + 1 :]
     if arguments["export"] is None and not arguments["images"]:
         parser.error("name the images or folders to predict")
@@ -879,8 +865,8 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="predict.py",
+    parser = Parser(
+        prog=PROGRAM,
         description="What trained models say of images of skin lesions.",
         epilog="For research and teaching, not for diagnosis. Exit status: 1 when an image could "
         "not be read, 2 when something is wrong with the command.",
@@ -911,12 +897,6 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_underscores(word: str) -> str:
-    """The flag as argparse knows it: dashes and underscores both work."""
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
-
-
 def _threshold(text: str) -> tuple[str, float]:
     name, _, number = text.rpartition("=")
     try:
@@ -926,11 +906,11 @@ def _threshold(text: str) -> tuple[str, float]:
 
 
 def _show_warning(message: Warning | str, *details: Any) -> None:
-    print(f"predict.py: warning: {_in_one_line(message)}", file=sys.stderr)
+    say(PROGRAM, "warning", message)
 
 
 def _say_error(message: object) -> int:
-    print(f"predict.py: error: {_in_one_line(message)}", file=sys.stderr)
+    say(PROGRAM, "error", message)
     return 2
 
 
@@ -938,9 +918,6 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _in_one_line(message: object) -> str:
-    return " ".join(str(message).split())
-
-
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(main())

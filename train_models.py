@@ -28,7 +28,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from console import Parser, say, speak_utf8, with_underscores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from models import LesionClassifier
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+PROGRAM = "train_models.py"
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
 # Settings on which no result depends: a run may be resumed with others.
 NOT_RESULTS = {
@@ -172,7 +175,7 @@ def _say_stopped(interruption: KeyboardInterrupt) -> int:
     signum = getattr(interruption, "signum", signal.SIGINT)
     (how_to_go_on,) = getattr(interruption, "__notes__", ["nothing had been begun"])
     if _is_first():
-        print(f"train_models.py: stopped by {signum.name}; {how_to_go_on}", file=sys.stderr)
+        print(f"{PROGRAM}: stopped by {signum.name}; {how_to_go_on}", file=sys.stderr)
     return 128 + signum
 
 
@@ -207,21 +210,16 @@ def _advice(error: RuntimeError, settings: Settings) -> str | None:
 
 
 def _say_error(message: object) -> int:
-    print(f"train_models.py: error: {_in_one_line(message)}", file=sys.stderr)
+    say(PROGRAM, "error", message)
     return 2
 
 
 # ---------------------------------------------------------------------------- flags
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage, which is a page long
-
-
 def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
     """The settings, and whether this is the demo; exits with status 2 for a flag that is wrong."""
-    argv = [_with_underscores(word) for word in argv]
+    argv = [with_underscores(word) for word in argv]
     parser = _make_parser()
     arguments = vars(parser.parse_args(argv))
     if arguments["demo"]:
@@ -240,18 +238,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
     return Settings(**arguments), is_demo
 
 
-def _with_underscores(word: str) -> str:
-    """The flag as argparse knows it: dashes and underscores both work, after `--no-` as well."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    prefix = "--no-" if flag.startswith(("--no-", "--no_")) else "--"
-    return prefix + flag[len(prefix) :].replace("-", "_") + equals + value
-
-
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="train_models.py",
+    parser = Parser(
+        prog=PROGRAM,
         description="Trains, evaluates, pictures and compares models of skin lesions.",
         epilog="For research and teaching, not for diagnosis.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -605,18 +594,16 @@ def _check_weights(settings: Settings) -> None:
 
 
 def _choose_device(name: str) -> "torch.device":
+    """The device of this process: of several processes, each has a GPU of its own."""
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and _world_size() > 1:
-            device = torch.device("cuda", _told_by_torchrun("LOCAL_RANK", 0))
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whichever torch raises
-        raise ValueError(f"--device {name} cannot be used: {error}") from error
+    from training import choose_device
+
+    if _world_size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{_told_by_torchrun('LOCAL_RANK', 0)}"
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -839,12 +826,9 @@ def _duration(seconds: float) -> str:
 
 def _show_warning(message: Warning | str, *details: Any) -> None:
     if _is_first():
-        print(f"train_models.py: warning: {_in_one_line(message)}", file=sys.stderr)
-
-
-def _in_one_line(message: object) -> str:
-    return " ".join(str(message).split())
+        say(PROGRAM, "warning", message)
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(main())

@@ -101,6 +101,21 @@ def warmup_cosine(optimizer: Optimizer, num_steps: int, warmup_fraction: float =
     return LambdaLR(optimizer, share_of_peak)
 
 
+def choose_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of this name, once it has been seen to work; "auto" is CUDA where there is one.
+
+    Raises ValueError for a device that torch does not know or cannot use.
+    """
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whichever torch raises
+        raise ValueError(f"device {name} cannot be used: {error}") from error
+    return device
+
+
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that convolutions and products run in on this device.
 
