@@ -359,7 +359,7 @@ def mistakes(make_images, tmp_path):
         (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 sums to 0.9"]),
         (["--weights", "imagenet"], ["resnet18-f37072fd.pth", "--weights none"]),
         (["--weights", str(tmp_path / "gone.pth")], ["gone.pth: no such file"]),
-        (["--device", "nonsense"], ["--device nonsense"]),
+        (["--device", "nonsense"], ["device nonsense"]),
         (["--image_size", "8"], ["--image_size: 8"]),
         (["--demo"], ["--demo", "--data_dir"]),
         (["--device", "meta"], ["--device meta"]),
