@@ -206,13 +206,13 @@ def assess(
     y_true, y_prob = _checked(y_true, y_prob, len(class_names))
     y_pred, calibrated = y_prob.argmax(axis=1), calibration.apply(y_prob)
     metrics = compute_metrics(y_true, calibrated, class_names, y_pred)
-    screening = {}
+    screening, targets = {}, {}
     for name, labels in screening_targets(class_names, malignant).items():
         is_positive = np.isin(y_true, labels)
         if name in thresholds and 0 < is_positive.sum() < len(is_positive):
-            score = calibrated[:, labels].sum(axis=1)
+            targets[name] = (is_positive, calibrated[:, labels].sum(axis=1))
             screening[name] = {"classes": [class_names[label] for label in labels]} | screen(
-                is_positive, score, thresholds[name], groups, seed=seed
+                *targets[name], thresholds[name], groups, seed=seed
             )
     return {
         "test": metrics,
@@ -228,7 +228,7 @@ def assess(
         "screening": screening,
         "subgroups": {}
         if columns is None
-        else compute_subgroups(y_true, y_pred, columns, groups, seed=seed),
+        else compute_subgroups(y_true, y_pred, columns, groups, targets=targets, seed=seed),
     }
 
 
@@ -429,21 +429,27 @@ def screen(
     intervals. Raises ValueError when the images are all of one kind.
     """
     is_positive, score = _both_kinds(is_positive, score)
+    points = [
+        {"aim": aim, "threshold": float(threshold)}
+        | _sensitivity_and_specificity(is_positive, score >= threshold)
+        for aim, threshold in thresholds.items()
+    ]
+    return _separation(is_positive, score, groups, seed) | {"points": points}
+
+
+def _separation(
+    is_positive: np.ndarray, score: np.ndarray, groups: Sequence[Any] | None, seed: int
+) -> dict[str, Any]:
     rank = np.unique(score, return_inverse=True)[1]
     areas = [
         _roc_auc(np.bincount(rank, times * is_positive), np.bincount(rank, times * ~is_positive))
         for times in _resampled_times(is_positive, groups, seed)
     ]
     return {
-        "roc_auc": _roc_auc(np.bincount(rank, is_positive), np.bincount(rank, ~is_positive)),
+        "roc_auc": float(roc_auc_score(is_positive, score)),
         "roc_auc_interval": np.nanquantile(areas, [0.025, 0.975]).tolist(),
         "positives": int(is_positive.sum()),
         "negatives": int((~is_positive).sum()),
-        "points": [
-            {"aim": aim, "threshold": float(threshold)}
-            | _sensitivity_and_specificity(is_positive, score >= threshold)
-            for aim, threshold in thresholds.items()
-        ],
     }
 
 
@@ -495,6 +501,7 @@ def compute_subgroups(
     columns: pd.DataFrame,
     groups: Sequence[Any] | None = None,
     *,
+    targets: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
     """How the figures differ between kinds of images, by each column (N,) that tells kinds apart.
@@ -505,6 +512,13 @@ def compute_subgroups(
     `balanced_accuracy` with their intervals (bootstrap over `groups`); and `widest_gap`, the two
     groups that are large enough and differ most in balanced accuracy: `figure`, `highest`,
     `lowest`, `difference` and its `interval`, or None where fewer than two are large enough.
+
+    `targets` are what is screened for, by name, with `is_positive` and `score` as `screen` takes
+    them. `screening` then has for each the `roc_auc_of_column`, which a guess by the share of
+    positives among images of the same kind has, without a look at them; and `groups`, by value,
+    with the score's `roc_auc` and its interval within those where there are both. Where the former
+    is high, the model may have learnt to tell the kinds apart instead (Geirhos et al. 2020), and
+    only the latter say what it sees in a lesion.
     """
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
     num_classes = int(max(y_true.max(), y_pred.max())) + 1
@@ -529,8 +543,32 @@ def compute_subgroups(
                 values = resampled[name][figure]
                 found[name][figure] = float(observed[figure][0])
                 found[name][f"{figure}_interval"] = np.quantile(values, [0.025, 0.975]).tolist()
-        subgroups[str(column)] = {"groups": found, "widest_gap": _widest_gap(found, resampled)}
+        subgroups[str(column)] = {
+            "groups": found,
+            "widest_gap": _widest_gap(found, resampled),
+            "screening": {
+                target: _screen_within(kinds, is_positive, score, groups, seed)
+                for target, (is_positive, score) in (targets or {}).items()
+            },
+        }
     return subgroups
+
+
+def _screen_within(
+    kinds: np.ndarray, is_positive: np.ndarray, score: np.ndarray, groups: np.ndarray, seed: int
+) -> dict[str, Any]:
+    is_positive, score = _both_kinds(is_positive, score)
+    names, kind_of_image = np.unique(kinds, return_inverse=True)
+    share = np.bincount(kind_of_image, is_positive) / np.bincount(kind_of_image)
+    parts = {str(name): kinds == name for name in names}
+    return {
+        "roc_auc_of_column": float(roc_auc_score(is_positive, share[kind_of_image])),
+        "groups": {
+            name: _separation(is_positive[part], score[part], groups[part], seed)
+            for name, part in parts.items()
+            if 0 < is_positive[part].sum() < part.sum()
+        },
+    }
 
 
 def _kinds(values: pd.Series) -> np.ndarray:

@@ -25,6 +25,7 @@ from files import write_text
 
 DASH = "–"
 PIXELS_AN_INCH = 140  # at which figures are shown, so that letters are as large in all
+STRONG_SHORTCUT = 0.75  # a ROC AUC of a column alone that a reader should hear of at once
 LARGEST_PNG = 400_000  # bytes; more is a figure of photographs, a tenth as large as JPEG
 
 _FIGURES_OF_ALL_CLASSES = {
@@ -343,7 +344,12 @@ def _gaps_in_words(run: Run) -> list[str]:
 
 def _limits(run: Run) -> Section:
     """What a reader must know before believing the figures."""
-    points = [*_about_test_size(run), *_about_labels(run), *_about_leakage(run)]
+    points = [
+        *_about_test_size(run),
+        *_about_labels(run),
+        *_about_leakage(run),
+        *_about_shortcuts(run),
+    ]
     if len(run.models) > 1:
         text = "The best model was picked on the same images that it is measured on here, which "
         points.append(("Picked on the test images.", text + "flatters it a little."))
@@ -416,6 +422,21 @@ def _about_leakage(run: Run) -> list[tuple[str, str]]:
         )
         text += "that show the same picture. The intervals draw them together."
         points.append(("Identical pictures.", text))
+    return points
+
+
+def _about_shortcuts(run: Run) -> list[tuple[str, str]]:
+    points = []
+    for column, found in run.models[0].get("subgroups", {}).items():
+        for target, within in found.get("screening", {}).items():
+            area = within["roc_auc_of_column"]
+            if area >= STRONG_SHORTCUT:
+                text = (
+                    f"{target.capitalize()} against the rest by {_worded(column)} alone, without a "
+                    f"look at the picture, has a ROC AUC of {area:.2f}. A model may have learnt "
+                    "that instead of the lesion; how it does within each is under its subgroups."
+                )
+                points.append(("A shortcut.", text))
     return points
 
 
@@ -589,7 +610,28 @@ def _subgroups(metrics: dict[str, Any]) -> list[Block]:
         columns = [_worded(column), "test images", "balanced accuracy", "accuracy"]
         rows = [_row_of_group(value, group) for value, group in found["groups"].items()]
         blocks += [Table(caption, columns, rows), _gap(found)]
+        for target, within in found.get("screening", {}).items():
+            blocks += _screening_within(column, target, within, metrics["model"])
     return blocks
+
+
+def _screening_within(column: str, target: str, within: dict[str, Any], model: str) -> list[Block]:
+    rows = [
+        [
+            value,
+            _whole(found["positives"]),
+            _whole(found["negatives"]),
+            _with_interval(found["roc_auc"], found["roc_auc_interval"]),
+        ]
+        for value, found in within["groups"].items()
+    ]
+    caption = f"{model}: {target} against the rest, within each {_worded(column)} that has both"
+    columns = [_worded(column), target, "the rest", "ROC AUC"]
+    text = (
+        f"{target.capitalize()} against the rest by {_worded(column)} alone, without a look at the "
+        f"picture: ROC AUC {within['roc_auc_of_column']:.2f}."
+    )
+    return [text, *([Table(caption, columns, rows)] if rows else [])]
 
 
 def _row_of_group(value: str, group: dict[str, Any]) -> list[str]:

@@ -454,6 +454,35 @@ def test_subgroups_have_the_figures_of_their_images_alone():
     assert gap["interval"][0] < expected < gap["interval"][1]
 
 
+def test_what_a_column_alone_tells_of_a_target_and_what_the_model_does_within_it():
+    rng = np.random.default_rng(7)
+    source = np.repeat(["a", "b", "c"], [100, 60, 40])
+    is_positive = np.concatenate([rng.random(100) < 0.7, rng.random(60) < 0.2, np.zeros(40, bool)])
+    score = rng.random(200) + 0.3 * is_positive + 0.5 * (source == "a")
+    y_true = is_positive.astype(int)
+    columns = pd.DataFrame({"source": source})
+    found = compute_subgroups(y_true, y_true, columns, targets={"x": (is_positive, score)})
+    within = found["source"]["screening"]["x"]
+    share = columns.assign(y=y_true).groupby("source")["y"].transform("mean")
+    assert within["roc_auc_of_column"] == pytest.approx(roc_auc_score(is_positive, share))
+    assert set(within["groups"]) == {"a", "b"}  # in c there is nothing to tell apart
+    for name, group in within["groups"].items():
+        part = source == name
+        assert group["positives"] == is_positive[part].sum()
+        assert group["roc_auc"] == pytest.approx(roc_auc_score(is_positive[part], score[part]))
+        low, high = group["roc_auc_interval"]
+        assert low < group["roc_auc"] < high
+
+
+def test_a_column_that_gives_the_target_away_leaves_nothing_to_tell_within_it():
+    is_positive = np.arange(60) < 20
+    columns = pd.DataFrame({"camera": np.where(is_positive, "one", "other")})
+    y_true = is_positive.astype(int)
+    targets = {"x": (is_positive, np.linspace(0, 1, 60))}
+    within = compute_subgroups(y_true, y_true, columns, targets=targets)["camera"]["screening"]["x"]
+    assert within == {"roc_auc_of_column": 1.0, "groups": {}}
+
+
 def test_ages_come_in_bands_and_what_is_not_known_by_itself():
     age = pd.Series([5, 29, 30, 44, 45, 59.0, 60, 74, 75, 90, np.nan])
     y_true = np.arange(11) % 2

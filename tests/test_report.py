@@ -68,6 +68,7 @@ def metrics_of(model, balanced_accuracy, classes):
         "balanced_accuracy": 0.4,
         "balanced_accuracy_interval": [0.2, 0.6],
     }
+    area = {"roc_auc": 0.66, "roc_auc_interval": [0.5, 0.8]}
     gap = {"figure": "balanced_accuracy", "highest": "male", "lowest": "female"}
     return {
         "model": model,
@@ -112,6 +113,12 @@ def metrics_of(model, balanced_accuracy, classes):
             "patient_sex": {
                 "groups": {"male": group | {"images": 40, "is_too_small": False}, "x": group},
                 "widest_gap": gap | {"difference": 0.25, "interval": [0.05, 0.44]},
+                "screening": {
+                    "malignant": {
+                        "roc_auc_of_column": 0.91,
+                        "groups": {"male": area | {"positives": 12, "negatives": 28}},
+                    }
+                },
             }
         },
     }  # fmt: skip
@@ -313,6 +320,10 @@ def test_screening_calibration_and_subgroups_of_each_model_are_shown(page):
         "Widest gap in balanced accuracy between groups large enough: 0.25 (0.05 to 0.44), "
         "highest in “male”, lowest in “female”." in page.text("p")
     )
+    alone = "Malignant against the rest by patient sex alone, without a look at the picture"
+    assert f"{alone}: ROC AUC 0.91." in page.text("p")
+    assert any(text.startswith(f"A shortcut. {alone}, has") for text in page.text("li"))
+    assert "male 12 28 0.66 (0.50 to 0.80)" in rows
     assert "Cohen's kappa −0.124" in rows
 
 
@@ -487,6 +498,7 @@ def test_nothing_that_a_name_says_becomes_html(tmp_path):
 @given(names=st.lists(st.text(st.characters(exclude_categories=["Cc", "Cs"])), min_size=3,
                       max_size=3, unique=True))  # fmt: skip
 def test_any_class_name_is_read_as_it_is_written(tmp_path_factory, names):
+    names = [f"«{name}»" for name in names]  # none of the page's own headings
     save_dir = tmp_path_factory.mktemp("names")
     write(save_dir / "cnn/metrics.json", metrics_of("cnn", 0.5, names))
     page = Page(write_report(save_dir))
