@@ -1,7 +1,7 @@
 # Each target sets up what it needs on a fresh machine: a virtual environment in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-TOOLS = pytest hypothesis ruff playwright onnx onnxscript onnxruntime nbclient ipykernel
+TOOLS = pytest pytest-xdist hypothesis ruff playwright onnx onnxscript onnxruntime nbclient ipykernel
 
 .PHONY: demo test lint
 
@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(VENV)/bin/python train_models.py --demo
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -406,16 +406,14 @@ def test_before_the_first_checkpoint_there_is_none_to_name(loaders, tmp_path, at
 def test_checkpoints_take_a_hundredth_of_the_time_however_slow_the_disk(
     loaders, tmp_path, monkeypatch
 ):
-    import training
-
     written = []
 
     def slow(path, contents):
         time.sleep(0.2)
         written.append(path.name)
 
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    monkeypatch.setattr(training, "save_tensors", slow)
+    monkeypatch.setattr("training.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr("checkpoints.save_tensors", slow)
     run(loaders, tmp_path, checkpoint_every=None)
     assert written.count("last.pth") == 2  # after the first step and at the end
 

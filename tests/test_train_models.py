@@ -362,7 +362,7 @@ def mistakes(make_images, tmp_path):
         (["--device", "nonsense"], ["device nonsense"]),
         (["--image_size", "8"], ["--image_size: 8"]),
         (["--demo"], ["--demo", "--data_dir"]),
-        (["--device", "meta"], ["--device meta"]),
+        (["--device", "meta"], ["device meta"]),
         (["--models", "simple_cnn", "--weights", str(root)], ["none of the chosen models"]),
         (["--mistyped"], ["--mistyped"]),
     ]
