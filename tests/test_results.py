@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import recall_score
 
+from files import load_tensors, save_tensors
 from predict import main as predict_main
 from results import evaluate_folder
 from train_models import main as train_main
@@ -90,3 +91,21 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
     )
     assert comparison["model"].tolist() == ["simple_cnn", "simple_cnn (2)"]
     assert comparison["behind_best"].tolist() == [0, 0]
+
+
+def test_a_model_of_before_calibrations_is_measured_with_its_own_probabilities(trained, tmp_path):
+    model, root = trained
+    contents = load_tensors(model)
+    for name in ("temperature", "bias", "thresholds", "malignant_classes"):
+        del contents[name]
+    (tmp_path / "old").mkdir()
+    save_tensors(tmp_path / "old/model.pth", contents)
+    evaluate_folder([tmp_path / "old/model.pth"], root, tmp_path / "found", device="cpu")
+    report = json.loads((tmp_path / "found/old/metrics.json").read_text())
+    before, after = report["calibration"]["before"], report["calibration"]["after"]
+    assert after["count"] == before["count"]
+    # Not the same bits: probabilities of 0 become 1e-12, so that they have a logarithm.
+    for name in ("log_loss", "brier_score", "expected_calibration_error"):
+        assert after[name] == pytest.approx(before[name], abs=1e-9)
+    assert report["screening"] == {}
+    assert (tmp_path / "found/report.html").stat().st_size > 100_000
