@@ -801,7 +801,9 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[fl
 
 
 def _caption(*texts: str, width: int = 30) -> str:
-    lines = [line for text in texts for line in textwrap.wrap(text, width)]
+    # Paths break between folders rather than within a name.
+    spaced = (textwrap.wrap(text.replace("/", "/ "), width) for text in texts)
+    lines = [line.replace("/ ", "/") for wrapped in spaced for line in wrapped]
     # A file may be called anything.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
