@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 AIM = "sensitivity 95%"  # of the thresholds that models bring, the one that flags are set by
 PROGRAM = "predict.py"
 SMALLEST_MAP = 4  # on a side; the one place of a 1 x 1 map would explain nothing
-BATCHES_AHEAD = 2  # of images decoded while the model works
+BATCHES_AHEAD = 2  # of images decoded while a GPU works; on the CPU both would want the same cores
 NUM_VIEWS = 8  # flips and quarter-turns of a square
 MOST_ROWS_PRINTED = 20  # where there is a file that has them all
 WIDEST_PATH = 60  # characters that the printed table leaves for paths; longer ones stick out
@@ -149,7 +149,12 @@ def predict_batches(
     if gradcam is not None:
         Path(gradcam).mkdir(parents=True, exist_ok=True)
     batches = _prepared_batches(
-        paths, ensemble.image_size, preprocessors, batch_size, num_workers or os.cpu_count() or 1
+        paths,
+        ensemble.image_size,
+        preprocessors,
+        batch_size,
+        num_workers or os.cpu_count() or 1,
+        0 if ensemble.device.type == "cpu" else BATCHES_AHEAD,
     )
     with (
         _rows_to(output) as write_rows,
@@ -324,24 +329,25 @@ def _prepared_batches(
     preprocessors: "Sequence[Preprocessor]",
     batch_size: int,
     num_workers: int,
+    num_ahead: int,
 ) -> "Iterator[tuple[list[str], np.ndarray, list[str]]]":
-    """Batches of paths, their images uint8 `(N, H, W, 3)`, and what could not be read before them.
+    """Batches of paths, their images uint8 `(N, H, W, 3)`, and what could not be read among them.
 
-    Decoded by threads that are at most `BATCHES_AHEAD` batches ahead of the model.
+    Decoded by threads, at most `num_ahead` batches before they are asked for.
     """
     import numpy as np
 
     from dataset import UnreadableImageError, prepare_image
 
+    most = (1 + num_ahead) * batch_size
     pool = ThreadPoolExecutor(num_workers)
     futures = ((p, pool.submit(prepare_image, p, image_size, preprocessors)) for p in paths)
     try:
-        ahead = deque(islice(futures, BATCHES_AHEAD * batch_size))
-        while ahead:
+        waiting = deque(islice(futures, most))
+        while waiting:
             read, images, unreadable = [], [], []
-            while ahead and len(read) < batch_size:
-                path, future = ahead.popleft()
-                ahead.extend(islice(futures, 1))
+            for _ in range(min(batch_size, len(waiting))):
+                path, future = waiting.popleft()
                 try:
                     images.append(future.result())
                     read.append(path)
@@ -349,6 +355,7 @@ def _prepared_batches(
                     unreadable.append(str(error))
             shape = (len(images), image_size, image_size, 3)
             yield read, np.array(images, dtype=np.uint8).reshape(shape), unreadable
+            waiting.extend(islice(futures, most - len(waiting)))
     finally:
         pool.shutdown(cancel_futures=True)
 
