@@ -138,7 +138,7 @@ def test_a_first_write_that_raises_leaves_nothing(tmp_path):
 def test_tensors_that_cannot_be_saved_leave_the_old_ones(tmp_path):
     path = tmp_path / "model.pth"
     save_tensors(path, {"step": 1})
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):
         save_tensors(path, {"step": lambda: 2})
     assert load_tensors(path) == {"step": 1}
     assert names_in(tmp_path) == ["model.pth"]
