@@ -234,9 +234,7 @@ class Ensemble:
         self.models: list[LesionClassifier] = [
             model.to(self.device, memory_format=self.memory_format) for model in models
         ]
-        self.calibrations = [
-            calibration_of(path, info) for path, info in zip(paths, infos, strict=True)
-        ]
+        self.calibrations = [calibration_of(info) for info in infos]
         self.classes: list[str] = infos[0]["classes"]
         self.image_size: int = infos[0]["image_size"]
         self.malignant_classes: list[str] = infos[0].get("malignant_classes", [])
@@ -479,15 +477,12 @@ def _check_preprocessors(
     )
 
 
-def calibration_of(path: str | Path, info: Mapping[str, Any]) -> "Calibration":
-    """That of a `model.pth`; one that changes nothing where the file has none."""
+def calibration_of(info: Mapping[str, Any]) -> "Calibration":
+    """That of what `load_model` gives; one that changes nothing where there is none."""
     from evaluation import Calibration
 
-    num_classes = len(info["classes"])
-    temperature, bias = info.get("temperature", 1.0), info.get("bias", [0.0] * num_classes)
-    if len(bias) != num_classes or not temperature > 0:
-        raise ValueError(f"{path}: its temperature and bias do not fit its {num_classes} classes")
-    return Calibration(float(temperature), tuple(map(float, bias)))
+    bias = info.get("bias", [0.0] * len(info["classes"]))
+    return Calibration(float(info.get("temperature", 1.0)), tuple(map(float, bias)))
 
 
 def _mean_thresholds(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -496,7 +491,8 @@ def _mean_thresholds(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for info in infos
     ]
     return {
-        name: sum(thresholds[name] for thresholds in brought) / len(brought)
+        # A sum of probabilities, from which a threshold is taken, can be a little above 1.
+        name: min(sum(thresholds[name] for thresholds in brought) / len(brought), 1.0)
         for name in brought[0]
         if all(name in thresholds for thresholds in brought)
     }
@@ -630,7 +626,7 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
     from models import load_model
 
     classifier, info = load_model(model)
-    calibration = calibration_of(model, info)
+    calibration = calibration_of(info)
     size = info["image_size"]
     metadata = {
         "classes": info["classes"],

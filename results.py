@@ -114,7 +114,7 @@ def leave_results(
     """
     classes, groups = info["classes"], dataset.metadata["group"]
     y_true, y_prob = evaluation.labels, evaluation.probabilities
-    calibration = calibration_of(folder / "model.pth", info)
+    calibration = calibration_of(info)
     own = [name for name in METADATA_COLUMNS if name != "source_split"]
     found = assess(
         y_true,

@@ -1,5 +1,7 @@
 """Small image folders that tests make for themselves."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,3 +31,16 @@ def make_images(tmp_path: Path) -> MakeImages:
         return root
 
     return make
+
+
+@pytest.fixture
+def drop_the_rights_of_root() -> Callable[[], None]:
+    """A `preexec_fn` that takes from a process the right to pass over permission bits."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("drops rights as Linux has it")
+
+    def drop() -> None:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+    return drop

@@ -123,3 +123,22 @@ def test_a_file_system_that_reserves_nothing_gets_zeros_written(tmp_path, monkey
         array[1] = np.full((1000, 1000), 7)
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 3_000_000
     assert np.load(tmp_path / "a.npy").sum(axis=(1, 2)).tolist() == [0, 7_000_000, 0]
+
+
+@pytest.mark.parametrize("folder", [".", "simple_cnn"])  # before the training, and within it
+def test_a_folder_that_may_not_be_written_is_one_line_and_stays_as_it_is(
+    make_images, tmp_path, folder, drop_the_rights_of_root
+):
+    root, out = make_images({"melanoma": 10, "nevus": 10}), tmp_path / "out"
+    (out / "simple_cnn").mkdir(parents=True)
+    (out / folder).chmod(0o555)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments(root, tmp_path))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=drop_the_rights_of_root,
+    )
+    line = only_line(done)
+    assert "Permission denied" in line and str(out / folder) in line
+    assert not list((out / "simple_cnn").iterdir())

@@ -410,16 +410,7 @@ except UnreadableImageError as error:
 """
 
 
-def drop_the_rights_of_root():
-    """Takes the right to pass over permission bits from this process and what it starts."""
-    import ctypes
-
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drops rights as Linux has it")
-def test_a_file_without_read_permission_is_named(make_images):
+def test_a_file_without_read_permission_is_named(make_images, drop_the_rights_of_root):
     root = make_images({"a": 3, "b": 3})
     (root / "a/0001.png").chmod(0)
     done = subprocess.run(
