@@ -40,9 +40,9 @@ def main() -> None:
         for seed in arguments.seeds:
             for precision in arguments.precisions:
                 words = [*others, "--seed", str(seed), "--precision", precision]
-                rows.append({"seed": seed, "precision": precision} | test_figures(words, model))
+                rows.append({"seed": seed, "dtype": precision} | test_figures(words, model))
                 print(model, rows[-1], flush=True)
-        table = pd.DataFrame(rows).pivot(index="seed", columns="precision", values=FIGURES)
+        table = pd.DataFrame(rows).pivot(index="seed", columns="dtype", values=FIGURES)
         summary = pd.concat([table, table.agg(["mean", "std"])])
         print(f"{model}\n{summary.round(3).to_string()}", flush=True)
 

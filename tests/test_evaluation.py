@@ -253,6 +253,17 @@ def test_an_interval_lies_about_its_figure_and_narrows_with_more_images():
     assert widths[1] == pytest.approx(widths[0] / 4, rel=0.25)
 
 
+def test_the_bias_of_small_test_sets_is_taken_out_of_the_interval():
+    """Weighted precision looks better than it is on few images, and better still in resamples."""
+    names = [str(label) for label in range(9)]
+    offsets = []
+    for seed in range(20):
+        y_true, y_prob = simulated(150, 0.6, seed, num_classes=9)
+        low, high = compute_intervals(y_true, y_prob, names)["precision"]
+        offsets.append((low + high) / 2 - compute_metrics(y_true, y_prob, names)["precision"])
+    assert np.mean(offsets) < 0
+
+
 def test_images_that_belong_together_are_drawn_together():
     y_true, y_prob = simulated(100, 0.7, seed=1)
     names = ["a", "b", "c"]
