@@ -1,6 +1,7 @@
 """Small image folders that tests make for themselves."""
 
 import ctypes
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+# A shell without job control starts what it puts in the background with SIGINT ignored, and so would
+# be all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeImages = Callable[..., Path]
 
