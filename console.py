@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 
@@ -20,6 +21,33 @@ def with_underscores(word: str) -> str:
     flag, equals, value = word.partition("=")
     prefix = "--no-" if flag.startswith(("--no-", "--no_")) else "--"
     return prefix + flag[len(prefix) :].replace("-", "_") + equals + value
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """Returns the names of the flags that stand on the command line, defaults left out.
+
+    `argv` is what `parser` has parsed before without an error.
+    """
+    flags = [a for a in parser._actions if a.option_strings and a.default != argparse.SUPPRESS]
+    defaults = {action.dest: action.default for action in flags}
+    parser.set_defaults(**dict.fromkeys(defaults))  # no flag's own value is None
+    try:
+        found, _ = parser.parse_known_args(argv)
+    finally:
+        parser.set_defaults(**defaults)
+    return {name for name in defaults if getattr(found, name, None) is not None}
+
+
+def check_flags_have_effect(
+    parser: argparse.ArgumentParser, given: set[str], mode: str, without_effect: Mapping[str, str]
+) -> None:
+    """Ends with status 2 when a flag was given that has no effect in this mode of the command.
+
+    `without_effect` has for each such flag what to do instead, which may be empty.
+    """
+    for name in sorted(given & without_effect.keys()):
+        advice = f"; {without_effect[name]}" if without_effect[name] else ""
+        parser.error(f"--{name} has no effect with {mode}{advice}")
 
 
 def say(program: str, kind: str, message: object) -> None:

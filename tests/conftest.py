@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# A shell without job control starts what it puts in the background with SIGINT ignored, and so would
-# be all that the tests start.
+# A shell without job control starts its background jobs with SIGINT ignored, and the tests'
+# subprocesses would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeImages = Callable[..., Path]
