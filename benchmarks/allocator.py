@@ -2,10 +2,11 @@
 
     python benchmarks/allocator.py --data_dir ../shared/data/isic9
 
-Each model trains, evaluates and predicts (`train`, `evaluate` with our loaders, `predict` on files)
-in processes of its own, without the setting and with it in turn. Prints the median images per second
-over the rounds, the median of the ratios of each round, and the largest peak of anonymous memory.
-EfficientNet-Lite0 needs timm and is left out without it.
+Each model trains, evaluates and predicts (`train`, `evaluate` with our loaders, `predict` on
+files) in processes of its own, without the setting and with it in turn. Prints the median images
+per second over the rounds, the median of the ratios of each round, and the largest peak of
+anonymous memory. EfficientNet-Lite0
+needs timm and is left out without it.
 """
 
 import argparse
