@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import PIL
 import torch
+from joblib import cpu_count
 from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import audit
 from augmentation import Views, apply_views, draw_views
 from decoding import UnreadableImageError, decode, read_regular_file, scaled_size
-from files import lock, write_text
+from files import lock, read_csv, write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # named, as they are pictures too
@@ -352,7 +353,8 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
         )
     parents = [path.split("/")[:-1] for path in paths]
     if not has_class_folders:
-        return pd.DataFrame({"path": paths, "source_split": ["/".join(p) for p in parents]})
+        source_splits = ["/".join(parent) for parent in parents]
+        return pd.DataFrame({"path": paths, "source_split": source_splits}, dtype=object)
     if not all(parents):
         stray = paths[parents.index([])]
         raise ValueError(
@@ -373,7 +375,10 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
             "needs two or more"
         )
     source_splits = ["/".join(parent[:-1]) for parent in parents]
-    return pd.DataFrame({"path": paths, "class": classes, "source_split": source_splits})
+    # As str, pandas with pyarrow could not hold names that are not valid UTF-8.
+    return pd.DataFrame(
+        {"path": paths, "class": classes, "source_split": source_splits}, dtype=object
+    )
 
 
 def _is_unicode(text: str) -> bool:
@@ -407,19 +412,22 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
 def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """A CSV file with a row an image, which it names in `path` or in one of `STEM_COLUMNS`.
 
+    All cells are text, whatever they look like, and only empty ones are missing, see `read_csv`.
+
     Raises FileNotFoundError for no such file, and ValueError for a file that is no such table or
     lacks one of `columns`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{_shown(path)}: no such file")
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(("path", "split", *STEM_COLUMNS), str))
+        table = read_csv(path)
     except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
         raise ValueError(f"{_shown(path)}: not a table in CSV ({error})") from error
     missing = [name for name in columns if name not in table]
     if missing:
         raise ValueError(
-            f"{_shown(path)}: no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+            f"{_shown(path)}: no column {', '.join(missing)}; it has "
+            f"{', '.join(map(_shown, table.columns))}"
         )
     return table
 
@@ -454,6 +462,16 @@ def join_table(paths: Sequence[str], table: pd.DataFrame, name: str | Path) -> p
     return found.reindex(wanted).reset_index(drop=True)
 
 
+def _check_unicode(values: pd.Series, name: str | Path) -> None:
+    """Raises ValueError for names of classes or splits that no figure could show."""
+    unwritable = values[~values.map(_is_unicode).astype(bool)]
+    if len(unwritable) > 0:
+        raise ValueError(
+            f"{_shown(name)}: {_shown(unwritable.iloc[0])} is not valid UTF-8; save the table as "
+            "UTF-8"
+        )
+
+
 def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
     """Numbers (N,) of the groups of images that belong together by any of these columns.
 
@@ -463,7 +481,7 @@ def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
     num_images = len(metadata)
     links = []
     for key in keys:
-        codes = pd.factorize(metadata[key])[0]
+        codes = pd.factorize(metadata[key].mask(metadata[key] == ""))[0]
         first = pd.Series(range(num_images)).groupby(codes).transform("first").to_numpy()
         named = np.flatnonzero(codes >= 0)
         links.append(np.stack([named, first[named]]))
@@ -523,7 +541,7 @@ class _ArrayCache:
         self.data_dir = data_dir.resolve()
         self.image_size = image_size
         self.preprocessors = preprocessors
-        self.num_workers = num_workers or os.cpu_count()
+        self.num_workers = num_workers or cpu_count()
         self.fingerprint = fingerprint(preprocessors)
         identity = f"{self.data_dir}\n{self.fingerprint}".encode("utf-8", "surrogateescape")
         code = hashlib.sha256(identity).hexdigest()[:8]
@@ -1119,8 +1137,9 @@ class DatasetBuilder:
                 f"{_shown(name)}: no {column} for {len(without)} of {len(images)} images, such as "
                 f"{_shown(without.iloc[0])}; add them or move these images away"
             )
+        _check_unicode(labels, name)
         images = images.drop(columns="class", errors="ignore")
-        images.insert(1, "class", labels.astype(str))
+        images.insert(1, "class", labels)
         if images["class"].nunique() < 2:
             raise ValueError(f"{_shown(name)}: all images are of one class")
         return images
@@ -1131,7 +1150,14 @@ class DatasetBuilder:
             return pd.DataFrame(index=images.index)
         table = read_table(self.metadata_csv, self.group_by)
         given = join_table(images["path"], table, self.metadata_csv)
-        return given.rename(columns=_given_name)
+        given = given.rename(columns=_given_name)
+        if given.columns.has_duplicates:
+            twice = given.columns[given.columns.duplicated()][0]
+            raise ValueError(
+                f"{_shown(self.metadata_csv)}: has both {twice.removesuffix('_given')} and {twice}, "
+                f"which would both be called {twice}; rename or remove one"
+            )
+        return given
 
     def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
@@ -1171,6 +1197,7 @@ class DatasetBuilder:
                 f"{_shown(self.splits_csv)}: no split for {len(without)} of {len(metadata)} "
                 f"images, such as {_shown(without.iloc[0])}"
             )
+        _check_unicode(split, self.splits_csv)
         if len(table) > len(metadata):
             extra = len(table) - len(metadata)
             warnings.warn(
