@@ -4,8 +4,11 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
+import random
+import re
 import secrets
 import signal
 import sys
@@ -66,6 +69,8 @@ SPLIT_FOLDERS = {
 }
 SHARE_OF_GPU_FOR_IMAGES = 0.25  # of its free memory, for each split
 EVALUATION_BATCHES = 4  # times as many images a batch, on GPUs, where nothing is trained
+MAX_REPETITIONS = 25  # of each probe image, to notice a preprocessor that is random
+SECONDS_OF_PROBING = 0.5  # after which a slow one is believed
 MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling may show an image
 
 Preprocessor = Callable[[np.ndarray], np.ndarray]
@@ -180,16 +185,49 @@ def fingerprint(preprocessors: Sequence[Preprocessor]) -> str:
     """What tells these preprocessors from others, 16 hex digits; empty for none.
 
     Made from their code, constants, defaults, closures and the module's functions and values that
-    they use, and from what they make of a few probe images.
+    they use, and from what they make of a few probe images. Raises ValueError naming one that makes
+    something else of the same image another time.
     """
     if not preprocessors:
         return ""
     digest = hashlib.sha256()
+    probes = list(_probe_images())
     for preprocessor in preprocessors:
+        results = [_probe(preprocessor, probe) for probe in probes]
+        # Described after it has run: what it keeps from its first call on belongs to it.
         digest.update(_describe(preprocessor, {}).encode("utf-8", "surrogateescape"))
-        for probe in _probe_images():
-            digest.update(_probe(preprocessor, probe))
+        for result in results:
+            digest.update(result)
+        _check_repeatable(preprocessor, probes, results)
     return digest.hexdigest()[:16]
+
+
+def _check_repeatable(
+    preprocessor: Preprocessor, probes: Sequence[np.ndarray], results: Sequence[bytes]
+) -> None:
+    """Raises ValueError unless the preprocessor gives these results again, and again.
+
+    What draws from the global generators without seeding them is noticed even where the results
+    happen to be the same.
+    """
+    state = _global_random_state()
+    end = time.monotonic() + SECONDS_OF_PROBING
+    for _ in range(MAX_REPETITIONS):
+        again = [_probe(preprocessor, probe) for probe in probes]
+        if again != results or _global_random_state() != state:
+            raise ValueError(
+                f"preprocessor {_name_of(preprocessor)} does not make the same of the same image "
+                "every time (randomness, time, or something kept from call to call); what it makes "
+                "is kept on disk and must come out the same for new images: leave randomness to "
+                "the augmentation, or start a generator from a fixed seed in each call"
+            )
+        if time.monotonic() > end:
+            return
+
+
+def _global_random_state() -> tuple[Any, ...]:
+    numpy_state = str(np.random.get_state(legacy=False))
+    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
 
 
 def _probe_images() -> Iterator[np.ndarray]:
@@ -203,7 +241,15 @@ def _probe(preprocessor: Preprocessor, image: np.ndarray) -> bytes:
         result = np.asarray(preprocessor(image.copy()))
     except Exception as error:  # a user's code: that it refuses a probe tells it apart as well
         return type(error).__name__.encode()
+    if result.dtype.hasobject:  # no image; its bytes would be addresses, other ones in each run
+        return f"{result.dtype}{result.shape}".encode()
     return f"{result.dtype}{result.shape}".encode() + result.tobytes()
+
+
+def _name_of(preprocessor: Preprocessor) -> str:
+    while isinstance(preprocessor, functools.partial):
+        preprocessor = preprocessor.func
+    return getattr(preprocessor, "__name__", type(preprocessor).__name__)
 
 
 def _describe(value: Any, seen: dict[int, Any]) -> str:
@@ -217,6 +263,8 @@ def _describe(value: Any, seen: dict[int, Any]) -> str:
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.hasobject:
+            return f"{value.dtype}{value.shape}{_describe(value.tolist(), seen)}"
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
     if id(value) in seen:
         return "again"
@@ -227,10 +275,11 @@ def _describe(value: Any, seen: dict[int, Any]) -> str:
         return describe_all(value)
     if isinstance(value, set | frozenset):
         return "{" + ", ".join(sorted(_describe(v, dict(seen)) for v in value)) + "}"
-    if isinstance(value, dict):
-        return describe_all(value.items())
+    if isinstance(value, dict):  # which may have been made from a set
+        return describe_all(sorted(value.items(), key=lambda i: _describe(i[0], dict(seen))))
     if isinstance(value, functools.partial):
-        return "partial" + describe_all([value.func, value.args, value.keywords])
+        keywords = list(value.keywords.items())
+        return "partial" + describe_all([value.func, value.args, keywords])
     if isinstance(value, types.MethodType):
         return "method" + describe_all([value.__func__, value.__self__])
     if isinstance(value, classmethod | staticmethod):
@@ -245,10 +294,14 @@ def _describe(value: Any, seen: dict[int, Any]) -> str:
         return repr(value.__name__)
     if isinstance(value, type):
         return _describe_class(value, describe_all)
+    if isinstance(value, logging.Logger):  # has all the loggers of the process among its attributes
+        return f"logger {value.name!r}"
     if hasattr(value, "__dict__"):
-        return "object" + describe_all([type(value), vars(value)])
+        return "object" + describe_all([type(value), list(vars(value).items())])
     # The default text of an object is its address, which changes from run to run.
-    return repr(type(value)) if type(value).__repr__ is object.__repr__ else repr(value)
+    if type(value).__repr__ is object.__repr__:
+        return repr(type(value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _describe_module(module: types.ModuleType) -> str:
@@ -283,8 +336,9 @@ def _describe_function(function: types.FunctionType, describe_all: Callable[[Any
             enclosed.append(cell.cell_contents)
         except ValueError:  # a variable that is not bound yet
             enclosed.append("unbound")
+    keywords = function.__kwdefaults__ and list(function.__kwdefaults__.items())
     return "function" + describe_all(
-        [function.__code__, function.__defaults__, function.__kwdefaults__, enclosed, used]
+        [function.__code__, function.__defaults__, keywords, enclosed, used]
     )
 
 
@@ -303,7 +357,7 @@ def _is_installed(filename: str) -> bool:
 
 def _preprocess(image: np.ndarray, preprocessors: Sequence[Preprocessor]) -> np.ndarray:
     for preprocessor in preprocessors:
-        name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
+        name = _name_of(preprocessor)
         try:
             result = preprocessor(image)
         except Exception as error:
@@ -824,10 +878,18 @@ def stratified_split(
     Each split gets as near to its fraction of each class as whole groups allow; for groups of one
     image that is the largest-remainder method. Every class is in the training split (the one named
     `train`, or else the largest), and every split has every class that has at least as many groups
-    as there are splits, where groups of several classes leave that possible; otherwise a warning
-    says which class lacks where. Raises ValueError for fractions that cannot be.
+    as there are splits, where groups of several classes leave that possible; `DatasetBuilder` warns
+    of what lacks. Raises ValueError for fractions that cannot be.
     """
     names, fractions = _check_splits(splits)
+    training = names.index("train") if "train" in names else int(fractions.argmax())
+    return np.array(names)[_assign_splits(labels, groups, fractions, training, seed)]
+
+
+def _assign_splits(
+    labels: np.ndarray, groups: np.ndarray, fractions: np.ndarray, training: int | None, seed: int
+) -> np.ndarray:
+    """The number of the split of each image; `training` as `_numbers_of_groups` takes it."""
     group_ids, first_rows, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
     num_classes = int(labels.max()) + 1
     contents = np.zeros((len(group_ids), num_classes), dtype=np.int64)
@@ -837,7 +899,6 @@ def stratified_split(
     kinds, kind_of_group = np.unique(contents, axis=0, return_inverse=True)
     kind_of_group = kind_of_group.ravel()  # numpy 2.0 alone gives it a second dimension
     kind_sizes = np.bincount(kind_of_group, minlength=len(kinds))
-    training = names.index("train") if "train" in names else int(fractions.argmax())
     numbers = _numbers_of_groups(kinds, kind_sizes, fractions, training)
 
     rng = np.random.default_rng(seed)
@@ -845,8 +906,10 @@ def stratified_split(
     for kind in range(len(kinds)):
         members = np.flatnonzero(kind_of_group == kind)
         members = members[first_rows[members].argsort()]
-        split_of_group[rng.permutation(members)] = np.repeat(np.arange(len(names)), numbers[kind])
-    return np.array(names)[split_of_group[group_of_row]]
+        split_of_group[rng.permutation(members)] = np.repeat(
+            np.arange(len(fractions)), numbers[kind]
+        )
+    return split_of_group[group_of_row]
 
 
 def k_fold_splits(
@@ -856,14 +919,35 @@ def k_fold_splits(
 
     `metadata` is that of `DatasetBuilder.build`, or some rows of it; its columns `label` and
     `group` are used. Row numbers count from 0, whatever its index. Each row is in one validation
-    part, with all of its group. Raises ValueError for fewer than two folds or groups than folds.
+    part, with all of its group. Every training part has every class of at least two groups, and
+    every validation part every class of at least k, where groups of several classes leave that
+    possible. Warns of classes of fewer groups than k. Raises ValueError for fewer than two folds or
+    groups than folds.
     """
     if k < 2 or metadata["group"].nunique() < k:
         raise ValueError(f"k is {k}; it must be from 2 to the number of groups")
-    folds = {str(fold): 1 / k for fold in range(k)}
+    _warn_of_classes_with_few_groups(metadata, k)
     labels = pd.factorize(metadata["label"], sort=True)[0]
-    fold = stratified_split(labels, metadata["group"].to_numpy(), folds, seed)
-    return [(np.flatnonzero(fold != name), np.flatnonzero(fold == name)) for name in folds]
+    fractions, groups = np.full(k, 1 / k), metadata["group"].to_numpy()
+    fold = _assign_splits(labels, groups, fractions, None, seed)
+    # What does not divide evenly comes into the first folds; the seed says which these are.
+    order = np.random.default_rng(derive_seed(seed, "order of folds")).permutation(k)
+    return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in order]
+
+
+def _warn_of_classes_with_few_groups(metadata: pd.DataFrame, k: int) -> None:
+    name_column = "class" if "class" in metadata else "label"
+    num_groups = metadata.groupby(name_column)["group"].nunique()
+    few = [
+        f"{_shown(name)} ({number} {'group' if number == 1 else 'groups'})"
+        for name, number in num_groups[num_groups < k].items()
+    ]
+    if few:
+        warnings.warn(
+            f"classes with fewer groups than k={k}: {', '.join(few)}; not every validation part "
+            "has them, and one of a single group is never trained on where it is validated",
+            stacklevel=3,
+        )
 
 
 def _check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
@@ -878,9 +962,12 @@ def _check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
 
 
 def _numbers_of_groups(
-    kinds: np.ndarray, kind_sizes: np.ndarray, fractions: np.ndarray, training: int
+    kinds: np.ndarray, kind_sizes: np.ndarray, fractions: np.ndarray, training: int | None
 ) -> np.ndarray:
     """How many groups of each kind go to each split, (kinds, splits).
+
+    `training` is the number of the split that is trained on; None where it is all but one in turn,
+    so that no split may have the whole of a class.
 
     Starts from the largest remainders of each kind, and while that brings the splits nearer to
     their shares moves a group from one split to another, or exchanges two.
@@ -889,13 +976,17 @@ def _numbers_of_groups(
     shares = np.outer(fractions, kind_sizes @ kinds)
     groups_with_class = kind_sizes @ (kinds > 0)
     must_have = np.tile(groups_with_class >= len(fractions), (len(fractions), 1))
-    must_have[training] = True
+    if training is not None:
+        must_have[training] = True
+    num_images = kind_sizes @ kinds
+    must_share = (groups_with_class >= 2) & (training is None)
 
     def cost(counts: np.ndarray) -> np.ndarray:
         """How far splits are from their shares; `counts` (..., splits, classes)."""
         by_class = ((counts - shares) ** 2).sum(axis=-1)
         in_all = (counts.sum(axis=-1) - shares.sum(axis=-1)) ** 2
-        missing = ((counts == 0) & must_have) @ np.ones(kinds.shape[1])
+        lacks = ((counts == 0) & must_have) | ((counts == num_images) & must_share)
+        missing = lacks @ np.ones(kinds.shape[1])
         return by_class + 1e-3 * in_all + 1e9 * missing
 
     while True:

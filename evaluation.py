@@ -511,7 +511,7 @@ def compute_subgroups(
     """How the figures differ between kinds of images, by each column (N,) that tells kinds apart.
 
     Numbers of many values, also those written as text, come in bands: ages in those of `AGE_BANDS`,
-    others in quarters. A column of one value, or of more than 20, is left out; images without a value are "unknown". For each
+    others in quarters; those of a column such as `patient_id` are names. A column of one value, or of more than 20, is left out; images without a value are "unknown". For each
     column `groups`, by value `images`, `is_too_small` (fewer than 30), `accuracy` and
     `balanced_accuracy` with their intervals (bootstrap over `groups`); and `widest_gap`, the two
     groups that are large enough and differ most in balanced accuracy: `figure`, `highest`,
@@ -578,9 +578,10 @@ def _screen_within(
 def _kinds(values: pd.Series) -> np.ndarray:
     """The name of each image's kind."""
     names = values.astype(object)
-    numbers = _numbers(values)
+    words = str(values.name).casefold().split("_")
+    numbers = None if "id" in words else _numbers(values)
     if numbers is not None and numbers.nunique() > 8:
-        if "age" in str(values.name).casefold().split("_"):
+        if "age" in words:
             ends = [0, *AGE_BANDS.values()]
             names = pd.cut(numbers, ends, right=False, labels=list(AGE_BANDS))
         else:
