@@ -14,7 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dataset import LesionLoader
-from files import check_alike, is_number, load_tensors, save_tensors, write_atomically
+from files import check_alike, is_number, load_tensors, save_tensors, write_csv
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -92,8 +92,7 @@ class Checkpoint:
 
     def save_history(self, progress: Progress) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with write_atomically(self.folder / "history.csv") as temporary:
-            pd.DataFrame(progress.history).to_csv(temporary, index=False)
+        write_csv(pd.DataFrame(progress.history), self.folder / "history.csv")
 
     def save_best(
         self,

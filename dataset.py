@@ -4,8 +4,11 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
+import random
+import re
 import secrets
 import signal
 import sys
@@ -26,6 +29,7 @@ import numpy as np
 import pandas as pd
 import PIL
 import torch
+from joblib import cpu_count
 from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -36,7 +40,7 @@ from tqdm import tqdm
 import audit
 from augmentation import Views, apply_views, draw_views
 from decoding import UnreadableImageError, decode, read_regular_file, scaled_size
-from files import lock, write_text
+from files import lock, read_csv, write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # named, as they are pictures too
@@ -65,6 +69,8 @@ SPLIT_FOLDERS = {
 }
 SHARE_OF_GPU_FOR_IMAGES = 0.25  # of its free memory, for each split
 EVALUATION_BATCHES = 4  # times as many images a batch, on GPUs, where nothing is trained
+MAX_REPETITIONS = 25  # of each probe image, to notice a preprocessor that is random
+SECONDS_OF_PROBING = 0.5  # after which a slow one is believed
 MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling may show an image
 
 Preprocessor = Callable[[np.ndarray], np.ndarray]
@@ -179,16 +185,49 @@ def fingerprint(preprocessors: Sequence[Preprocessor]) -> str:
     """What tells these preprocessors from others, 16 hex digits; empty for none.
 
     Made from their code, constants, defaults, closures and the module's functions and values that
-    they use, and from what they make of a few probe images.
+    they use, and from what they make of a few probe images. Raises ValueError naming one that makes
+    something else of the same image another time.
     """
     if not preprocessors:
         return ""
     digest = hashlib.sha256()
+    probes = list(_probe_images())
     for preprocessor in preprocessors:
+        results = [_probe(preprocessor, probe) for probe in probes]
+        # Described after it has run: what it keeps from its first call on belongs to it.
         digest.update(_describe(preprocessor, {}).encode("utf-8", "surrogateescape"))
-        for probe in _probe_images():
-            digest.update(_probe(preprocessor, probe))
+        for result in results:
+            digest.update(result)
+        _check_repeatable(preprocessor, probes, results)
     return digest.hexdigest()[:16]
+
+
+def _check_repeatable(
+    preprocessor: Preprocessor, probes: Sequence[np.ndarray], results: Sequence[bytes]
+) -> None:
+    """Raises ValueError unless the preprocessor gives these results again, and again.
+
+    What draws from the global generators without seeding them is noticed even where the results
+    happen to be the same.
+    """
+    state = _global_random_state()
+    end = time.monotonic() + SECONDS_OF_PROBING
+    for _ in range(MAX_REPETITIONS):
+        again = [_probe(preprocessor, probe) for probe in probes]
+        if again != results or _global_random_state() != state:
+            raise ValueError(
+                f"preprocessor {_name_of(preprocessor)} does not make the same of the same image "
+                "every time (randomness, time, or something kept from call to call); what it makes "
+                "is kept on disk and must come out the same for new images: leave randomness to "
+                "the augmentation, or start a generator from a fixed seed in each call"
+            )
+        if time.monotonic() > end:
+            return
+
+
+def _global_random_state() -> tuple[Any, ...]:
+    numpy_state = str(np.random.get_state(legacy=False))
+    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
 
 
 def _probe_images() -> Iterator[np.ndarray]:
@@ -202,7 +241,15 @@ def _probe(preprocessor: Preprocessor, image: np.ndarray) -> bytes:
         result = np.asarray(preprocessor(image.copy()))
     except Exception as error:  # a user's code: that it refuses a probe tells it apart as well
         return type(error).__name__.encode()
+    if result.dtype.hasobject:  # no image; its bytes would be addresses, other ones in each run
+        return f"{result.dtype}{result.shape}".encode()
     return f"{result.dtype}{result.shape}".encode() + result.tobytes()
+
+
+def _name_of(preprocessor: Preprocessor) -> str:
+    while isinstance(preprocessor, functools.partial):
+        preprocessor = preprocessor.func
+    return getattr(preprocessor, "__name__", type(preprocessor).__name__)
 
 
 def _describe(value: Any, seen: dict[int, Any]) -> str:
@@ -216,6 +263,8 @@ def _describe(value: Any, seen: dict[int, Any]) -> str:
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.hasobject:
+            return f"{value.dtype}{value.shape}{_describe(value.tolist(), seen)}"
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
     if id(value) in seen:
         return "again"
@@ -226,10 +275,11 @@ def _describe(value: Any, seen: dict[int, Any]) -> str:
         return describe_all(value)
     if isinstance(value, set | frozenset):
         return "{" + ", ".join(sorted(_describe(v, dict(seen)) for v in value)) + "}"
-    if isinstance(value, dict):
-        return describe_all(value.items())
+    if isinstance(value, dict):  # which may have been made from a set
+        return describe_all(sorted(value.items(), key=lambda i: _describe(i[0], dict(seen))))
     if isinstance(value, functools.partial):
-        return "partial" + describe_all([value.func, value.args, value.keywords])
+        keywords = list(value.keywords.items())
+        return "partial" + describe_all([value.func, value.args, keywords])
     if isinstance(value, types.MethodType):
         return "method" + describe_all([value.__func__, value.__self__])
     if isinstance(value, classmethod | staticmethod):
@@ -244,10 +294,14 @@ def _describe(value: Any, seen: dict[int, Any]) -> str:
         return repr(value.__name__)
     if isinstance(value, type):
         return _describe_class(value, describe_all)
+    if isinstance(value, logging.Logger):  # has all the loggers of the process among its attributes
+        return f"logger {value.name!r}"
     if hasattr(value, "__dict__"):
-        return "object" + describe_all([type(value), vars(value)])
+        return "object" + describe_all([type(value), list(vars(value).items())])
     # The default text of an object is its address, which changes from run to run.
-    return repr(type(value)) if type(value).__repr__ is object.__repr__ else repr(value)
+    if type(value).__repr__ is object.__repr__:
+        return repr(type(value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _describe_module(module: types.ModuleType) -> str:
@@ -282,8 +336,9 @@ def _describe_function(function: types.FunctionType, describe_all: Callable[[Any
             enclosed.append(cell.cell_contents)
         except ValueError:  # a variable that is not bound yet
             enclosed.append("unbound")
+    keywords = function.__kwdefaults__ and list(function.__kwdefaults__.items())
     return "function" + describe_all(
-        [function.__code__, function.__defaults__, function.__kwdefaults__, enclosed, used]
+        [function.__code__, function.__defaults__, keywords, enclosed, used]
     )
 
 
@@ -302,7 +357,7 @@ def _is_installed(filename: str) -> bool:
 
 def _preprocess(image: np.ndarray, preprocessors: Sequence[Preprocessor]) -> np.ndarray:
     for preprocessor in preprocessors:
-        name = getattr(preprocessor, "__name__", type(preprocessor).__name__)
+        name = _name_of(preprocessor)
         try:
             result = preprocessor(image)
         except Exception as error:
@@ -352,7 +407,8 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
         )
     parents = [path.split("/")[:-1] for path in paths]
     if not has_class_folders:
-        return pd.DataFrame({"path": paths, "source_split": ["/".join(p) for p in parents]})
+        source_splits = ["/".join(parent) for parent in parents]
+        return pd.DataFrame({"path": paths, "source_split": source_splits}, dtype=object)
     if not all(parents):
         stray = paths[parents.index([])]
         raise ValueError(
@@ -373,7 +429,10 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
             "needs two or more"
         )
     source_splits = ["/".join(parent[:-1]) for parent in parents]
-    return pd.DataFrame({"path": paths, "class": classes, "source_split": source_splits})
+    # As str, pandas with pyarrow could not hold names that are not valid UTF-8.
+    return pd.DataFrame(
+        {"path": paths, "class": classes, "source_split": source_splits}, dtype=object
+    )
 
 
 def _is_unicode(text: str) -> bool:
@@ -407,19 +466,22 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
 def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """A CSV file with a row an image, which it names in `path` or in one of `STEM_COLUMNS`.
 
+    All cells are text, whatever they look like, and only empty ones are missing, see `read_csv`.
+
     Raises FileNotFoundError for no such file, and ValueError for a file that is no such table or
     lacks one of `columns`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{_shown(path)}: no such file")
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(("path", "split", *STEM_COLUMNS), str))
+        table = read_csv(path)
     except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
         raise ValueError(f"{_shown(path)}: not a table in CSV ({error})") from error
     missing = [name for name in columns if name not in table]
     if missing:
         raise ValueError(
-            f"{_shown(path)}: no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+            f"{_shown(path)}: no column {', '.join(missing)}; it has "
+            f"{', '.join(map(_shown, table.columns))}"
         )
     return table
 
@@ -454,6 +516,16 @@ def join_table(paths: Sequence[str], table: pd.DataFrame, name: str | Path) -> p
     return found.reindex(wanted).reset_index(drop=True)
 
 
+def _check_unicode(values: pd.Series, name: str | Path) -> None:
+    """Raises ValueError for names of classes or splits that no figure could show."""
+    unwritable = values[~values.map(_is_unicode).astype(bool)]
+    if len(unwritable) > 0:
+        raise ValueError(
+            f"{_shown(name)}: {_shown(unwritable.iloc[0])} is not valid UTF-8; save the table as "
+            "UTF-8"
+        )
+
+
 def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
     """Numbers (N,) of the groups of images that belong together by any of these columns.
 
@@ -463,7 +535,7 @@ def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
     num_images = len(metadata)
     links = []
     for key in keys:
-        codes = pd.factorize(metadata[key])[0]
+        codes = pd.factorize(metadata[key].mask(metadata[key] == ""))[0]
         first = pd.Series(range(num_images)).groupby(codes).transform("first").to_numpy()
         named = np.flatnonzero(codes >= 0)
         links.append(np.stack([named, first[named]]))
@@ -523,7 +595,7 @@ class _ArrayCache:
         self.data_dir = data_dir.resolve()
         self.image_size = image_size
         self.preprocessors = preprocessors
-        self.num_workers = num_workers or os.cpu_count()
+        self.num_workers = num_workers or cpu_count()
         self.fingerprint = fingerprint(preprocessors)
         identity = f"{self.data_dir}\n{self.fingerprint}".encode("utf-8", "surrogateescape")
         code = hashlib.sha256(identity).hexdigest()[:8]
@@ -806,10 +878,18 @@ def stratified_split(
     Each split gets as near to its fraction of each class as whole groups allow; for groups of one
     image that is the largest-remainder method. Every class is in the training split (the one named
     `train`, or else the largest), and every split has every class that has at least as many groups
-    as there are splits, where groups of several classes leave that possible; otherwise a warning
-    says which class lacks where. Raises ValueError for fractions that cannot be.
+    as there are splits, where groups of several classes leave that possible; `DatasetBuilder` warns
+    of what lacks. Raises ValueError for fractions that cannot be.
     """
     names, fractions = _check_splits(splits)
+    training = names.index("train") if "train" in names else int(fractions.argmax())
+    return np.array(names)[_assign_splits(labels, groups, fractions, training, seed)]
+
+
+def _assign_splits(
+    labels: np.ndarray, groups: np.ndarray, fractions: np.ndarray, training: int | None, seed: int
+) -> np.ndarray:
+    """The number of the split of each image; `training` as `_numbers_of_groups` takes it."""
     group_ids, first_rows, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
     num_classes = int(labels.max()) + 1
     contents = np.zeros((len(group_ids), num_classes), dtype=np.int64)
@@ -819,7 +899,6 @@ def stratified_split(
     kinds, kind_of_group = np.unique(contents, axis=0, return_inverse=True)
     kind_of_group = kind_of_group.ravel()  # numpy 2.0 alone gives it a second dimension
     kind_sizes = np.bincount(kind_of_group, minlength=len(kinds))
-    training = names.index("train") if "train" in names else int(fractions.argmax())
     numbers = _numbers_of_groups(kinds, kind_sizes, fractions, training)
 
     rng = np.random.default_rng(seed)
@@ -827,8 +906,10 @@ def stratified_split(
     for kind in range(len(kinds)):
         members = np.flatnonzero(kind_of_group == kind)
         members = members[first_rows[members].argsort()]
-        split_of_group[rng.permutation(members)] = np.repeat(np.arange(len(names)), numbers[kind])
-    return np.array(names)[split_of_group[group_of_row]]
+        split_of_group[rng.permutation(members)] = np.repeat(
+            np.arange(len(fractions)), numbers[kind]
+        )
+    return split_of_group[group_of_row]
 
 
 def k_fold_splits(
@@ -838,14 +919,35 @@ def k_fold_splits(
 
     `metadata` is that of `DatasetBuilder.build`, or some rows of it; its columns `label` and
     `group` are used. Row numbers count from 0, whatever its index. Each row is in one validation
-    part, with all of its group. Raises ValueError for fewer than two folds or groups than folds.
+    part, with all of its group. Every training part has every class of at least two groups, and
+    every validation part every class of at least k, where groups of several classes leave that
+    possible. Warns of classes of fewer groups than k. Raises ValueError for fewer than two folds or
+    groups than folds.
     """
     if k < 2 or metadata["group"].nunique() < k:
         raise ValueError(f"k is {k}; it must be from 2 to the number of groups")
-    folds = {str(fold): 1 / k for fold in range(k)}
+    _warn_of_classes_with_few_groups(metadata, k)
     labels = pd.factorize(metadata["label"], sort=True)[0]
-    fold = stratified_split(labels, metadata["group"].to_numpy(), folds, seed)
-    return [(np.flatnonzero(fold != name), np.flatnonzero(fold == name)) for name in folds]
+    fractions, groups = np.full(k, 1 / k), metadata["group"].to_numpy()
+    fold = _assign_splits(labels, groups, fractions, None, seed)
+    # What does not divide evenly comes into the first folds; the seed says which these are.
+    order = np.random.default_rng(derive_seed(seed, "order of folds")).permutation(k)
+    return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in order]
+
+
+def _warn_of_classes_with_few_groups(metadata: pd.DataFrame, k: int) -> None:
+    name_column = "class" if "class" in metadata else "label"
+    num_groups = metadata.groupby(name_column)["group"].nunique()
+    few = [
+        f"{_shown(name)} ({number} {'group' if number == 1 else 'groups'})"
+        for name, number in num_groups[num_groups < k].items()
+    ]
+    if few:
+        warnings.warn(
+            f"classes with fewer groups than k={k}: {', '.join(few)}; not every validation part "
+            "has them, and one of a single group is never trained on where it is validated",
+            stacklevel=3,
+        )
 
 
 def _check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
@@ -860,9 +962,12 @@ def _check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
 
 
 def _numbers_of_groups(
-    kinds: np.ndarray, kind_sizes: np.ndarray, fractions: np.ndarray, training: int
+    kinds: np.ndarray, kind_sizes: np.ndarray, fractions: np.ndarray, training: int | None
 ) -> np.ndarray:
     """How many groups of each kind go to each split, (kinds, splits).
+
+    `training` is the number of the split that is trained on; None where it is all but one in turn,
+    so that no split may have the whole of a class.
 
     Starts from the largest remainders of each kind, and while that brings the splits nearer to
     their shares moves a group from one split to another, or exchanges two.
@@ -871,13 +976,17 @@ def _numbers_of_groups(
     shares = np.outer(fractions, kind_sizes @ kinds)
     groups_with_class = kind_sizes @ (kinds > 0)
     must_have = np.tile(groups_with_class >= len(fractions), (len(fractions), 1))
-    must_have[training] = True
+    if training is not None:
+        must_have[training] = True
+    num_images = kind_sizes @ kinds
+    must_share = (groups_with_class >= 2) & (training is None)
 
     def cost(counts: np.ndarray) -> np.ndarray:
         """How far splits are from their shares; `counts` (..., splits, classes)."""
         by_class = ((counts - shares) ** 2).sum(axis=-1)
         in_all = (counts.sum(axis=-1) - shares.sum(axis=-1)) ** 2
-        missing = ((counts == 0) & must_have) @ np.ones(kinds.shape[1])
+        lacks = ((counts == 0) & must_have) | ((counts == num_images) & must_share)
+        missing = lacks @ np.ones(kinds.shape[1])
         return by_class + 1e-3 * in_all + 1e9 * missing
 
     while True:
@@ -1119,8 +1228,9 @@ class DatasetBuilder:
                 f"{_shown(name)}: no {column} for {len(without)} of {len(images)} images, such as "
                 f"{_shown(without.iloc[0])}; add them or move these images away"
             )
+        _check_unicode(labels, name)
         images = images.drop(columns="class", errors="ignore")
-        images.insert(1, "class", labels.astype(str))
+        images.insert(1, "class", labels)
         if images["class"].nunique() < 2:
             raise ValueError(f"{_shown(name)}: all images are of one class")
         return images
@@ -1131,7 +1241,14 @@ class DatasetBuilder:
             return pd.DataFrame(index=images.index)
         table = read_table(self.metadata_csv, self.group_by)
         given = join_table(images["path"], table, self.metadata_csv)
-        return given.rename(columns=_given_name)
+        given = given.rename(columns=_given_name)
+        if given.columns.has_duplicates:
+            twice = given.columns[given.columns.duplicated()][0]
+            raise ValueError(
+                f"{_shown(self.metadata_csv)}: has both {twice.removesuffix('_given')} and {twice}, "
+                f"which would both be called {twice}; rename or remove one"
+            )
+        return given
 
     def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
@@ -1171,6 +1288,7 @@ class DatasetBuilder:
                 f"{_shown(self.splits_csv)}: no split for {len(without)} of {len(metadata)} "
                 f"images, such as {_shown(without.iloc[0])}"
             )
+        _check_unicode(split, self.splits_csv)
         if len(table) > len(metadata):
             extra = len(table) - len(metadata)
             warnings.warn(

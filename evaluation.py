@@ -510,8 +510,8 @@ def compute_subgroups(
 ) -> dict[str, Any]:
     """How the figures differ between kinds of images, by each column (N,) that tells kinds apart.
 
-    Numbers of many values come in bands: ages in those of `AGE_BANDS`, others in quarters. A column
-    of one value, or of more than 20, is left out; images without a value are "unknown". For each
+    Numbers of many values, also those written as text, come in bands: ages in those of `AGE_BANDS`,
+    others in quarters; those of a column such as `patient_id` are names. A column of one value, or of more than 20, is left out; images without a value are "unknown". For each
     column `groups`, by value `images`, `is_too_small` (fewer than 30), `accuracy` and
     `balanced_accuracy` with their intervals (bootstrap over `groups`); and `widest_gap`, the two
     groups that are large enough and differ most in balanced accuracy: `figure`, `highest`,
@@ -578,16 +578,28 @@ def _screen_within(
 def _kinds(values: pd.Series) -> np.ndarray:
     """The name of each image's kind."""
     names = values.astype(object)
-    if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
-        if "age" in str(values.name).casefold().split("_"):
+    words = str(values.name).casefold().split("_")
+    numbers = None if "id" in words else _numbers(values)
+    if numbers is not None and numbers.nunique() > 8:
+        if "age" in words:
             ends = [0, *AGE_BANDS.values()]
-            names = pd.cut(values, ends, right=False, labels=list(AGE_BANDS))
+            names = pd.cut(numbers, ends, right=False, labels=list(AGE_BANDS))
         else:
-            names = pd.qcut(values, 4, duplicates="drop").map(
+            names = pd.qcut(numbers, 4, duplicates="drop").map(
                 lambda band: f"{band.left:g} to {band.right:g}"
             )
         names = names.astype(object)
-    return names.where(values.notna() & (values != ""), "unknown").astype(str).to_numpy()
+    names = names.where(names.notna() & (names != ""), "unknown")
+    return np.array([str(name) for name in names], dtype=object)
+
+
+def _numbers(values: pd.Series) -> pd.Series | None:
+    """The values as numbers, NaN for missing ones; None unless all others are finite numbers."""
+    is_given = (values.notna() & (values != "")).to_numpy()
+    texts = np.array([str(value) for value in values[is_given]], dtype=object)
+    numbers = np.full(len(values), np.nan)
+    numbers[is_given] = pd.to_numeric(texts, errors="coerce")
+    return pd.Series(numbers) if np.isfinite(numbers[is_given]).all() else None
 
 
 def _widest_gap(found: dict[str, Any], resampled: dict[str, Any]) -> dict[str, Any] | None:

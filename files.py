@@ -1,18 +1,23 @@
-"""Files whole or not at all, locks, and tensors from untrusted files."""
+"""Files whole or not at all, locks, tables in CSV, and tensors from untrusted files."""
 
+import csv
 import errno
 import io
+import json
 import math
 import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What torch.save names when it writes tensors and plain values. torch.load takes more, of which
 # some ask for memory that no byte of the file pays for, such as bytearray(10**12).
@@ -66,6 +71,75 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes `text` to `path` as UTF-8, whole or not at all."""
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, contents: Any) -> None:
+    """Writes plain values to `path` as JSON in UTF-8, whole or not at all.
+
+    The bytes of a file name that are not UTF-8 are written as `\\udcXX`, which JSON gives back.
+    Raises ValueError for numbers that are not finite, which JSON does not have.
+    """
+    text = json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+def read_csv(path: str | Path) -> "pd.DataFrame":
+    """Reads a table in CSV, every cell as the text that it holds; an empty cell is missing (NaN).
+
+    The file is UTF-8, with or without a byte order mark. Bytes that are not UTF-8, as file names
+    may have them, become surrogate escapes, as in Python's own paths. Raises ValueError for a file
+    that is no such table.
+    """
+    import pandas as pd
+
+    # From the open file, as pandas would take some names for addresses or for archives.
+    with open(path, "rb") as file:
+        table = pd.read_csv(
+            file,
+            dtype=object,  # not str, which pyarrow, where it is installed, limits to valid UTF-8
+            keep_default_na=False,
+            na_values=[""],
+            encoding="utf-8-sig",
+            encoding_errors="surrogateescape",
+        )
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("its rows have more cells than its header has names")
+    return table
+
+
+def write_csv(table: "pd.DataFrame", file: str | Path | TextIO, *, header: bool = True) -> None:
+    """Writes a table as `read_csv` reads it; text is quoted, and a missing value is an empty cell.
+
+    To a path, whole or not at all; or its rows to a file that was opened as `open_csv` opens it.
+    """
+    if isinstance(file, str | Path):
+        with write_atomically(file) as temporary, open_csv(temporary) as opened:
+            write_csv(table, opened, header=header)
+        return
+    # Unquoted, a lone carriage return in a name would end the row.
+    quoting = csv.QUOTE_NONNUMERIC
+    table.to_csv(file, index=False, header=header, quoting=quoting, lineterminator="\n")
+
+
+def open_csv(path: str | Path) -> TextIO:
+    """Opens a file for writing a table in CSV in parts."""
+    return open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Joins any number of names that are not empty in one cell: `a; b`.
+
+    A semicolon or backslash in a name gets a backslash before it, so that `split_names` can undo
+    it.
+    """
+    return "; ".join(re.sub(r"([\\;])", r"\\\1", name) for name in names)
+
+
+def split_names(cell: str) -> tuple[str, ...]:
+    """Returns the names that `join_names` joined."""
+    parts = re.findall(r"(?:\\.|[^\\;])+", cell, flags=re.DOTALL)
+    names = [parts[0], *(part.removeprefix(" ") for part in parts[1:])] if parts else []
+    return tuple(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL) for name in names)
 
 
 def save_tensors(path: str | Path, contents: dict[str, Any]) -> None:

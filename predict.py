@@ -6,7 +6,6 @@ As in train_models.py, what imports torch is imported where it is needed.
 """
 
 import argparse
-import csv
 import hashlib
 import importlib.util
 import json
@@ -135,6 +134,7 @@ def predict_batches(
 
     Takes the same memory however many images there are. `output` appears after the last batch.
     """
+    from joblib import cpu_count
     from tqdm import tqdm
 
     images = _as_list(images)
@@ -153,7 +153,7 @@ def predict_batches(
         ensemble.image_size,
         preprocessors,
         batch_size,
-        num_workers or os.cpu_count() or 1,
+        num_workers or cpu_count(),
         0 if ensemble.device.type == "cpu" else BATCHES_AHEAD,
     )
     with (
@@ -378,7 +378,7 @@ def _table(
 @contextmanager
 def _rows_to(output: str | Path | None) -> "Iterator[Callable[[pd.DataFrame], None]]":
     """Gives a function that adds a table's rows to `output`, which appears when all are there."""
-    from files import write_atomically
+    from files import write_atomically, write_csv
 
     if output is None:
         yield lambda table: None
@@ -399,9 +399,7 @@ def _rows_to(output: str | Path | None) -> "Iterator[Callable[[pd.DataFrame], No
                     file.write(json.dumps(row, ensure_ascii=False))
                     is_first = False
             else:
-                # Names are quoted, or a carriage return in one would end the row.
-                quoting = csv.QUOTE_NONNUMERIC
-                table.to_csv(file, index=False, header=is_first, quoting=quoting)
+                write_csv(table, file, header=is_first)
                 is_first = False
 
         yield write_rows

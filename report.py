@@ -9,6 +9,7 @@ template at the end. Jinja2 escapes all that comes out of files: class names, pa
 import base64
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 
 from audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
 from evaluation import screening_targets
-from files import write_text
+from files import read_csv, split_names, write_text
 
 DASH = "–"
 PIXELS_AN_INCH = 140  # at which figures are shown, so that letters are as large in all
@@ -143,7 +144,7 @@ def _read_run(save_dir: Path) -> Run:
     ]
     if not found:
         raise ValueError(f"{save_dir}: no model in it has a metrics.json; train one first")
-    comparison = _read_table(save_dir / "comparison.csv")
+    comparison = _read_numbers(save_dir / "comparison.csv")
     rows = [] if comparison is None else comparison.to_dict("records")
     behind = {row["model"]: row for row in rows}
     compared = [metrics for metrics in found if metrics["model"] in behind] or found
@@ -153,7 +154,7 @@ def _read_run(save_dir: Path) -> Run:
         behind=behind,
         others=[metrics["model"] for metrics in found if metrics not in compared],
         config=_read_json(save_dir / "config.json"),
-        splits=_read_table(save_dir / "splits.csv", is_text=True),
+        splits=_read_table(save_dir / "splits.csv"),
         findings=_read_findings(save_dir / "audit.csv"),
     )
 
@@ -170,21 +171,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     return contents
 
 
-def _read_table(path: Path, is_text: bool = False) -> pd.DataFrame | None:
+def _read_table(path: Path) -> pd.DataFrame | None:
     if not path.exists():
         return None
-    # A class may be called "NA", and a file name may be any bytes.
-    options = {"dtype": str, "keep_default_na": False} if is_text else {}
-    return pd.read_csv(path, encoding_errors="backslashreplace", **options)
+    try:
+        return read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a table in CSV ({error})") from error
+
+
+def _read_numbers(path: Path) -> pd.DataFrame | None:
+    """A table of which all columns but `model` are numbers."""
+    table = _read_table(path)
+    if table is None:
+        return None
+    numbers = table.columns.drop("model", errors="ignore")
+    try:
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
+    except ValueError as error:
+        raise ValueError(f"{path}: not a table of numbers ({error})") from error
 
 
 def _read_findings(path: Path) -> pd.DataFrame | None:
-    table = _read_table(path, is_text=True)
+    table = _read_table(path)
     if table is None:
         return None
     table["kind"] = pd.Categorical(table["kind"], categories=list(KINDS))
     for name in ("images", "classes"):
-        table[name] = [tuple(text.split("; ")) for text in table[name]]
+        table[name] = table[name].map(split_names)
     return table
 
 
@@ -679,7 +693,7 @@ def _training(metrics: dict[str, Any]) -> list[Block]:
         trained = _whole(metrics.get("trainable_parameters"))
         blocks.append(f"{_whole(metrics['parameters'])} parameters, of which {trained} trained.")
     alt = "Losses, precision, recall and learning rate over the training steps."
-    history = _read_table(metrics["folder"] / "history.csv")
+    history = _read_numbers(metrics["folder"] / "history.csv")
     ranks = ["valid_balanced_accuracy", "valid_loss"]
     if history is not None and {"step", *ranks} <= set(history) and len(history):
         best = history.sort_values(ranks, ascending=[True, False], na_position="first").iloc[-1]
@@ -711,7 +725,8 @@ def _about_settings(run: Run) -> list[Block]:
     settings, command = run.config.get("settings", {}), run.config.get("command")
     blocks: list[Block] = [Code(command)] if command else []
     # The command names those settings alone that are not the defaults; the data has none.
-    named = {w[2:].removeprefix("no-") for w in (command or "").split() if w.startswith("--")}
+    words = shlex.split(command or "")
+    named = {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
     named.add("data_dir")
     rows = {True: [], False: []}
     for name, value in settings.items():

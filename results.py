@@ -40,7 +40,7 @@ from evaluation import (
     most_confident_mistakes,
     typical_examples,
 )
-from files import lock, write_atomically, write_text
+from files import join_names, lock, read_csv, write_csv, write_json, write_text
 from models import LesionClassifier, count_parameters, load_model
 from predict import calibration_of, gradcam
 from report import write_report
@@ -131,12 +131,10 @@ def leave_results(
     y_pred, calibrated = y_prob.argmax(axis=1), calibration.apply(y_prob)
     folder.mkdir(parents=True, exist_ok=True)
     table = _predictions(dataset.metadata["path"], y_true, y_pred, calibrated, classes)
-    with write_atomically(folder / "predictions.csv") as temporary:
-        table.to_csv(temporary, index=False, errors="surrogateescape")
+    write_csv(table, folder / "predictions.csv")
     _picture_figures(folder, about["model"], found, y_true, calibrated, classes)
     _picture_images(folder, about["model"], model, dataset, table, (y_true, calibrated, y_pred))
-    text = json.dumps(about | found, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / "metrics.json", text + "\n")
+    write_json(folder / "metrics.json", about | found)
 
 
 def _predictions(
@@ -245,8 +243,7 @@ def compare_models(
         row["behind_best"] = gap["difference"]
         row["behind_best_low"], row["behind_best_high"] = gap["interval"]
     comparison = pd.DataFrame(rows)
-    with write_atomically(save_dir / "comparison.csv") as temporary:
-        comparison.to_csv(temporary, index=False)
+    write_csv(comparison, save_dir / "comparison.csv")
     plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
     return comparison
 
@@ -260,7 +257,7 @@ def _comparison_row(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_decisions(folder: Path, classes: Sequence[str]) -> np.ndarray:
-    table = pd.read_csv(folder / "predictions.csv", keep_default_na=False, dtype=str)
+    table = read_csv(folder / "predictions.csv")
     labels = {name: label for label, name in enumerate(classes)}
     return table["predicted_class"].map(labels).to_numpy()
 
@@ -271,9 +268,8 @@ def leave_audit(save_dir: Path, findings: pd.DataFrame) -> None:
     (save_dir / "audit.png").unlink(missing_ok=True)
     table = findings.copy()
     for name in ("images", "classes"):
-        table[name] = table[name].map("; ".join)
-    with write_atomically(save_dir / "audit.csv") as temporary:
-        table.to_csv(temporary, index=False, errors="surrogateescape")
+        table[name] = table[name].map(join_names)
+    write_csv(table, save_dir / "audit.csv")
 
 
 def picture_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) -> None:
@@ -350,8 +346,7 @@ def evaluate_folder(
         claimed.enter_context(claim(save_dir))
         config = {"command": command, "settings": {"data_dir": str(data_dir)}} | environment()
         write_text(save_dir / "config.json", json.dumps(config, indent=2) + "\n")
-        with write_atomically(save_dir / "splits.csv") as temporary:
-            metadata.to_csv(temporary, index=False, errors="surrogateescape")
+        write_csv(metadata, save_dir / "splits.csv")
         leave_audit(save_dir, findings)
         picture_audit(save_dir, findings, data_dir)
         for name, (model, info) in loaded.items():

@@ -624,7 +624,7 @@ def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClass
 
 def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
     """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
-    from files import write_atomically, write_text
+    from files import write_csv, write_text
     from results import environment
 
     save_dir = Path(settings.save_dir)
@@ -650,8 +650,7 @@ def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
         "runs": runs | dict.fromkeys(settings.models, run),
     }
     write_text(save_dir / "config.json", json.dumps(config | environment(), indent=2) + "\n")
-    with write_atomically(save_dir / "splits.csv") as temporary:
-        metadata.to_csv(temporary, index=False, errors="surrogateescape")
+    write_csv(metadata, save_dir / "splits.csv")
 
 
 def _read_config(save_dir: Path) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_models
+from files import read_csv
 from results import environment
 from synthetic import make_dataset
 
@@ -145,7 +145,7 @@ def differences(trial: Trial, whole: Trial) -> list[str]:
     if not same_names or not all(torch.equal(states[0][n], states[1][n]) for n in states[0]):
         found.append("model.pth")
     histories = [
-        pd.read_csv(t.model / "history.csv").drop(columns="images_per_second")
+        read_csv(t.model / "history.csv").drop(columns="images_per_second")
         for t in (trial, whole)
     ]
     if not histories[0].equals(histories[1]):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from audit import find_near_duplicates
 from dataset import DatasetBuilder, find_images
+from files import write_csv
 
 SIDE, IMAGE_SIZE = 96, 32
 
@@ -42,7 +43,7 @@ def make_images(source: Path, root: Path, num_images: int) -> Path:
         image.save(folder / f"{number:06d}.jpg", quality=85)
         rows.append((f"{folder.name}/{number:06d}.jpg", f"patient {rng.integers(num_images // 3)}"))
     table = root.parent / "patients.csv"
-    pd.DataFrame(rows, columns=["path", "patient_id"]).to_csv(table, index=False)
+    write_csv(pd.DataFrame(rows, columns=["path", "patient_id"]), table)
     return table
 
 

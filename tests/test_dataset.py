@@ -338,12 +338,12 @@ DatasetBuilder({data!r}, image_size=16).build(preprocessors=[slow])
 def test_a_build_that_is_killed_leaves_nothing_that_counts(make_images):
     root = make_images({"a": 4, "b": 4})
     script = SLOW_BUILD.format(root=str(ROOT), data=str(root), seconds=0.2)
-    command = [sys.executable, "-c", script]
+    command, processed = [sys.executable, "-c", script], root.parent / "processed"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for _ in range(4):  # two probe images, then the first real ones
-            process.stdout.readline()
+        while not list(processed.glob("*/images-*.npy")):  # until then it sees probe images
+            assert process.stdout.readline()
+        process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-    processed = root.parent / "processed"
     killed = array_file(root)  # it was in the middle of it
     assert not list(processed.glob("*/index.json"))
     subprocess.run(command, check=True, capture_output=True)
