@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dataset import LesionLoader
 from files import check_alike, is_number, load_tensors, save_tensors, write_csv
+from models import ModelInfo
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -104,15 +105,15 @@ class Checkpoint:
         """Writes `model.pth`, all that is needed to use the best model."""
         config = _config(self.model)
         dataset = getattr(valid_loader, "dataset", None)
-        contents = {
-            "config": config,
-            "classes": class_names,
-            "image_size": getattr(dataset, "image_size", config.get("image_size")),
-            "preprocessors": getattr(dataset, "preprocessors", ""),
-            "metrics": progress.best_metrics,
-            "state_dict": progress.best_state,
-        } | fitted
-        save_tensors(self.folder / "model.pth", contents)
+        info = ModelInfo(
+            config=config,
+            classes=class_names,
+            image_size=getattr(dataset, "image_size", config.get("image_size")),
+            preprocessors=getattr(dataset, "preprocessors", ""),
+            metrics=progress.best_metrics,
+            **fitted,
+        )
+        save_tensors(self.folder / "model.pth", {**info, "state_dict": progress.best_state})
 
     def save_last(self, progress: Progress) -> None:
         """Writes `last.pth`, all that is needed to go on from this step."""
@@ -134,7 +135,7 @@ class Checkpoint:
         if not path.exists():
             return Progress()
         contents = load_tensors(path)
-        kinds = {"settings", "progress", "model", "optimizer", "scheduler", "scaler"}
+        kinds = {"settings", "progress", "model", "optimizer", "scheduler"}
         if not isinstance(contents, dict) or not kinds <= contents.keys():
             raise ValueError(f"{path}: not a checkpoint of this project")
         self._check_settings(contents["settings"], path)
@@ -153,7 +154,7 @@ class Checkpoint:
         differing = [
             f"{name} was {before.get(name)}, is {self.settings.get(name)}"
             for name in sorted(before.keys() | self.settings.keys(), key=str)
-            if repr(before.get(name)) != repr(self.settings.get(name))
+            if not _is_same_setting(name, before.get(name), self.settings.get(name))
         ]
         if differing:
             raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
@@ -163,27 +164,69 @@ class Checkpoint:
         check_alike(contents["model"], self.model.state_dict(), "model")
         _check_optimizer(contents["optimizer"], self.optimizer)
         self.model.load_state_dict(dict(contents["model"]))
-        self.optimizer.load_state_dict(contents["optimizer"])
+        self.optimizer.load_state_dict(_completed(contents["optimizer"], self.optimizer))
         if self.scheduler is not None:
             own, found = self.scheduler.state_dict(), contents["scheduler"]
-            # What other versions of torch have more or less of is left to it.
-            known = {name: own[name] for name in own if name in found}
-            check_alike({name: found[name] for name in known}, known, "scheduler")
+            _check_common(found, own, "scheduler", needed=own.keys() & {"last_epoch"})
             self.scheduler.load_state_dict(found)
-        if contents["scaler"]:
-            check_alike(contents["scaler"], self.scaler.state_dict(), "scaler")
-            self.scaler.load_state_dict(contents["scaler"])
+        if contents.get("scaler"):
+            own, found = self.scaler.state_dict(), contents["scaler"]
+            _check_common(found, own, "scaler")
+            self.scaler.load_state_dict(own | found)
         return progress
 
 
+def _is_same_setting(name: str, before: Any, now: Any) -> bool:
+    """Returns whether a setting is what it was, as far as both versions of torch know of it.
+
+    Versions differ in what they keep of an optimizer and of a scheduler: `decoupled_weight_decay`
+    is there since 2.7.
+    """
+    if name not in ("optimizer", "scheduler"):
+        return repr(before) == repr(now)
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(_is_same_setting(name, before[key], now[key]) for key in before.keys() & now)
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = zip(before, now, strict=False)
+        return len(before) == len(now) and all(_is_same_setting(name, *pair) for pair in pairs)
+    if isinstance(before, str) and isinstance(now, dict):  # as this project once wrote it
+        return before == "{" + ", ".join(f"{key!r}: {value}" for key, value in now.items()) + "}"
+    return repr(before) == repr(now)
+
+
+def _check_common(
+    found: Any, expected: dict[str, Any], name: str, needed: Collection[str] = ()
+) -> None:
+    """Raises ValueError as `check_alike` does, but not for keys that only one of the two has.
+
+    Those are of another version of torch, to which they are left. The `needed` are in all versions.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is no dict")
+    common = {key: value for key, value in expected.items() if key in found or key in needed}
+    check_alike({key: found[key] for key in common if key in found}, common, name)
+
+
+def _completed(found: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Adds what only this version of torch knows of an optimizer to the state that was found."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [mine | group for mine, group in zip(own, found["param_groups"], strict=True)]
+    return {**found, "param_groups": groups}
+
+
 _RANKED = ("loss", "balanced_accuracy")  # metrics by which the best weights are chosen
+_ADDED_LATER = {"learning_rate", "saved_step"}  # of progress; a run goes on as well without them
 
 
 def _checked_progress(found: Any, model: nn.Module, num_steps: int) -> Progress:
     """The progress that a checkpoint holds; raises ValueError where it is none."""
-    names = {each.name for each in fields(Progress)}
-    if not isinstance(found, dict) or found.keys() != names:
+    if not isinstance(found, dict):
         raise ValueError("its progress is none")
+    names = {each.name for each in fields(Progress)}
+    differing = (found.keys() ^ names) - (_ADDED_LATER - found.keys())
+    if differing:
+        shown = ", ".join(sorted(str(name)[:80] for name in differing))
+        raise ValueError(f"its progress is that of another version of this project: {shown}")
     progress = Progress(**found)
     for name in ("step", "saved_step", "evaluations_since_best"):
         count = getattr(progress, name)
@@ -224,7 +267,11 @@ def _check_optimizer(found: Any, optimizer: Optimizer) -> None:
     own = optimizer.state_dict()
     if not isinstance(found, dict) or not {"state", "param_groups"} <= found.keys():
         raise ValueError("optimizer is no state of one")
-    check_alike(found["param_groups"], own["param_groups"], "optimizer's groups")
+    groups = found["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
+        raise ValueError(f"optimizer's groups is no list of {len(own['param_groups'])}")
+    for number, (group, own_group) in enumerate(zip(groups, own["param_groups"], strict=True)):
+        _check_common(group, own_group, f"optimizer's groups {number}", needed=("params", "lr"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(found["state"], dict) or not found["state"].keys() <= set(
         range(len(parameters))
@@ -235,7 +282,7 @@ def _check_optimizer(found: Any, optimizer: Optimizer) -> None:
     names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.defaults["amsgrad"]
     for number, state in found["state"].items():
         kept = dict.fromkeys(names, parameters[number]) | {"step": torch.tensor(0.0)}
-        check_alike(state, kept, f"optimizer's state {number}")
+        _check_common(state, kept, f"optimizer's state {number}", needed=kept)
 
 
 def describe_run(
@@ -279,10 +326,11 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _describe_scheduler(scheduler: LRScheduler | None, num_steps: int) -> list[str]:
+def _describe_scheduler(scheduler: LRScheduler | None, num_steps: int) -> list[Any]:
     if scheduler is None:
         return []
-    described = [type(scheduler).__name__, repr(scheduler.state_dict())]
+    state = {name: repr(value) for name, value in scheduler.state_dict().items()}
+    described: list[Any] = [type(scheduler).__name__, state]
     if isinstance(scheduler, LambdaLR):  # what its functions hold is not in its state
         steps = range(0, num_steps, max(num_steps // 16, 1))
         described += [repr([factor(s) for s in steps]) for factor in scheduler.lr_lambdas]

@@ -1,5 +1,6 @@
 """Image folders → metadata → memory-mapped arrays → stratified splits → loaders."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -29,6 +30,7 @@ import numpy as np
 import pandas as pd
 import PIL
 import torch
+from filelock import Timeout
 from joblib import cpu_count
 from PIL import Image
 from scipy.sparse import coo_matrix
@@ -40,7 +42,7 @@ from tqdm import tqdm
 import audit
 from augmentation import Views, apply_views, draw_views
 from decoding import UnreadableImageError, decode, read_regular_file, scaled_size
-from files import lock, read_csv, write_text
+from files import lock, read_csv, remove_leftovers, write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # named, as they are pictures too
@@ -628,6 +630,7 @@ class _ArrayCache:
                 _shown(self.folder),
             ) from error
         with lock(self.folder / ".lock"):
+            remove_leftovers(self.folder)
             yield
 
     def _current_index(self, paths: Sequence[str]) -> _Index | None:
@@ -647,8 +650,17 @@ class _ArrayCache:
         records = [refreshed.get(r.path, r) or r for r in index.records]
         index = replace(index, hashed_at_ns=now, records=records)
         if os.access(self.folder, os.W_OK):
-            self._write_index(index)
+            self._write_refreshed_index(index)
         return index
+
+    def _write_refreshed_index(self, index: _Index) -> None:
+        """Writes the index, which saves time, where nobody else is writing or may write alone."""
+        with (
+            contextlib.suppress(Timeout, PermissionError),
+            lock(self.folder / ".lock").acquire(timeout=0),
+        ):
+            if (self.folder / index.array).exists():  # or another process has built it anew
+                self._write_index(index)
 
     def _is_surely_unchanged(self, record: _FileRecord, index: _Index) -> bool:
         try:

@@ -2,12 +2,14 @@
 
 import csv
 import errno
+import fcntl
 import io
 import json
 import math
 import os
 import pickletools
 import re
+import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,33 +40,52 @@ MOST_PICKLED_BYTES = 16 * 2**20  # a checkpoint of ResNet-50 has 0.2 MB beside i
 MOST_VALUES = 1_000_000
 DEEPEST_NESTING = 30
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+TEMPORARY_NAME = re.compile(r"\..{1,20}\.[0-9a-f]{16}\.tmp(\.[^.]*)?", re.DOTALL)
 
 
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and renames it to `path` once the block has ended well.
 
-    The temporary file keeps the suffix of `path`, is flushed to the disk before the rename, and is
-    removed when the block raises; what stood at `path` before stays whole until then. What a
-    killed process left behind for the same `path` is removed first. An OSError of the temporary
-    file names `path`.
+    The temporary file keeps the suffix of `path`, has a name that no other write has, is flushed to
+    the disk before the rename, and is removed when the block raises; what stood at `path` before
+    stays whole until then. A process that is killed leaves its temporary file behind, which
+    `remove_leftovers` removes. An OSError of the temporary file names `path`.
     """
     path = Path(path)
-    _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-        _flush_to_disk(path.parent)
-    except OSError as error:
-        # Writing to an open file gives an error without a name; so does much else in the block.
-        is_of_writing = error.filename is None and error.errno in DISK_ERRORS
-        if is_of_writing or str(error.filename) == str(temporary):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Cut, as a name may have 255 bytes, and a character four of them.
+    temporary = path.with_name(f".{path.stem[:20]}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    with _opened_folder(path.parent) as folder:
+        _try_to_lock(folder, fcntl.LOCK_SH)  # shared by all who write there
+        try:
+            yield temporary
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
+            os.fsync(folder)
+        except OSError as error:
+            # Writing to an open file gives an error without a name; so does much else in the block.
+            is_of_writing = error.filename is None and error.errno in DISK_ERRORS
+            if is_of_writing or str(error.filename) == str(temporary):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes the temporary files that killed processes left in a folder, not below it.
+
+    Only the holder of the folder's lock may call this: no other run writes there, on this machine
+    or another. What writes there without that lock, such as a prediction whose table goes to the
+    folder, has the folder itself locked: while it writes, nothing is removed. (That second lock is
+    one that not every network file system has; there, the first must do.)
+    """
+    with _opened_folder(Path(folder)) as descriptor:
+        if _try_to_lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            for path in Path(folder).iterdir():
+                if TEMPORARY_NAME.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -340,21 +361,25 @@ def _num_bytes(contents: Any) -> int:
     return getattr(contents, "nbytes", 0)
 
 
-def _remove_leftovers(path: Path) -> None:
-    name = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.tmp" + re.escape(path.suffix))
-    for sibling in path.parent.iterdir():
-        match = name.fullmatch(sibling.name)
-        if match and not _is_running(int(match[1])):
-            sibling.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
+@contextmanager
+def _opened_folder(folder: Path) -> Iterator[int]:
+    """Gives a descriptor of a folder; a lock on it ends with the block."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_to_lock(descriptor: int, operation: int) -> bool:
+    """Returns False when another process has the lock; True too where there are no such locks."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
         return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 

@@ -5,8 +5,10 @@ deviation itself, and gives float32 logits `(B, num_classes)`. Its `config` hold
 `get_model` that rebuild it.
 """
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
+from evaluation import Calibration
 from files import check_alike, is_number, load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -229,26 +232,86 @@ def get_model(
     return model
 
 
-def load_model(path: str | Path) -> tuple[LesionClassifier, dict[str, Any]]:
-    """The trained model in a `model.pth`, on the CPU in evaluation mode, and what else it holds.
+@dataclass(frozen=True, eq=False)
+class ModelInfo(Mapping[str, Any]):
+    """Holds what a `model.pth` says of its model, which is all that is in it but the weights.
 
-    The second value is the file's dict without its weights: `config`, `classes` in label order,
-    `image_size`, `preprocessors` and `metrics`; `temperature` and `bias` for
-    `evaluation.Calibration`; `thresholds`, by what is screened for and by aim, of calibrated
-    probabilities; and `malignant_classes`, whose probabilities add up to that of `malignant`.
+    It is a mapping too: `info["classes"]` is `info.classes`, and what a later version of the
+    project has added to the file is in `others` and in the mapping. What files of earlier versions
+    do not have is here as if it had no effect.
+
+    Attributes
+    ----------
+    config : the arguments of `get_model` that rebuild the model
+    classes : names in label order
+    image_size : side of the images in pixels
+    preprocessors : fingerprint of those that the images went through; empty for none
+    precision : "fp32", "bf16" or "fp16", in which it was trained; empty where the file does not say
+    metrics : of the best evaluation on the validation images
+    temperature, bias : of the `calibration`; 1 and zeros change nothing
+    thresholds : of calibrated probabilities, by what is screened for and by aim
+    malignant_classes : names; their probabilities add up to that of `malignant`
+    """
+
+    config: dict[str, Any]
+    classes: list[str]
+    image_size: int
+    preprocessors: str = ""
+    precision: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    bias: list[float] = field(default_factory=list)
+    thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
+    malignant_classes: list[str] = field(default_factory=list)
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.bias == []:
+            object.__setattr__(self, "bias", [0.0] * len(self.classes))
+
+    @classmethod
+    def from_contents(cls, contents: Mapping[str, Any]) -> "ModelInfo":
+        """Returns what the contents of a `model.pth` say; raises ValueError when it cannot be."""
+        if not _are_names(contents["classes"]):
+            raise ValueError("its classes are no list of different names")
+        known = {name: contents[name] for name in _INFO_NAMES if name in contents}
+        others = {n: contents[n] for n in contents if n not in (*_INFO_NAMES, "state_dict")}
+        info = cls(**known, others=others)
+        _check_info(info)
+        return info
+
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(float(self.temperature), tuple(map(float, self.bias)))
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name) if name in _INFO_NAMES else self.others[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from _INFO_NAMES
+        yield from self.others
+
+    def __len__(self) -> int:
+        return len(_INFO_NAMES) + len(self.others)
+
+
+_INFO_NAMES = tuple(each.name for each in fields(ModelInfo) if each.name != "others")
+
+
+def load_model(path: str | Path) -> tuple[LesionClassifier, ModelInfo]:
+    """The trained model in a `model.pth`, on the CPU in evaluation mode, and what else it holds.
 
     Raises FileNotFoundError when there is no such file, and ValueError when it is no `model.pth`,
     its weights are not finite, or what it says does not fit together.
     """
-    info = load_tensors(path)
-    found = set(info) if isinstance(info, dict) else set()
+    contents = load_tensors(path)
+    found = set(contents) if isinstance(contents, dict) else set()
     missing = sorted({"config", "classes", "image_size", "state_dict"} - found)
     if missing:
         raise ValueError(f"{path}: not a model saved by this project (no {', '.join(missing)})")
-    weights = info.pop("state_dict")
     try:
-        _check_info(info)
-        return _restored(info["config"], weights).eval(), info
+        info = ModelInfo.from_contents(contents)
+        return _restored(info.config, contents["state_dict"]).eval(), info
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # get_model's of a config
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: a model that cannot be used ({reason})") from error
@@ -275,12 +338,12 @@ def _restored(config: dict[str, Any], weights: Any) -> LesionClassifier:
     return model
 
 
-def _check_info(info: dict[str, Any]) -> None:
+def _check_info(info: ModelInfo) -> None:
     """Raises ValueError when a `model.pth` says of its model what cannot be."""
-    config, classes, size = info["config"], info["classes"], info["image_size"]
+    config, classes, size = info.config, info.classes, info.image_size
     if not isinstance(config, dict) or not {"name", "num_classes", "image_size"} <= config.keys():
         raise ValueError("its config is none")
-    if not _are_names(classes) or len(set(classes)) < len(classes):
+    if len(set(classes)) < len(classes):
         raise ValueError("its classes are no list of different names")
     if type(config["num_classes"]) is not int or config["num_classes"] != len(classes):
         raise ValueError(f"{len(classes)} classes, not as many as the config says")
@@ -294,26 +357,28 @@ def _check_info(info: dict[str, Any]) -> None:
             raise ValueError(f"{what} is not a whole number from 1 to {LARGEST_IMAGE:,}")
     if config["name"] == "simple_cnn" and size != config["image_size"]:
         raise ValueError(f"image_size is {size}, that of the config {config['image_size']}")
-    if not isinstance(info.get("preprocessors", ""), str):
+    if not isinstance(info.preprocessors, str):
         raise ValueError("its preprocessors are no fingerprint")
-    if not isinstance(info.get("metrics", {}), dict):
+    if not isinstance(info.precision, str):
+        raise ValueError("its precision is no name of one")
+    if not isinstance(info.metrics, dict):
         raise ValueError("its metrics are no dict")
-    _check_outputs(info, classes)
+    _check_outputs(info)
 
 
-def _check_outputs(info: dict[str, Any], classes: list[str]) -> None:
+def _check_outputs(info: ModelInfo) -> None:
     """Raises ValueError when no probabilities and flags can be made with these values."""
-    temperature, bias = info.get("temperature", 1.0), info.get("bias", [0.0] * len(classes))
+    classes = info.classes
     # Training fits temperatures from 1/20 to 20.
-    if not is_number(temperature) or not 1e-3 <= temperature <= 1e3:
+    if not is_number(info.temperature) or not 1e-3 <= info.temperature <= 1e3:
         raise ValueError("its temperature is not a number from 0.001 to 1000")
-    if not isinstance(bias, list) or len(bias) != len(classes):
+    if not isinstance(info.bias, list) or len(info.bias) != len(classes):
         raise ValueError(f"its bias does not fit its {len(classes)} classes")
-    check_alike(bias, [0.0] * len(classes), "bias")
-    malignant = info.get("malignant_classes", [])
+    check_alike(info.bias, [0.0] * len(classes), "bias")
+    malignant = info.malignant_classes
     if not _are_names(malignant) or not set(malignant) <= set(classes):
         raise ValueError("its malignant_classes are not among its classes")
-    thresholds = info.get("thresholds", {})
+    thresholds = info.thresholds
     if not isinstance(thresholds, dict) or not _are_names(list(thresholds)):
         raise ValueError("its thresholds are no dict by name")
     for name, aims in thresholds.items():
@@ -326,6 +391,21 @@ def _check_outputs(info: dict[str, Any], classes: list[str]) -> None:
 
 def _are_names(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode; at the end each of its modules is in the mode it was in.
+
+    Also when the block raises.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:

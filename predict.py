@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dataset import Preprocessor
-    from evaluation import Calibration
-    from models import LesionClassifier
+    from models import LesionClassifier, ModelInfo
 
 AIM = "sensitivity 95%"  # of the thresholds that models bring, the one that flags are set by
 PROGRAM = "predict.py"
@@ -234,10 +233,10 @@ class Ensemble:
         self.models: list[LesionClassifier] = [
             model.to(self.device, memory_format=self.memory_format) for model in models
         ]
-        self.calibrations = [calibration_of(info) for info in infos]
-        self.classes: list[str] = infos[0]["classes"]
-        self.image_size: int = infos[0]["image_size"]
-        self.malignant_classes: list[str] = infos[0].get("malignant_classes", [])
+        self.calibrations = [info.calibration for info in infos]
+        self.classes: list[str] = infos[0].classes
+        self.image_size: int = infos[0].image_size
+        self.malignant_classes: list[str] = infos[0].malignant_classes
         self.thresholds = _mean_thresholds(infos)
 
     def probabilities(self, images: "np.ndarray", tta: int = 1) -> "tuple[np.ndarray, np.ndarray]":
@@ -440,13 +439,11 @@ def _check_folder_to_fill(folder: Path, images: Paths) -> None:
 
 
 def _check_alike(
-    path: str | Path, info: Mapping[str, Any], first_path: str | Path, first: Mapping[str, Any]
+    path: str | Path, info: "ModelInfo", first_path: str | Path, first: "ModelInfo"
 ) -> None:
     """Raises when the mean of two models' probabilities would mean nothing."""
-    for name, default in (
-        ("classes", None), ("image_size", None), ("preprocessors", ""), ("malignant_classes", []),
-    ):  # fmt: skip
-        own, other = info.get(name, default), first.get(name, default)
+    for name in ("classes", "image_size", "preprocessors", "malignant_classes"):
+        own, other = info[name], first[name]
         if own != other:
             raise ValueError(
                 f"{path} and {first_path} cannot be averaged: {name} differ, "
@@ -455,11 +452,11 @@ def _check_alike(
 
 
 def _check_preprocessors(
-    path: str | Path, info: Mapping[str, Any], preprocessors: "Sequence[Preprocessor]"
+    path: str | Path, info: "ModelInfo", preprocessors: "Sequence[Preprocessor]"
 ) -> None:
     from dataset import fingerprint
 
-    trained_with, given = info.get("preprocessors", ""), fingerprint(preprocessors)
+    trained_with, given = info.preprocessors, fingerprint(preprocessors)
     if trained_with == given:
         return
     if not trained_with:
@@ -475,18 +472,9 @@ def _check_preprocessors(
     )
 
 
-def calibration_of(info: Mapping[str, Any]) -> "Calibration":
-    """That of what `load_model` gives; one that changes nothing where there is none."""
-    from evaluation import Calibration
-
-    bias = info.get("bias", [0.0] * len(info["classes"]))
-    return Calibration(float(info.get("temperature", 1.0)), tuple(map(float, bias)))
-
-
-def _mean_thresholds(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_thresholds(infos: "Sequence[ModelInfo]") -> dict[str, float]:
     brought = [
-        {name: aims[AIM] for name, aims in info.get("thresholds", {}).items() if AIM in aims}
-        for info in infos
+        {name: aims[AIM] for name, aims in info.thresholds.items() if AIM in aims} for info in infos
     ]
     return {
         # A sum of probabilities, from which a threshold is taken, can be a little above 1.
@@ -520,6 +508,8 @@ def gradcam(
     from torch.func import functional_call
     from torch.nn.functional import interpolate, relu
 
+    from models import evaluation_mode
+
     images = torch.as_tensor(images, dtype=torch.float32, device=model.mean.device)
     labels = torch.as_tensor(labels, dtype=torch.int64, device=model.mean.device)
     num_classes = model.config["num_classes"]
@@ -536,11 +526,9 @@ def gradcam(
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         return functional_call(module, parameters, values)
 
-    modes = [(module, module.training) for module in model.modules()]
     hook = _last_stage(model, min(images.shape[2:])).register_forward_hook(start_graph_here)
     try:
-        model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
+        with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
             # Not model(images): a frozen backbone switches gradients off in there.
             features = apply(model.backbone, (images - model.mean) / model.std)
             logits = apply(model.head, features.float())
@@ -549,8 +537,6 @@ def gradcam(
             (gradients,) = torch.autograd.grad(score, activations)
     finally:
         hook.remove()
-        for module, mode in modes:
-            module.training = mode
     weights = gradients.mean(dim=(2, 3), keepdim=True)
     maps = relu((weights * activations[0].detach()).sum(dim=1, keepdim=True))
     maps = interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
@@ -624,15 +610,14 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
     from models import load_model
 
     classifier, info = load_model(model)
-    calibration = calibration_of(info)
-    size = info["image_size"]
+    size = info.image_size
     metadata = {
-        "classes": info["classes"],
+        "classes": info.classes,
         "image_size": size,
         "shorter_side": _shorter_side(size),
-        "preprocessors": info.get("preprocessors", ""),
-        "temperature": calibration.temperature,
-        "bias": calibration.bias,
+        "preprocessors": info.preprocessors,
+        "temperature": info.calibration.temperature,
+        "bias": info.calibration.bias,
     }
     with write_atomically(path) as temporary:
         _export_logits(temporary, classifier, size)
@@ -761,6 +746,8 @@ def _evaluate_and_print(settings: Settings) -> int:
 def _predict_and_print(settings: Settings) -> int:
     from tqdm import tqdm
 
+    from training import choose_device, name_of_precision, resolve_precision
+
     printer = _Printer(settings.top_k, None if settings.output is None else MOST_ROWS_PRINTED)
     num_images, num_unreadable, num_flagged = 0, 0, Counter()
     for table, unreadable in predict_batches(
@@ -789,6 +776,8 @@ def _predict_and_print(settings: Settings) -> int:
         summary.append(f"flagged: {', '.join(counts)}")
     if num_unreadable > 0:
         summary.append(f"could not be read: {num_unreadable:,}")
+    dtype = resolve_precision(settings.precision, choose_device(settings.device))
+    summary.append(f"precision {name_of_precision(dtype)}")
     print(f"\n{'; '.join(summary)}")
     return 1 if num_unreadable > 0 else 0
 

@@ -798,6 +798,9 @@ def _about_machine(run: Run) -> list[Block]:
     for key, words in {"machine": "machine", "gpu": "GPU", "threads": "threads"}.items():
         if key in run.config:
             rows.append([words, "none" if run.config[key] is None else str(run.config[key])])
+    precisions = {metrics["precision"] for metrics in run.models if "precision" in metrics}
+    if precisions:
+        rows.append(["floating-point precision", ", ".join(sorted(precisions))])
     told = run.config.get("runs", {}).get(run.models[0]["model"], {})
     if "processes" in told:
         rows.append(["processes", str(told["processes"])])

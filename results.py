@@ -40,11 +40,17 @@ from evaluation import (
     most_confident_mistakes,
     typical_examples,
 )
-from files import join_names, lock, read_csv, write_csv, write_json, write_text
-from models import LesionClassifier, count_parameters, load_model
-from predict import calibration_of, gradcam
+from files import join_names, lock, read_csv, remove_leftovers, write_csv, write_json, write_text
+from models import LesionClassifier, ModelInfo, count_parameters, load_model
+from predict import gradcam
 from report import write_report
-from training import Evaluation, evaluate
+from training import (
+    Evaluation,
+    choose_device,
+    evaluate,
+    name_of_precision,
+    resolve_precision,
+)
 from visualizations import (
     plot_class_metrics,
     plot_confusion_matrix,
@@ -67,8 +73,9 @@ SECONDS_TO_WAIT = 6
 def claim(save_dir: str | Path) -> Iterator[None]:
     """Keeps other runs out of `save_dir`, which is made, as long as the block lasts.
 
-    The claim ends with its process, however that ends. Raises ValueError when another process has
-    it, and says which.
+    What killed runs left half written there and in the models' folders is removed. The claim ends
+    with its process, however that ends. Raises ValueError when another process has it, and says
+    which.
     """
     save_dir = Path(save_dir)
     save_dir.mkdir(parents=True, exist_ok=True)
@@ -82,11 +89,28 @@ def claim(save_dir: str | Path) -> Iterator[None]:
         ) from None
     with held:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
+        for folder in (save_dir, *_model_folders(save_dir)):
+            remove_leftovers(folder)
         try:
             write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
             yield
         finally:
             owner.unlink(missing_ok=True)
+
+
+def _model_folders(save_dir: Path) -> list[Path]:
+    """Returns the folders in `save_dir` that a run on it writes to.
+
+    One with a lock of its own is another run's, such as `models/demo` in `models`.
+    """
+    return [
+        path
+        for path in save_dir.iterdir()
+        if path.is_dir()
+        and not path.is_symlink()
+        and not (path / ".lock").exists()
+        and os.access(path, os.R_OK | os.W_OK | os.X_OK)
+    ]
 
 
 def _describe_owner(owner: Path) -> str:
@@ -100,7 +124,7 @@ def leave_results(
     folder: Path,
     about: dict[str, Any],
     model: LesionClassifier,
-    info: dict[str, Any],
+    info: ModelInfo,
     evaluation: Evaluation,
     dataset: LesionDataset,
     *,
@@ -112,17 +136,17 @@ def leave_results(
     `dataset`, whose labels are the model's; `about` comes first in `metrics.json`. That file is
     written last, after `predictions.csv` and the figures: where it stands, all is there.
     """
-    classes, groups = info["classes"], dataset.metadata["group"]
+    classes, groups = info.classes, dataset.metadata["group"]
     y_true, y_prob = evaluation.labels, evaluation.probabilities
-    calibration = calibration_of(info)
+    calibration = info.calibration
     own = [name for name in METADATA_COLUMNS if name != "source_split"]
     found = assess(
         y_true,
         y_prob,
         classes,
         calibration,
-        info.get("thresholds", {}),
-        malignant=info.get("malignant_classes", []),
+        info.thresholds,
+        malignant=info.malignant_classes,
         groups=groups,
         columns=dataset.metadata.drop(columns=own, errors="ignore"),
         seed=seed,
@@ -283,8 +307,13 @@ def picture_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) 
         plot_pairs(pairs, images, save_path=save_dir / "audit.png")
 
 
-def environment() -> dict[str, Any]:
-    """When and with what this runs: versions of the packages, machine, GPU, threads."""
+def environment(
+    device: torch.device | str | None = None, precision: str = "auto"
+) -> dict[str, Any]:
+    """When and with what this runs: versions of the packages, machine, GPU, threads, precision.
+
+    The precision is what `resolve_precision` makes of that asked for on this device.
+    """
     packages = (torch, torchvision, np, pd, PIL, sklearn, matplotlib)
     versions = {package.__name__: package.__version__ for package in packages}
     return {
@@ -293,6 +322,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "precision": name_of_precision(resolve_precision(precision, choose_device(device))),
     }
 
 
@@ -331,7 +361,7 @@ def evaluate_folder(
     with tempfile.TemporaryDirectory() as cache_dir, contextlib.ExitStack() as claimed:
         builder = DatasetBuilder(
             data_dir,
-            image_size=first["image_size"],
+            image_size=first.image_size,
             cache_dir=cache_dir,
             num_workers=num_workers,
             seed=seed,
@@ -341,10 +371,11 @@ def evaluate_folder(
         )
         findings = builder.audit()
         splits, metadata = builder.build(splits={"test": 1.0})
-        dataset = _with_labels_of(splits["test"], first["classes"])
+        dataset = _with_labels_of(splits["test"], first.classes)
         loader = create_dataloaders({"test": dataset}, batch_size, device=device)["test"]
         claimed.enter_context(claim(save_dir))
-        config = {"command": command, "settings": {"data_dir": str(data_dir)}} | environment()
+        config = {"command": command, "settings": {"data_dir": str(data_dir)}}
+        config |= environment(loader.device, precision)
         write_text(save_dir / "config.json", json.dumps(config, indent=2) + "\n")
         write_csv(metadata, save_dir / "splits.csv")
         leave_audit(save_dir, findings)
@@ -353,7 +384,8 @@ def evaluate_folder(
             evaluation = evaluate(model, loader, device=loader.device, precision=precision)
             about = {
                 "model": name,
-                "classes": info["classes"],
+                "precision": config["precision"],
+                "classes": info.classes,
                 "training_time": None,
                 "parameters": count_parameters(model),
                 "trainable_parameters": count_parameters(model, trainable_only=True),
@@ -375,8 +407,8 @@ def _named(models: Sequence[str | Path]) -> dict[str, Path]:
     return named
 
 
-def _check_like_first(name: str, info: dict[str, Any], first: dict[str, Any]) -> None:
-    if info["preprocessors"]:
+def _check_like_first(name: str, info: ModelInfo, first: ModelInfo) -> None:
+    if info.preprocessors:
         raise ValueError(
             f"{name} was trained with preprocessors of its own, which are not known here"
         )

@@ -364,14 +364,9 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         print(f"\nEverything is in {save_dir}.")
         return 1 if len(findings) > 0 else 0
 
-    import torch
-
     from evaluation import match_classes
 
     device = _choose_device(settings.device)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     _check_weights(settings)
     builder = _make_builder(settings)
     findings = _audit(builder)
@@ -380,8 +375,8 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         match_classes(loaders["train"].dataset.classes, settings.malignant_classes)
     with claim(save_dir) if _is_first() else contextlib.nullcontext():
         if _is_first():
-            _begin(settings, metadata, is_demo)
-        with _resumable(settings):
+            _begin(settings, metadata, is_demo, device)
+        with _resumable(settings), _deterministic(settings.deterministic):
             _train_and_compare(settings, loaders, metadata, findings, device)
     return 0
 
@@ -456,12 +451,14 @@ def _process_group(device: "torch.device") -> Iterator[None]:
 
     # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
     handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOPPING}
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     yield
     dist.destroy_process_group()  # after an error torchrun ends the others instead
 
@@ -494,6 +491,22 @@ def _make_builder(settings: Settings) -> "DatasetBuilder":
         split_by=settings.split_by,
         splits_csv=settings.splits_csv,
     )
+
+
+@contextlib.contextmanager
+def _deterministic(is_on: bool) -> Iterator[None]:
+    """Has torch use deterministic algorithms alone in the block, if `is_on`."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
 def _load_data(
@@ -622,7 +635,9 @@ def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClass
     )
 
 
-def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
+def _begin(
+    settings: Settings, metadata: "pd.DataFrame", is_demo: bool, device: "torch.device"
+) -> None:
     """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
     from files import write_csv, write_text
     from results import environment
@@ -634,7 +649,8 @@ def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
             f"{save_dir} holds a run on other images; give the demo another --save_dir"
         )
     runs = earlier.get("runs", {})
-    run = _describe_run(settings, metadata)
+    about = environment(device, settings.precision)
+    run = _describe_run(settings, metadata, about["precision"])
     if settings.resume:
         _check_same_run(settings, runs, run)
     else:
@@ -649,7 +665,7 @@ def _begin(settings: Settings, metadata: "pd.DataFrame", is_demo: bool) -> None:
         "settings": asdict(settings),
         "runs": runs | dict.fromkeys(settings.models, run),
     }
-    write_text(save_dir / "config.json", json.dumps(config | environment(), indent=2) + "\n")
+    write_text(save_dir / "config.json", json.dumps(config | about, indent=2) + "\n")
     write_csv(metadata, save_dir / "splits.csv")
 
 
@@ -666,12 +682,13 @@ def _read_config(save_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def _describe_run(settings: Settings, metadata: "pd.DataFrame") -> dict[str, Any]:
+def _describe_run(settings: Settings, metadata: "pd.DataFrame", precision: str) -> dict[str, Any]:
     """What a model's results depend on, as JSON gives it back."""
     images = metadata[["path", "class", "content_hash", "split"]].to_csv(index=False)
     digest = hashlib.sha256(images.encode("utf-8", "surrogateescape")).hexdigest()
     kept = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
-    kept |= {"images and splits": digest[:16], "processes": _world_size()}
+    # The precision that was used: "auto" is another one on another machine.
+    kept |= {"precision": precision, "images and splits": digest[:16], "processes": _world_size()}
     return json.loads(json.dumps(kept))
 
 
@@ -682,6 +699,8 @@ def _check_same_run(settings: Settings, runs: dict[str, Any], run: dict[str, Any
         if not any((folder / name).exists() for name in ("metrics.json", "last.pth")):
             continue
         before = runs.get(model, {})
+        if before.get("precision") == "auto":  # of an earlier version; `last.pth` has what it was
+            before = before | {"precision": run["precision"]}
         differing = [
             f"{n} was {before.get(n)}, is {run[n]}" for n in run if before.get(n) != run[n]
         ]
@@ -727,7 +746,14 @@ def _train_one(
     from evaluation import MALIGNANT
     from models import count_parameters, load_model
     from results import leave_results
-    from training import evaluate, make_optimizer, train, warmup_cosine
+    from training import (
+        evaluate,
+        make_optimizer,
+        name_of_precision,
+        resolve_precision,
+        train,
+        warmup_cosine,
+    )
     from visualizations import plot_learning_curves
 
     folder = Path(settings.save_dir) / name
@@ -765,6 +791,7 @@ def _train_one(
     images_a_step = settings.batch_size * settings.accumulate * _world_size()
     about = {
         "model": name,
+        "precision": name_of_precision(resolve_precision(settings.precision, device)),
         "classes": classes,
         "training_time": _training_time(history, images_a_step),
         "parameters": count_parameters(model),

@@ -31,6 +31,7 @@ from evaluation import (
     fit_calibration,
     screening_targets,
 )
+from models import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def name_of_precision(dtype: torch.dtype) -> str:
+    """Returns what `resolve_precision` takes for a dtype: "fp32", "bf16" or "fp16"."""
+    return next(name for name, each in PRECISIONS.items() if each is dtype)
+
+
 def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -153,21 +159,19 @@ def evaluate(
 
     `loader` gives batches of float32 images `(B, 3, H, W)` in [0, 1] and int64 labels `(B,)`.
     `device` is where the model is moved to, by default where it is. Of several processes whose
-    LesionLoaders share the images, each gets the result on all of them. Raises ValueError for a
-    loader without batches.
+    LesionLoaders share the images, each gets the result on all of them. The model's modules are
+    left in the modes that they were in, also when this raises. Raises ValueError for a loader
+    without batches.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     model.to(device)
-    was_training = model.training
-    model.eval()
     all_logits, all_labels = [], []
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for images, labels in tqdm(loader, "evaluating", disable=_is_hidden(), leave=False):
             with _autocast(device, dtype):
                 all_logits.append(model(_move_images(images, device, dtype)).float())
             all_labels.append(labels)
-    model.train(was_training)
     if isinstance(loader, LesionLoader) and loader.world_size > 1:
         all_logits, all_labels = _from_all_processes(all_logits, all_labels)
     if not all_labels:
@@ -324,6 +328,7 @@ def train(
                     checkpoint.save_history(progress)
                     if is_best:
                         fitted = _fit_outputs(evaluation, class_names, malignant_classes, shifted)
+                        fitted["precision"] = name_of_precision(dtype)
                         checkpoint.save_best(progress, valid_loader, class_names, fitted)
                 bar.log(progress)
                 window = _Window(progress)
@@ -642,14 +647,14 @@ def _fastest_convolutions() -> Iterator[None]:
 def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Callable:
     """The model as the training steps call it."""
     forward = model
-    if _world_size() > 1:
+    if compile:
+        # On a GPU a small batch's kernels are done before the next is launched, so that launching
+        # is what takes the time: "reduce-overhead" records them as CUDA graphs.
+        forward = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+    if _world_size() > 1:  # last, as `_exchange_of_gradients` must see it
         devices = [device] if device.type == "cuda" else None
-        forward = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-    if not compile:
-        return forward
-    # On a GPU a small batch's kernels are done before the next is launched, so that launching is
-    # what takes the time: "reduce-overhead" records them as CUDA graphs.
-    return torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
+        forward = DistributedDataParallel(forward, devices, gradient_as_bucket_view=True)
+    return forward
 
 
 def _summarise(

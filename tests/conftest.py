@@ -38,6 +38,17 @@ def make_images(tmp_path: Path) -> MakeImages:
     return make
 
 
+@pytest.fixture(params=["fp32", "bf16"])
+def auto_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the precision `auto` stands for in this process: each in turn, whatever the processor.
+
+    torch computes in bf16 everywhere, if slowly.
+    """
+    is_bf16 = request.param == "bf16"
+    monkeypatch.setattr("training._computes_in_bfloat16", lambda device: is_bf16)
+    return request.param
+
+
 @pytest.fixture
 def drop_the_rights_of_root() -> Callable[[], None]:
     """A `preexec_fn` that takes from a process the right to pass over permission bits."""

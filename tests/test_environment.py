@@ -18,7 +18,7 @@ from predict import predict
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "--image_size", "32", "--models", "simple_cnn", "--num_steps", "4", "--eval_every", "2",
-    "--batch_size", "8", "--device", "cpu",
+    "--batch_size", "8", "--device", "cpu", "--precision", "fp32",
 ]  # fmt: skip
 ASCII = {
     "LC_ALL": "C",
@@ -64,8 +64,9 @@ def test_a_run_is_the_same_without_home_in_ascii_and_in_folders_with_odd_names(
 
     images = sorted((odd / "roh & echt/Leberfleck übel").iterdir())
     table = odd / "Tabelle ä.csv"
-    run("predict.py", ["--model", other / "model.pth", *images, "--output", table], ASCII)
-    expected = predict(other / "model.pth", images, device="cpu")
+    words = ["--model", other / "model.pth", *images, "--output", table, "--precision", "fp32"]
+    run("predict.py", words, ASCII)
+    expected = predict(other / "model.pth", images, device="cpu", precision="fp32")
     found = pd.read_csv(table)
     assert found["path"].tolist() == expected["path"].tolist() == [str(path) for path in images]
     assert found["class"].tolist() == expected["class"].tolist()

@@ -1,5 +1,9 @@
 """Files: whole or not at all, one process at a time, and no code run from any of them."""
 
+import contextlib
+import errno
+import fcntl
+import os
 import pickle
 import subprocess
 import sys
@@ -12,7 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from files import load_tensors, lock, save_tensors, write_atomically, write_text
+from files import (
+    load_tensors,
+    lock,
+    remove_leftovers,
+    save_tensors,
+    write_atomically,
+    write_text,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,12 +93,6 @@ def running():
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def dead_process_id():
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
 
 
 def test_a_finished_write_leaves_the_file_and_nothing_else(tmp_path):
@@ -163,35 +168,98 @@ def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_file_whole(tmp
 
     write_text(path, "newer")
     assert path.read_text() == "newer"
+    remove_leftovers(tmp_path)
     assert names_in(tmp_path) == ["model.pth"]
 
 
-def test_a_write_leaves_the_temporary_of_a_process_that_is_still_writing(tmp_path, running):
+def test_a_write_leaves_what_another_machine_is_writing(tmp_path):
+    with write_atomically(tmp_path / "model.pth") as elsewhere:
+        elsewhere.write_text("of another machine")
+        write_text(tmp_path / "model.pth", "mine")
+    assert (tmp_path / "model.pth").read_text() == "of another machine"
+    assert names_in(tmp_path) == ["model.pth"]
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path, running):
     path = tmp_path / "model.pth"
     process = running(HALF_A_WRITE, path)
-    write_text(path, "mine")
+    remove_leftovers(tmp_path)
     process.communicate("go on\n")
     assert process.returncode == 0
     assert path.read_text() == "half of the new,\nand the other half\n"
     assert names_in(tmp_path) == ["model.pth"]
 
 
-def test_a_write_sweeps_the_leftovers_of_its_own_file_alone(tmp_path, running):
-    process = running(HALF_A_WRITE, tmp_path / "other.pth")
-    process.kill()
-    process.wait()
-    pid = dead_process_id()
+def test_nothing_else_is_taken_for_a_leftover(tmp_path):
     others = [
-        Path(process.first_line).name,
-        f".model.pth.{pid}.tmp",
-        f"model.pth.{pid}.tmp.pth",
-        ".model.pth.backup.tmp.pth",
-        f".model_pth.{pid}.tmp.pth",
-    ]
+        "model.pth", ".model.pth", ".model.backup.tmp.pth", "model.0123456789abcdef.tmp.pth",
+        ".model.0123456789abcdef.pth", ".model.0123456789abcde.tmp.pth", ".tmp",
+        ".model.0123456789abcdef.tmp.pth.gz", ".model.0123456789ABCDEF.tmp.pth",
+    ]  # fmt: skip
     for name in others:
-        (tmp_path / name).write_text("not yours")
-    write_text(tmp_path / "model.pth", "mine")
-    assert names_in(tmp_path) == sorted([*others, "model.pth"])
+        (tmp_path / name).write_text("not ours")
+    (tmp_path / "below").mkdir()
+    below = tmp_path / "below/.a.0123456789abcdef.tmp"
+    below.touch()
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == sorted([*others, "below"])
+    assert below.exists()
+
+
+file_names = st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=127
+).filter(
+    lambda name: (
+        name not in (".", "..")
+        and len(name.encode()) <= 255
+        and len(Path(name).suffix.encode()) <= 100
+    )
+)
+
+
+@settings(deadline=None)
+@given(name=file_names | st.text("ä", min_size=100, max_size=127))
+def test_a_file_of_any_name_is_written_and_its_leftover_found(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("names")
+    with write_atomically(folder / name) as temporary:
+        temporary.touch()
+    temporary.touch()  # as a killed process leaves it
+    assert names_in(folder) == sorted([name, temporary.name])
+    remove_leftovers(folder)
+    assert names_in(folder) == [name]
+
+
+def test_all_writes_at_once_have_names_of_their_own(tmp_path):
+    with contextlib.ExitStack() as writes:
+        path = tmp_path / "model.pth"
+        temporaries = [writes.enter_context(write_atomically(path)) for _ in range(50)]
+        assert len(set(temporaries)) == 50
+        for temporary in temporaries:
+            temporary.touch()
+
+
+def test_a_write_does_not_look_at_what_else_is_in_the_folder(tmp_path, monkeypatch):
+    def fails(*args):
+        raise AssertionError("it lists the folder")
+
+    monkeypatch.setattr(os, "listdir", fails)
+    monkeypatch.setattr(os, "scandir", fails)
+    write_text(tmp_path / "a.txt", "here")
+    monkeypatch.undo()
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_where_no_folder_can_be_locked_files_are_written_and_leftovers_removed(
+    tmp_path, monkeypatch
+):
+    def unsupported(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    (tmp_path / ".a.txt.0123456789abcdef.tmp.txt").touch()
+    write_text(tmp_path / "a.txt", "here")
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == ["a.txt"]
 
 
 def test_tensors_and_plain_values_come_back_as_they_were_saved(tmp_path):

@@ -88,6 +88,7 @@ def many_times_over():
         ("image_size", "16", "image_size"),
         ("image_size", 32, "image_size is 32"),
         ("preprocessors", 5, "preprocessors"),
+        ("precision", 5, "precision"),
         ("metrics", [1], "metrics"),
         ("temperature", NAN, "temperature"),
         ("temperature", INF, "temperature"),

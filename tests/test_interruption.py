@@ -357,6 +357,53 @@ def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, m
     assert not (out / ".owner").exists()
 
 
+LEFTOVER = ".metrics.0123456789abcdef.tmp.json"
+WRITE = """
+import sys
+from files import write_atomically
+with write_atomically(sys.argv[1]) as temporary:
+    temporary.write_text("whole")
+    print(flush=True)
+    input()
+"""
+
+
+def test_a_claim_removes_what_killed_runs_left_half_written(tmp_path):
+    out = tmp_path / "out"
+    for folder in (".", "simple_cnn", "demo/simple_cnn", "deeper/down"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / folder / LEFTOVER).write_text("{")
+    (out / "demo/.lock").touch()  # another run's folder, which may be running
+    (out / "demo" / LEFTOVER).write_text("{")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / LEFTOVER).write_text("{")
+    (out / "link").symlink_to(tmp_path / "elsewhere")
+    (out / "simple_cnn/metrics.json").write_text("{}")
+    with claim(out):
+        pass
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(LEFTOVER)}
+    kept = ("out/demo", "out/demo/simple_cnn", "out/deeper/down", "elsewhere")
+    assert left == {f"{folder}/{LEFTOVER}" for folder in kept}
+    assert (out / "simple_cnn/metrics.json").read_text() == "{}"
+
+
+def test_a_claim_leaves_what_a_prediction_is_writing_in_the_folder(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    words = [sys.executable, "-c", WRITE, str(out / "table.csv")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, env=environment, **pipes) as writer:
+        writer.stdout.readline()
+        with claim(out):
+            pass
+        writer.communicate(b"go on\n")
+    assert writer.returncode == 0
+    assert (out / "table.csv").read_text() == "whole"
+    with claim(out):
+        assert not list(out.glob("*.tmp*"))
+
+
 # ---------------------------------------------------------------------------- numbers
 
 

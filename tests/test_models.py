@@ -1,6 +1,7 @@
 """The four classifiers: what they are made of, where weights come from, and back from disk."""
 
 import urllib.error
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from evaluation import Calibration
 from files import save_tensors
 from models import (
     MODELS,
     FinetunedHeadResNet,
     FinetunedResNet,
+    ModelInfo,
     ResNetFromScratch,
     SimpleCNN,
     count_parameters,
@@ -570,7 +573,7 @@ def test_a_loaded_model_gives_the_logits_of_the_one_that_was_saved(name, tmp_pat
     assert loaded.config == model.config
     assert downloads == []
     del contents["state_dict"]
-    assert info == contents
+    assert {name: info[name] for name in contents} == contents
 
 
 def test_a_model_from_pretrained_weights_is_loaded_without_them(tmp_path, imagenet_file, downloads):
@@ -590,6 +593,44 @@ def test_a_model_file_makes_no_other_file_be_read_or_downloaded(tmp_path, downlo
     loaded, _ = load_model(path)
     assert is_same(loaded.state_dict(), model.state_dict())
     assert downloads == []
+
+
+def test_what_earlier_versions_left_out_of_the_file_has_no_effect(tmp_path):
+    contents = contents_of(small_model("simple_cnn"))
+    del contents["preprocessors"], contents["metrics"]
+    save_tensors(tmp_path / "model.pth", contents)
+    _, info = load_model(tmp_path / "model.pth")
+    assert (info.preprocessors, info.precision, info.metrics) == ("", "", {})
+    assert (info.temperature, info.bias) == (1.0, [0.0, 0.0, 0.0])
+    assert (info.thresholds, info.malignant_classes) == ({}, [])
+    assert info.calibration == Calibration(1.0, (0.0, 0.0, 0.0))
+
+
+def test_what_a_model_file_says_can_be_read_as_attributes_and_as_a_mapping(tmp_path):
+    contents = contents_of(small_model("simple_cnn"), temperature=1.5, bias=[0.1, 0.0, -0.1])
+    save_tensors(tmp_path / "model.pth", contents)
+    _, info = load_model(tmp_path / "model.pth")
+    assert info["classes"] == info.classes == contents["classes"]
+    assert info.get("bias") == [0.1, 0.0, -0.1] and info.get("colour", "red") == "red"
+    assert "thresholds" in info and "state_dict" not in info and "others" not in info
+    assert dict(info) == info and len(info) == len(list(info)) == len({**info})
+    assert info.calibration == Calibration(1.5, (0.1, 0.0, -0.1))
+    with pytest.raises(KeyError):
+        info["colour"]
+    with pytest.raises(FrozenInstanceError):
+        info.temperature = 2.0
+
+
+def test_what_training_writes_is_what_loading_gives(tmp_path):
+    info = ModelInfo(
+        config=small_model("simple_cnn").config, classes=["a", "b", "c"], image_size=32,
+        preprocessors="f00d", precision="bf16", metrics={"loss": 1.0}, temperature=0.5,
+        bias=[1.0, 0.0, -1.0], thresholds={"a": {"sensitivity 95%": 0.25}},
+        malignant_classes=["a"], others={"later": [1, 2]},
+    )  # fmt: skip
+    contents = {**info, "state_dict": small_model("simple_cnn").state_dict()}
+    save_tensors(tmp_path / "model.pth", contents)
+    assert load_model(tmp_path / "model.pth")[1] == info
 
 
 def test_what_later_versions_add_to_the_file_is_given_too(tmp_path):

@@ -123,7 +123,7 @@ def test_a_training_image_is_bit_for_bit_what_it_was_in_training(
     assert torch.equal(torch.cat(seen), expected)
 
 
-def test_probabilities_are_those_of_evaluate_calibrated(make_images, save_model):
+def test_probabilities_are_those_of_evaluate_calibrated(make_images, save_model, auto_precision):
     root = make_images(dict.fromkeys(CLASSES, 8))
     splits, _ = DatasetBuilder(root, image_size=32).build()
     test = splits["test"]
@@ -146,7 +146,9 @@ def test_the_decided_class_need_not_be_the_most_probable(images, save_model):
     assert set(plain["class"]) != {"mole $1_x"}
 
 
-def test_the_size_of_batches_and_the_number_of_threads_change_nothing(images, save_model):
+def test_the_size_of_batches_and_the_number_of_threads_change_nothing(
+    images, save_model, auto_precision
+):
     model = save_model()
     one = predict(model, images, batch_size=1, num_workers=1, device="cpu")
     all_at_once = predict(model, images, batch_size=64, num_workers=5, device="cpu")
@@ -191,7 +193,7 @@ def test_a_model_that_gives_no_numbers_is_an_error(images, save_model):
 # ---------------------------------------------------------------------------- several models, views
 
 
-def test_an_ensemble_takes_the_mean_of_probabilities(images, save_model):
+def test_an_ensemble_takes_the_mean_of_probabilities(images, save_model, auto_precision):
     calibrations = [(0.5, (2.0, 0.0, -2.0)), (2.0, (0.0, 0.0, 0.0)), (1.0, (0.0, 1.0, -1.0))]
     paths = [
         save_model(f"{seed}.pth", small_model(seed), temperature=t, bias=list(b))
@@ -255,7 +257,7 @@ def test_with_all_eight_views_flips_and_turns_of_an_image_make_no_difference(tmp
     )  # half-turns, not quarter
 
 
-def test_views_are_averaged_before_calibration(images, save_model):
+def test_views_are_averaged_before_calibration(images, save_model, auto_precision):
     plain, calibrated = save_model("1.pth"), save_model("2.pth", temperature=3.0)
     raw = predict(plain, images, tta=8, device="cpu")[PROBABILITIES].to_numpy()
     expected = Calibration(3.0, (0.0, 0.0, 0.0)).apply(raw)
@@ -272,7 +274,7 @@ STORED = {
 }
 
 
-def test_flags_are_set_by_the_thresholds_that_the_model_brings(images, save_model):
+def test_flags_are_set_by_the_thresholds_that_the_model_brings(images, save_model, auto_precision):
     model = save_model(thresholds=STORED, malignant_classes=["melanoma", "nevus"], bias=[1, 0, 0])
     table = predict(model, images, device="cpu")
     assert list(table.columns[-2:]) == ["flag_malignant", "flag_melanoma"]
@@ -666,7 +668,9 @@ def test_without_the_packages_an_export_says_what_to_install(
 # ---------------------------------------------------------------------------- the command
 
 
-def test_the_command_prints_the_most_probable_classes_and_flags(images, save_model, capfd):
+def test_the_command_prints_the_most_probable_classes_and_flags(
+    images, save_model, capfd, auto_precision
+):
     model = save_model(thresholds=STORED, malignant_classes=["melanoma", "nevus"])
     table = predict(model, images, device="cpu")
     assert main(["--model", str(model), str(images), "--top-k", "2", "--device", "cpu"]) == 0
@@ -680,7 +684,7 @@ def test_the_command_prints_the_most_probable_classes_and_flags(images, save_mod
         assert line.endswith(f"  {top[0]}, {top[1]}")
         assert ("malignant" in line) == row["flag_malignant"]
     flagged = f"malignant {table['flag_malignant'].sum()}, melanoma {table['flag_melanoma'].sum()}"
-    assert rows[-1] == f"7 images; flagged: {flagged}"
+    assert rows[-1] == f"7 images; flagged: {flagged}; precision {auto_precision}"
 
 
 def test_with_a_file_for_the_table_the_first_rows_are_printed(
@@ -696,7 +700,9 @@ def test_with_a_file_for_the_table_the_first_rows_are_printed(
     assert capfd.readouterr().out.count(".png") == 25
 
 
-def test_flags_of_the_command_do_what_the_function_does(images, tmp_path, save_model, capfd):
+def test_flags_of_the_command_do_what_the_function_does(
+    images, tmp_path, save_model, capfd, auto_precision
+):
     one, two = save_model("1.pth"), save_model("2.pth", small_model(1))
     main([
         str(images / "b"), "--model", str(one), "--model", str(two), "--tta", "8",
@@ -705,7 +711,7 @@ def test_flags_of_the_command_do_what_the_function_does(images, tmp_path, save_m
         "--precision", "fp32", "--num-workers", "2", "--batch-size", "4",
     ])  # fmt: skip
     expected = predict(
-        [one, two], [images / "b", images / "a"], tta=8, device="cpu",
+        [one, two], [images / "b", images / "a"], tta=8, device="cpu", precision="fp32",
         thresholds={"nevus": 0.25, "mole $1_x": 0.5},
     )  # fmt: skip
     table = pd.read_csv(tmp_path / "out.csv")

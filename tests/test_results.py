@@ -28,7 +28,9 @@ def trained(make_images, tmp_path):
     return tmp_path / "out/simple_cnn/model.pth", root
 
 
-def test_other_images_are_measured_as_the_test_split_was(trained, make_images, tmp_path):
+def test_other_images_are_measured_as_the_test_split_was(
+    auto_precision, trained, make_images, tmp_path
+):
     model, _ = trained
     # Another hospital names its folders otherwise, and has not all classes.
     other = make_images({"Nevi/Melanomas": 9, "Vascular_Lesion": 8}, name="other", seed=3)
@@ -53,6 +55,8 @@ def test_other_images_are_measured_as_the_test_split_was(trained, make_images, t
     ]
     assert np.allclose(*thresholds)  # chosen on validation, never on these images
     assert (tmp_path / "found/report.html").stat().st_size > 100_000
+    config = json.loads((tmp_path / "found/config.json").read_text())
+    assert config["precision"] == report["precision"] == auto_precision
 
 
 def test_the_command_names_what_cannot_be_read_and_says_so_in_its_status(trained, tmp_path, capfd):
@@ -96,7 +100,8 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
 def test_a_model_of_before_calibrations_is_measured_with_its_own_probabilities(trained, tmp_path):
     model, root = trained
     contents = load_tensors(model)
-    for name in ("temperature", "bias", "thresholds", "malignant_classes"):
+    later = ("temperature", "bias", "thresholds", "malignant_classes", "preprocessors", "metrics")
+    for name in (*later, "precision"):
         del contents[name]
     (tmp_path / "old").mkdir()
     save_tensors(tmp_path / "old/model.pth", contents)

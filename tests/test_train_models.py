@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,46 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["num_steps"] == 4
     assert config["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_says_in_which_precision_it_was_computed(arguments, tmp_path, auto_precision):
+    out = tmp_path / "out"
+    assert main([*arguments, "--models", "simple_cnn"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["precision"] == "auto"  # what was asked for
+    assert config["precision"] == config["runs"]["simple_cnn"]["precision"] == auto_precision
+    metrics = json.loads((out / "simple_cnn/metrics.json").read_text())
+    assert metrics["precision"] == auto_precision
+    assert load_model(out / "simple_cnn/model.pth")[1].precision == auto_precision
+    report = (out / "report.html").read_text()
+    assert re.search(rf"floating-point precision</t.>\s*<td[^>]*>{auto_precision}<", report)
+
+
+def test_a_run_is_never_gone_on_with_in_another_precision(arguments, tmp_path, monkeypatch, capfd):
+    words = [*arguments, "--models", "simple_cnn"]
+    monkeypatch.setattr("training._computes_in_bfloat16", lambda device: True)
+    assert main(words) == 0
+    (tmp_path / "out/simple_cnn/metrics.json").unlink()
+    monkeypatch.setattr("training._computes_in_bfloat16", lambda device: False)
+    before = digest(tmp_path / "out")
+    assert main([*words, "--resume"]) == 2
+    assert "precision was bf16, is fp32" in capfd.readouterr().err
+    assert digest(tmp_path / "out") == before
+    assert main([*words, "--resume", "--precision", "bf16"]) == 0
+
+
+def test_deterministic_algorithms_are_those_of_the_run_alone(arguments, monkeypatch):
+    seen = []
+
+    def fails(*args, **kwargs):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("training.train", fails)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert main([*arguments, "--models", "simple_cnn", "--deterministic"]) == 2
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_audit_alone_says_what_it_found_and_trains_nothing(arguments, tmp_path, capfd):
@@ -491,7 +532,9 @@ def test_the_example_of_the_readme_runs_as_it_stands(make_images, tmp_path, monk
     assert names(tmp_path / "models/resnet_finetuned") == {"model.pth", "last.pth", "history.csv"}
 
 
-def test_a_saved_model_gives_the_probabilities_in_predictions_csv(arguments, tmp_path):
+def test_a_saved_model_gives_the_probabilities_in_predictions_csv(
+    arguments, tmp_path, auto_precision
+):
     main([*arguments, "--models", "simple_cnn"])
     model, info = load_model(tmp_path / "out/simple_cnn/model.pth")
     builder = DatasetBuilder(arguments[1], image_size=info["image_size"])

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import functools
 import math
@@ -6,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -177,10 +180,45 @@ def test_bf16_gives_the_probabilities_of_fp32_nearly(loaders):
     assert not np.array_equal(fast.probabilities, exact.probabilities)
 
 
+class FailsOnThird(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = get_model("simple_cnn", 3, image_size=32)
+        self.calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("the third batch")
+        return self.inner(images)
+
+
+@pytest.mark.parametrize("fault", ["none", "loader", "model", "empty"])
+def test_evaluate_leaves_each_module_in_its_mode_whatever_happens(loaders, fault):
+    def broken():
+        yield next(iter(loaders["valid"]))
+        raise OSError("the disk is gone")
+
+    batches = {
+        "none": loaders["valid"],
+        "loader": broken(),
+        "model": [*loaders["valid"]] * 3,
+        "empty": [],
+    }
+    model = FailsOnThird().train()
+    model.inner.backbone.eval()  # as whoever freezes batch norm does
+    before = [module.training for module in model.modules()]
+    raises = pytest.raises((OSError, RuntimeError, ValueError))
+    with contextlib.nullcontext() if fault == "none" else raises:
+        evaluate(model, batches[fault])
+    assert [module.training for module in model.modules()] == before
+    assert set(before) == {True, False}
+
+
 # ---------------------------------------------------------------------------- train
 
 
-def test_training_learns_and_leaves_the_best_weights(loaders, tmp_path):
+def test_training_learns_and_leaves_the_best_weights(loaders, tmp_path, auto_precision):
     model, history = run(loaders, 60, learning_rate=3e-3, eval_every=20, save_path=tmp_path / "m")
     assert history["step"] == [20, 40, 60]
     assert list(history) == HISTORY
@@ -193,6 +231,7 @@ def test_training_learns_and_leaves_the_best_weights(loaders, tmp_path):
     assert info["metrics"]["balanced_accuracy"] == history["valid_balanced_accuracy"][best]
     assert info["classes"] == ["a", "b", "c"]
     assert (info["image_size"], info["preprocessors"]) == (32, "")
+    assert info["precision"] == auto_precision
     found = evaluate(saved, loaders["valid"])
     assert found.loss == pytest.approx(info["metrics"]["loss"], rel=1e-6)
     with open(tmp_path / "m/history.csv", newline="") as file:
@@ -211,13 +250,17 @@ def test_the_history_has_the_rate_of_the_last_step(loaders):
     assert history["learning_rate"] == pytest.approx([expected[s - 1] for s in history["step"]])
 
 
-@pytest.mark.parametrize("name", ["simple_cnn", "resnet_scratch"])
-def test_the_same_seed_ends_in_identical_weights(loaders, name):
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("simple_cnn", "fp32"), ("simple_cnn", "bf16"), ("resnet_scratch", "fp32")],
+)
+def test_the_same_seed_ends_in_identical_weights(loaders, name, precision):
+    options = {"name": name, "precision": precision}
     torch.manual_seed(1)
-    first, _ = run(loaders, name=name)
+    first, _ = run(loaders, **options)
     torch.manual_seed(2)
-    again, _ = run(loaders, name=name)
-    other, _ = run(loaders, name=name, seed=7)  # other dropout
+    again, _ = run(loaders, **options)
+    other, _ = run(loaders, **options, seed=7)  # other dropout
     assert same_weights(first, again)
     assert not same_weights(first, other)
 
@@ -228,7 +271,7 @@ def test_training_leaves_the_global_random_state_alone(loaders):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_frozen_backbone_is_bit_identical_after_training(loaders):
+def test_a_frozen_backbone_is_bit_identical_after_training(loaders, auto_precision):
     model = get_model("resnet_head", 3, layers=18, weights=None, seed=0)
     before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
     head = model.head[0].weight.clone()
@@ -253,7 +296,7 @@ def test_training_stops_early_when_nothing_gets_better(loaders):
     assert all(loss >= best_loss for loss in losses[-3:])
 
 
-def test_class_weights_turn_the_model_towards_a_class(loaders):
+def test_class_weights_turn_the_model_towards_a_class(loaders, auto_precision):
     options = {"learning_rate": 1e-2, "num_steps": 15}
     shares = []
     for weights in ([1, 1, 1], [1e-3, 1e-3, 1]):
@@ -346,6 +389,39 @@ def test_a_compiled_step_computes_the_same(loaders, monkeypatch):
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-5) for name in ends[0])
 
 
+@pytest.fixture
+def exchanges(monkeypatch):
+    """Makes this process one of two, as far as it knows, and notes each exchange of gradients."""
+    noted = []
+
+    class Watched(DistributedDataParallel):
+        def __init__(self, model, *args, **options):
+            super().__init__(model, *args, bucket_cap_mb=1000, **options)
+            self.register_comm_hook(None, self.note)
+
+        def note(self, state, bucket):
+            noted.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr("training._world_size", lambda: 2)
+    monkeypatch.setattr("training.DistributedDataParallel", Watched)
+    yield noted
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_processes_exchange_their_gradients_once_a_step_compiled_or_not(
+    loaders, exchanges, monkeypatch, compile
+):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = get_model("simple_cnn", 3, image_size=32, seed=0)
+    run(loaders, 4, model=model, compile=compile, accumulate=3, eval_every=4)
+    assert len(exchanges) == 4
+
+
 # ---------------------------------------------------------------------------- resume
 
 
@@ -388,7 +464,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(loaders, tmp_path, nam
     assert all(torch.equal(last[0]["model"][k], last[1]["model"][k]) for k in last[0]["model"])
 
 
-def test_resuming_a_finished_run_trains_no_further(loaders, tmp_path):
+def test_resuming_a_finished_run_trains_no_further(loaders, tmp_path, auto_precision):
     first, history = run(loaders, save_path=tmp_path)
     again, history_again = run(loaders, save_path=tmp_path, resume=True)
     assert same_weights(first, again)
@@ -422,6 +498,101 @@ def test_resuming_with_another_schedule_is_refused(loaders, tmp_path):
                 train(*arguments, save_path=tmp_path, resume=True)
         else:
             train(*arguments, save_path=tmp_path)
+
+
+def as_torch_2_6(checkpoint):
+    """What torch 2.6 would have written: other keys in the optimizer's groups and the schedule.
+
+    Checked against torch 2.6.0 and 2.14.1 themselves: runs with AdamW and the schedule of
+    `warmup_cosine`, Adam and StepLR, and SGD and ReduceLROnPlateau, stopped under the one, ended
+    under the other, in both directions.
+    """
+    settings = checkpoint["settings"]
+    for group in (*checkpoint["optimizer"]["param_groups"], *settings["optimizer"][1]):
+        group.pop("decoupled_weight_decay", None)
+    checkpoint["scheduler"].pop("_is_initial", None)
+    checkpoint["scheduler"]["verbose"] = False
+    settings["scheduler"][1].pop("_is_initial", None)
+    settings["scheduler"][1]["verbose"] = "False"
+    checkpoint["environment"]["torch"] = "2.6.0"
+
+
+def as_a_later_torch(checkpoint):
+    """What a torch to come may write: keys that this one does not know."""
+    settings = checkpoint["settings"]
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["novelty"] = None
+    for group in settings["optimizer"][1]:
+        group["novelty"] = "None"
+    checkpoint["scheduler"]["novelty"] = 7
+    settings["scheduler"][1]["novelty"] = "7"
+    checkpoint["environment"]["torch"] = "99.0"
+
+
+def rewrite(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("change", [as_torch_2_6, as_a_later_torch])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_resuming_under_another_torch_is_a_warning(loaders, tmp_path, change, kind):
+    def go(folder, stop_at=None, resume=False):
+        model = get_model("simple_cnn", 3, image_size=32, seed=0)
+        if kind == "AdamW":
+            optimizer = make_optimizer(model)
+            scheduler = warmup_cosine(optimizer, 6)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        if stop_at:
+            optimizer.register_step_post_hook(stop_after(stop_at))
+        data = (loaders["train"], loaders["valid"], 3, 6, optimizer, scheduler)
+        return train(*(model, *data, None, 2, folder), resume=resume, checkpoint_every=1)
+
+    whole, history = go(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        go(tmp_path / "halves", stop_at=5)
+    rewrite(tmp_path / "halves/last.pth", change)
+    with pytest.warns(UserWarning, match=r"torch was (2\.6|99\.0).*, is "):
+        resumed, history_resumed = go(tmp_path / "halves", resume=True)
+    assert same_weights(whole, resumed)
+    assert history["learning_rate"] == history_resumed["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["settings"]["optimizer"][1][0].update(eps="1e-05"), "optimizer was"),
+        (lambda c: c["settings"]["optimizer"][1].pop(), "optimizer was"),
+        (lambda c: c["settings"]["scheduler"][1].update(base_lrs="[1.0, 1.0]"), "scheduler was"),
+        (lambda c: c["optimizer"]["param_groups"][0].pop("lr"), "groups 0 lacks lr"),
+        (lambda c: c["optimizer"]["param_groups"][1].pop("params"), "groups 1 lacks params"),
+        (lambda c: c["scheduler"].pop("last_epoch"), "scheduler lacks last_epoch"),
+        (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "state 0 lacks exp_avg"),
+        (lambda c: c["progress"].pop("best_state"), "another version .*: best_state"),
+        (lambda c: c["progress"].update(colour="red"), "another version .*: colour"),
+    ],
+)
+def test_what_every_torch_has_must_be_there_and_be_the_same(loaders, tmp_path, change, words):
+    run(loaders, save_path=tmp_path)
+    rewrite(tmp_path / "last.pth", change)
+    with pytest.raises(ValueError, match=words):
+        run(loaders, save_path=tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_of_this_project_is_gone_on_with(loaders, tmp_path):
+    def as_it_was(checkpoint):
+        scheduler = checkpoint["settings"]["scheduler"]
+        items = (f"{name!r}: {value}" for name, value in scheduler[1].items())
+        scheduler[1] = "{" + ", ".join(items) + "}"
+        del checkpoint["scaler"], checkpoint["environment"]
+        del checkpoint["progress"]["saved_step"], checkpoint["progress"]["learning_rate"]
+
+    _, history = run(loaders, save_path=tmp_path)
+    rewrite(tmp_path / "last.pth", as_it_was)
+    assert run(loaders, save_path=tmp_path, resume=True)[1] == history
 
 
 def test_resuming_needs_a_loader_that_knows_its_place(loaders, tmp_path):
