@@ -86,7 +86,7 @@ class TrainingFolder:
         return {
             name: record
             for name, record in (runs.items() if isinstance(runs, dict) else ())
-            if isinstance(record, dict) and Path(name).name == name
+            if isinstance(record, dict) and Path(name).name == name and name not in ("", "..")
         }
 
     def is_finished(self, model: str) -> bool:
@@ -131,9 +131,13 @@ class TrainingFolder:
 
         `models` are those to start afresh. Returns the records of the models that are kept.
         """
-        removed = [*models, *self._of_other_data(models, run)]
+        of_other_data = self._of_other_data(models, run)
+        removed = [*models, *of_other_data]
         for model in removed:
             _remove_files(self.save_dir / model, MODEL_FILES)
+        for model in of_other_data:
+            if not any((self.save_dir / model).iterdir()):
+                (self.save_dir / model).rmdir()
         _remove_files(self.save_dir, RUN_FIGURES)
         return {name: record for name, record in self.records.items() if name not in removed}
 
@@ -198,8 +202,5 @@ def _balanced_accuracy(path: Path) -> float | None:
 
 
 def _remove_files(folder: Path, names: Sequence[str]) -> None:
-    """Removes the files of these names, and the folder if nothing else is in it."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()

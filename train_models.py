@@ -281,12 +281,13 @@ def _warn_of_unused_flags(given: set[str], arguments: dict[str, Any]) -> None:
 
     That is no error, as one command line may be meant for any choice of models.
     """
-    models, used_by = set(arguments["models"]), {"layers": set(MODEL_NAMES) - {"simple_cnn"}}
+    models = dict.fromkeys(arguments["models"])
+    used_by = {"layers": set(MODEL_NAMES) - {"simple_cnn"}}
     if arguments["weights"] in ("imagenet", "none"):  # of a file it is an error
         used_by["weights"] = {"resnet_head", "resnet_finetuned"}
     for name in sorted(given & used_by.keys()):
-        if not models & used_by[name]:
-            _show_warning(f"--{name} has no effect with --models {' '.join(sorted(models))}")
+        if not models.keys() & used_by[name]:
+            _show_warning(f"--{name} has no effect with --models {' '.join(models)}")
 
 
 def _make_parser() -> argparse.ArgumentParser:
