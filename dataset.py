@@ -1135,6 +1135,25 @@ class DatasetBuilder:
         self.split_by = split_by
         self.splits_csv = splits_csv
 
+    def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
+        """Returns a row an image, without opening one: `path`, `class` and `source_split`.
+
+        Where splits are given, the column `split` has them, missing for images without one. With
+        `content_hash` a column of that name tells the contents, for which the files are read as by
+        `build`. Raises what `build` raises for a folder or tables that cannot be used.
+        """
+        images = self._find_labelled_images()
+        self._read_metadata(images)
+        if self.splits_csv is not None:
+            table = read_table(self.splits_csv, ["split"])
+            images["split"] = join_table(images["path"], table, self.splits_csv)["split"]
+        elif self.split_by == "folders":
+            images["split"] = self._splits_of_folders(images)
+        if content_hash:
+            index = self._cache(()).load(images["path"].tolist())
+            images["content_hash"] = [record.content_hash for record in index.records]
+        return images
+
     def build(
         self,
         preprocessors: Sequence[Preprocessor] = (),
@@ -1215,15 +1234,18 @@ class DatasetBuilder:
         """Image by image what is known of the files, and the user's columns; the prepared array."""
         images = self._find_labelled_images()
         given = self._read_metadata(images)
-        cache = _ArrayCache(
-            self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
-        )
+        cache = self._cache(preprocessors)
         index = cache.load(images["path"].tolist())
         metadata = _metadata(images, index.records)
         metadata["picture"] = audit.number_pictures(
             metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
         )
         return metadata, given, cache, index
+
+    def _cache(self, preprocessors: Sequence[Preprocessor]) -> _ArrayCache:
+        return _ArrayCache(
+            self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
+        )
 
     def _find_labelled_images(self) -> pd.DataFrame:
         images = find_images(self.data_dir, has_class_folders=self.label_column is None)
@@ -1308,7 +1330,7 @@ class DatasetBuilder:
             )
         return split.to_numpy(object)
 
-    def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
+    def _splits_of_folders(self, metadata: pd.DataFrame) -> pd.Series:
         split = _split_of_folder(metadata["source_split"])
         if split.isna().any():
             stray = metadata["path"][split.isna()].iloc[0]
@@ -1318,6 +1340,10 @@ class DatasetBuilder:
         missing = sorted({"train", "test"} - set(split))
         if missing:
             raise ValueError(f"{_shown(self.data_dir)}: no folder for the {missing[0]} split")
+        return split
+
+    def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
+        split = self._splits_of_folders(metadata)
         if "valid" not in set(split):
             if not {"train", "valid"} <= set(splits):
                 raise ValueError("splits must have train and valid to take valid out of Train")
@@ -1347,6 +1373,12 @@ class DatasetBuilder:
 def _split_of_folder(source_split: pd.Series) -> pd.Series:
     """The split that a folder's name says, missing where it says none."""
     return source_split.str.split("/").str[0].str.casefold().map(SPLIT_FOLDERS)
+
+
+def has_folder_of_split(data_dir: str | Path, split: str) -> bool:
+    """Returns whether a folder in `data_dir` is named like this split: train, valid or test."""
+    names = [path.name for path in Path(data_dir).glob("*") if path.is_dir()]
+    return split in set(_split_of_folder(pd.Series(names, dtype=object).astype(str)))
 
 
 def _given_name(column: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
 from evaluation import Calibration
-from files import check_alike, is_number, load_tensors
+from files import check_alike, is_number, load_tensors, lock
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -434,7 +434,9 @@ def imagenet_weights(layers: int, download: bool = True) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             hash_prefix = path.stem.rsplit("-", 1)[1]
             is_shown = sys.stderr.isatty()
-            torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=is_shown)
+            with lock(path.with_name(f".{path.name}.lock")):  # one process downloads for all
+                if not path.exists():
+                    torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=is_shown)
             return path
         except (URLError, OSError, RuntimeError) as error:  # the last: not the hash it should have
             reason = str(getattr(error, "reason", error))

@@ -325,7 +325,9 @@ def _comparison(run: Run) -> Section:
         "The models side by side, with 95 % intervals",
         f"Bars for each model. Balanced accuracy: {'; '.join(shown)}.",
     )
-    return Section("Comparison", {"": [table, *_gaps_in_words(run), *figure]})
+    differing = "Not all models were trained with the same settings: see “Command and settings”."
+    notes = [*_gaps_in_words(run), *([differing] if _settings_by_model(run) else [])]
+    return Section("Comparison", {"": [table, *notes, *figure]})
 
 
 def _behind(run: Run, model: str) -> str:
@@ -724,10 +726,12 @@ def _what_was_run(run: Run) -> Section:
 def _about_settings(run: Run) -> list[Block]:
     settings, command = run.config.get("settings", {}), run.config.get("command")
     blocks: list[Block] = [Code(command)] if command else []
-    # The command names those settings alone that are not the defaults; the data has none.
-    words = shlex.split(command or "")
-    named = {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
-    named.add("data_dir")
+    named = run.config.get("not_default")
+    if named is None:
+        # The command names those settings alone that are not the defaults; the data has none.
+        words = shlex.split(command or "")
+        named = {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
+        named.add("data_dir")
     rows = {True: [], False: []}
     for name, value in settings.items():
         rows[name in named].append([name, _setting(value)])
@@ -737,7 +741,21 @@ def _about_settings(run: Run) -> list[Block]:
     if rows[False]:
         table = Table("Settings left at their defaults", columns, rows[False])
         blocks.append(Folded("Settings left at their defaults", [table]))
-    return blocks
+    return blocks + _settings_by_model(run)
+
+
+def _settings_by_model(run: Run) -> list[Table]:
+    """The settings in which the models differ, as trained by several commands; none where none."""
+    runs = run.config.get("runs", {})
+    models = [metrics["model"] for metrics in run.models if metrics["model"] in runs]
+    told = [runs[model] for model in models]
+    rows = [
+        [name, *(_setting(record.get(name)) for record in told)]
+        for name in dict.fromkeys(name for record in told for name in record)
+        if len({json.dumps(record.get(name)) for record in told}) > 1
+    ]
+    caption = "Settings that are not the same for all models"
+    return [Table(caption, ["setting", *models], rows)] if rows else []
 
 
 def _about_data(run: Run) -> list[Block]:

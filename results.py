@@ -310,20 +310,22 @@ def picture_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) 
 def environment(
     device: torch.device | str | None = None, precision: str = "auto"
 ) -> dict[str, Any]:
-    """When and with what this runs: versions of the packages, machine, GPU, threads, precision.
+    """When and with what this runs: versions of the packages, machine, GPU, threads.
 
-    The precision is what `resolve_precision` makes of that asked for on this device.
+    With a `device` also the precision, which is what `resolve_precision` makes of that asked for.
     """
     packages = (torch, torchvision, np, pd, PIL, sklearn, matplotlib)
     versions = {package.__name__: package.__version__ for package in packages}
-    return {
+    about = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version()} | versions,
         "machine": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "precision": name_of_precision(resolve_precision(precision, choose_device(device))),
     }
+    if device is not None:
+        about["precision"] = name_of_precision(resolve_precision(precision, choose_device(device)))
+    return about
 
 
 # ---------------------------------------------------------------------------- other images

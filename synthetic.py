@@ -271,13 +271,21 @@ def draw_lesion(class_name: str, rng: np.random.Generator, size: int = 128) -> I
     return _photograph(canvas, rng)
 
 
-def make_dataset(root: str | Path, num_images: int = 600, seed: int = 42, size: int = 128) -> Path:
+def make_dataset(
+    root: str | Path,
+    num_images: int = 600,
+    seed: int = 42,
+    size: int = 128,
+    *,
+    exist_ok: bool = False,
+) -> Path:
     """Draws `num_images` JPEGs into `root/Train/<class>/` and `root/Test/<class>/`, and gives root.
 
     Classes and splits are as unbalanced as in the ISIC nine-class set, but none is empty. The i-th
     image of a class in a split depends on (seed, split, class, i) alone, however many others are
-    drawn. `root` appears whole or not at all. Raises FileExistsError when `root` holds anything
-    already, and ValueError when `num_images` is below `MIN_IMAGES`.
+    drawn. `root` appears whole or not at all, drawn by one process while others wait. Raises
+    FileExistsError when `root` holds anything already, unless `exist_ok` leaves that as it is, and
+    ValueError when `num_images` is below `MIN_IMAGES`.
     """
     if num_images < MIN_IMAGES:
         raise ValueError(f"{num_images} images are too few, draw at least {MIN_IMAGES}")
@@ -286,6 +294,8 @@ def make_dataset(root: str | Path, num_images: int = 600, seed: int = 42, size: 
     unfinished = root.with_name(f".{root.name}.unfinished")
     with lock(root.with_name(f".{root.name}.lock")):
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            if exist_ok and root.is_dir():
+                return root
             raise FileExistsError(f"{root}: already exists, remove it or name another folder")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:

@@ -30,7 +30,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from console import Parser, say, speak_utf8, with_underscores
+from console import (
+    Parser,
+    check_flags_have_effect,
+    given_flags,
+    say,
+    speak_utf8,
+    with_underscores,
+)
+from run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, kind_of_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +54,12 @@ MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned"
 # Settings on which no result depends: a run may be resumed with others.
 NOT_RESULTS = {
     "data_dir", "save_dir", "cache_dir", "labels_csv", "metadata_csv", "splits_csv", "models",
-    "device", "num_workers", "checkpoint_every", "resume", "audit_only",
+    "device", "num_workers", "checkpoint_every", "resume", "overwrite", "audit_only",
+}  # fmt: skip
+# The flags that have an effect with --audit_only, which neither splits nor trains.
+OF_AUDIT = {
+    "data_dir", "demo", "save_dir", "cache_dir", "image_size", "labels_csv", "label_column",
+    "metadata_csv", "split_by", "splits_csv", "num_workers", "audit_only",
 }  # fmt: skip
 
 
@@ -92,11 +105,13 @@ class Settings:
     seed: int = 42
     skip_unreadable: bool = False
     resume: bool = False
+    overwrite: bool = False
     audit_only: bool = False
 
 
 DEMO_SETTINGS = Settings(
     data_dir="data/demo",
+    save_dir="models/demo",
     layers=18,
     image_size=32,
     num_steps=280,
@@ -180,15 +195,12 @@ def _say_stopped(interruption: KeyboardInterrupt) -> int:
 
 
 @contextlib.contextmanager
-def _resumable(settings: Settings) -> Iterator[None]:
+def _resumable(settings: Settings, is_demo: bool) -> Iterator[None]:
     """Adds to an interruption how to go on after it."""
     try:
         yield
     except KeyboardInterrupt as interruption:
-        again = command(replace(settings, resume=True))
-        if _world_size() > 1:
-            processes = os.environ["LOCAL_WORLD_SIZE"]
-            again = again.replace("python", f"torchrun --nproc_per_node={processes}", 1)
+        again = command(replace(settings, resume=True, overwrite=False), is_demo)
         interruption.add_note(f"to go on: {again}")
         raise
 
@@ -227,6 +239,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
         arguments = vars(parser.parse_args(argv))
     elif arguments["data_dir"] is None:
         parser.error("give a folder of images with --data_dir, or try it without one with --demo")
+    _check_effects(parser, given_flags(parser, argv), arguments)
     is_demo = arguments.pop("demo")
     arguments["models"] = tuple(dict.fromkeys(arguments["models"]))
     arguments["splits"] = tuple(arguments["splits"])
@@ -236,6 +249,45 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
         shown = " ".join(f"{fraction:g}" for fraction in arguments["splits"])
         parser.error(f"--splits {shown} sums to {sum(arguments['splits']):g}, not to 1")
     return Settings(**arguments), is_demo
+
+
+def _check_effects(
+    parser: argparse.ArgumentParser, given: set[str], arguments: dict[str, Any]
+) -> None:
+    """Ends with status 2 for a flag that has no effect beside the others that were given."""
+    if arguments["audit_only"]:
+        check_flags_have_effect(parser, given, "--audit_only", dict.fromkeys(given - OF_AUDIT, ""))
+    if arguments["resume"] and arguments["overwrite"]:
+        parser.error("--resume goes on with a run, --overwrite starts it afresh; give one of them")
+    if arguments["schedule"] == "constant":
+        check_flags_have_effect(parser, given, "--schedule constant", {"warmup_fraction": ""})
+    if arguments["splits_csv"] is not None:
+        unused = {"splits": "", "split_by": ""}
+        check_flags_have_effect(parser, given, "--splits_csv", unused)
+    if arguments["device"] == "cpu":
+        advice = "the weights are the same there without it"
+        check_flags_have_effect(parser, given, "--device cpu", {"deterministic": advice})
+    if "splits" in given and arguments["split_by"] == "folders":
+        from dataset import has_folder_of_split
+
+        if has_folder_of_split(arguments["data_dir"], "valid"):
+            mode = "--split_by folders where there is a folder for validation"
+            check_flags_have_effect(parser, given, mode, {"splits": ""})
+    _warn_of_unused_flags(given, arguments)
+
+
+def _warn_of_unused_flags(given: set[str], arguments: dict[str, Any]) -> None:
+    """Warns of flags that none of the chosen models uses.
+
+    That is no error, as one command line may be meant for any choice of models.
+    """
+    models = dict.fromkeys(arguments["models"])
+    used_by = {"layers": set(MODEL_NAMES) - {"simple_cnn"}}
+    if arguments["weights"] in ("imagenet", "none"):  # of a file it is an error
+        used_by["weights"] = {"resnet_head", "resnet_finetuned"}
+    for name in sorted(given & used_by.keys()):
+        if not models.keys() & used_by[name]:
+            _show_warning(f"--{name} has no effect with --models {' '.join(models)}")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -304,6 +356,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, metavar="N", help="decides all that is random")
     add("--checkpoint_every", type=positive, metavar="N", help="steps (None: every five minutes)")
     add("--resume", action="store_true", help="go on with the run in save_dir")
+    add("--overwrite", action="store_true", help="start afresh, and replace what is in save_dir")
     parser.set_defaults(**asdict(Settings()))
     return parser
 
@@ -323,12 +376,13 @@ def _number(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callabl
     return parse
 
 
-def command(settings: Settings) -> str:
+def command(settings: Settings, is_demo: bool = False) -> str:
     """The command that gives these settings, without those that are the defaults anyway."""
-    words = ["python", "train_models.py"]
+    words = [*_launcher(), "train_models.py", *(["--demo"] if is_demo else [])]
+    defaults = DEMO_SETTINGS if is_demo else Settings()
     for field in fields(Settings):
         value = getattr(settings, field.name)
-        if value == field.default:
+        if value == getattr(defaults, field.name):
             continue
         if isinstance(value, bool):
             words.append(f"--{field.name}" if value else f"--no-{field.name}")
@@ -345,40 +399,62 @@ def command(settings: Settings) -> str:
 def run(settings: Settings, is_demo: bool = False) -> int:
     """Trains and compares the models; nothing in `save_dir` is touched before all is in order.
 
-    Gives the exit status: 1 when only the audit was asked for and it found something.
+    What flags and folders tell is checked before any image is read. Gives the exit status: 1 when
+    only the audit was asked for and it found something.
     """
-    settings = _prepare_demo(settings) if is_demo else settings
-    save_dir = Path(settings.save_dir)
-    _check_folders(settings)
+    if settings.audit_only and not _is_first():
+        return 0  # one process is enough, and the end of another one with status 1 would stop it
+    _check_folders(settings, is_demo)
     # Not before the check above: torch comes with it.
-    from results import claim, leave_audit, picture_audit
+    from results import claim
 
-    if _is_first() and (save_dir / ".lock").exists():
-        with claim(save_dir):  # to say at once that it is in use, not after the images are prepared
+    if _is_first() and (Path(settings.save_dir) / ".lock").exists():
+        with claim(settings.save_dir):  # to say at once that it is in use, not after the images
             pass
-    if settings.audit_only:
-        findings = _audit(_make_builder(settings))
-        with claim(save_dir):
-            leave_audit(save_dir, findings)
-            picture_audit(save_dir, findings, settings.data_dir)
-        print(f"\nEverything is in {save_dir}.")
-        return 1 if len(findings) > 0 else 0
-
-    from evaluation import match_classes
-
-    device = _choose_device(settings.device)
-    _check_weights(settings)
+    if is_demo:
+        settings = _prepare_demo(settings)
     builder = _make_builder(settings)
+    images = builder.list_images()
+    if not settings.audit_only:
+        _check_images(images, settings)
+    device = _check_run(settings, is_demo)
+    if settings.audit_only:
+        return _audit_alone(builder, settings, is_demo)
+
     findings = _audit(builder)
     loaders, metadata = _load_data(builder, settings, device)
-    if settings.malignant_classes:
-        match_classes(loaders["train"].dataset.classes, settings.malignant_classes)
-    with claim(save_dir) if _is_first() else contextlib.nullcontext():
+    with claim(settings.save_dir) if _is_first() else contextlib.nullcontext():
         if _is_first():
-            _begin(settings, metadata, is_demo, device)
-        with _resumable(settings), _deterministic(settings.deterministic):
+            _begin(settings, metadata, builder, device, is_demo)
+        with _resumable(settings, is_demo), _deterministic(settings.deterministic):
             _train_and_compare(settings, loaders, metadata, findings, device)
     return 0
+
+
+def _audit_alone(builder: "DatasetBuilder", settings: Settings, is_demo: bool) -> int:
+    """Leaves the audit in `save_dir`, and gives the exit status: 1 when it found something."""
+    from results import claim, leave_audit, picture_audit
+
+    save_dir, images = Path(settings.save_dir), _digest_images(builder)
+    _check_audited(TrainingFolder.read(save_dir), images)
+    findings = _audit(builder)
+    with claim(save_dir):
+        folder = TrainingFolder.read(save_dir)
+        _check_audited(folder, images)
+        if kind_of_run(folder.config) != TRAINING:
+            _write_config(AUDIT, settings, is_demo, None, images=images)
+        leave_audit(save_dir, findings)
+        picture_audit(save_dir, findings, settings.data_dir)
+    print(f"\nEverything is in {save_dir}.")
+    return 1 if len(findings) > 0 else 0
+
+
+def _check_audited(folder: TrainingFolder, images: str) -> None:
+    if kind_of_run(folder.config) == TRAINING and folder.config.get("images") != images:
+        raise ValueError(
+            f"{folder.save_dir} holds a training run on other images; choose another --save_dir "
+            "for the audit"
+        )
 
 
 def _train_and_compare(
@@ -397,10 +473,11 @@ def _train_and_compare(
     if _is_first():
         leave_audit(save_dir, findings)
         _say_unavoidable_errors(loaders["test"].dataset)
+    # What is finished in this folder now is of this run: all processes see the same.
     with _process_group(device):
         for number, name in enumerate(settings.models, 1):
             print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
-            if settings.resume and (save_dir / name / "metrics.json").exists():
+            if (save_dir / name / "metrics.json").exists():
                 print("finished already")
             else:
                 with logging_redirect_tqdm():  # or a line of the log would break the bar
@@ -410,7 +487,9 @@ def _train_and_compare(
         picture_audit(save_dir, findings, settings.data_dir)
         _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
         test = loaders["test"].dataset
-        _say_comparison(compare_models(save_dir, settings.models, test, seed=settings.seed))
+        folder = TrainingFolder.read(save_dir)
+        models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
+        _say_comparison(compare_models(save_dir, models, test, seed=settings.seed))
         write_report(save_dir)
         print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
 
@@ -429,6 +508,15 @@ def _world_size() -> int:
 
 def _is_first() -> bool:
     return _told_by_torchrun("RANK", 0) == 0
+
+
+def _launcher() -> list[str]:
+    """The words of the command before the script."""
+    if _world_size() == 1:
+        return ["python"]
+    processes, nodes = os.environ["LOCAL_WORLD_SIZE"], _told_by_torchrun("GROUP_WORLD_SIZE", 1)
+    of_nodes = [f"--nnodes={nodes}"] if nodes > 1 else []
+    return ["torchrun", *of_nodes, f"--nproc_per_node={processes}"]
 
 
 @contextlib.contextmanager
@@ -513,12 +601,14 @@ def _load_data(
     builder: "DatasetBuilder", settings: Settings, device: "torch.device"
 ) -> "tuple[dict[str, LesionLoader], pd.DataFrame]":
     from dataset import create_dataloaders
+    from evaluation import match_classes
 
     splits = dict(zip(("train", "valid", "test"), settings.splits, strict=True))
     datasets, metadata = builder.build(splits=splits)
-    missing = [name for name in splits if name not in datasets]
-    if missing:
-        raise ValueError(f"--splits_csv {settings.splits_csv}: has no split {', '.join(missing)}")
+    _check_given_splits(set(datasets), settings)
+    if settings.malignant_classes:
+        match_classes(datasets["train"].classes, settings.malignant_classes)
+    _check_batch_size(len(datasets["train"]), "training images", settings)
     loaders = create_dataloaders(
         datasets,
         settings.batch_size,
@@ -563,10 +653,7 @@ def _prepare_demo(settings: Settings) -> Settings:
     from models import imagenet_weights
     from synthetic import make_dataset
 
-    if not Path(settings.data_dir).exists():
-        print(f"drawing synthetic images in {settings.data_dir}", flush=True)
-        make_dataset(settings.data_dir)
-    if settings.weights == "imagenet":
+    if settings.weights == "imagenet" and not settings.audit_only:
         try:
             imagenet_weights(settings.layers, download=False)
         except FileNotFoundError:
@@ -575,35 +662,118 @@ def _prepare_demo(settings: Settings) -> Settings:
                 "no ImageNet weights on this machine: resnet_head and resnet_finetuned start from "
                 "random weights"
             )
+    if not Path(settings.data_dir).exists():
+        _check_run(settings, is_demo=True)
+        print(f"drawing synthetic images in {settings.data_dir}", flush=True)
+        make_dataset(settings.data_dir, exist_ok=True)  # as another process may draw them now
     print(f"the demo is: {command(settings)}", flush=True)
     return settings
 
 
-def _check_folders(settings: Settings) -> None:
+def _check_folders(settings: Settings, is_demo: bool) -> None:
     data_dir, save_dir = Path(settings.data_dir).resolve(), Path(settings.save_dir).resolve()
-    if not data_dir.is_dir():
+    if not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
         raise FileNotFoundError(f"--data_dir {settings.data_dir}: no such folder")
     if save_dir.is_relative_to(data_dir):
         raise ValueError(
             f"--save_dir {settings.save_dir} lies in --data_dir, where its pictures would be taken "
             "for images of lesions; choose a folder elsewhere"
         )
-    if save_dir.exists() and not save_dir.is_dir():
-        raise ValueError(f"--save_dir {settings.save_dir} is a file; choose a folder")
+    existing = next(path for path in (save_dir, *save_dir.parents) if path.exists())
+    if not existing.is_dir():
+        where = "is" if existing == save_dir else f"lies in {existing}, which is"
+        raise ValueError(f"--save_dir {settings.save_dir} {where} a file; choose a folder")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(
+            f"--save_dir {settings.save_dir}: no permission to write there; choose another folder"
+        )
 
 
-def _check_weights(settings: Settings) -> None:
+def _check_images(images: "pd.DataFrame", settings: Settings) -> None:
+    """Raises ValueError for what the paths and tables alone tell, as `list_images` gives them."""
+    from evaluation import match_classes
+
+    if settings.malignant_classes:
+        match_classes(sorted(images["class"].unique()), settings.malignant_classes)
+    if "split" in images:
+        _check_given_splits(set(images["split"].dropna()), settings)
+        _check_batch_size((images["split"] == "train").sum(), "training images", settings)
+    else:  # which of them are for training is known once they have been read
+        _check_batch_size(len(images), "images in all", settings)
+
+
+def _check_given_splits(names: set[str], settings: Settings) -> None:
+    missing = [name for name in ("train", "valid", "test") if name not in names]
+    if settings.splits_csv is not None and missing:
+        raise ValueError(f"--splits_csv {settings.splits_csv}: has no split {', '.join(missing)}")
+
+
+def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
+    together = settings.batch_size * _world_size()
+    if together > num_images:
+        of_all = f" in {_world_size()} processes, {together} together," * (_world_size() > 1)
+        raise ValueError(
+            f"--batch_size {settings.batch_size}{of_all} is more than the {num_images} {which}; "
+            "choose a smaller one"
+        )
+
+
+def _check_run(settings: Settings, is_demo: bool) -> "torch.device | None":
+    """Raises for what `save_dir`, device and weights do not allow; gives the device of a training.
+
+    Loading weights, which may have to be downloaded, comes last.
+    """
+    folder = TrainingFolder.read(settings.save_dir)
+    if settings.audit_only:
+        return None
+    device = _choose_device(settings.device)
+    run = _describe_run(settings, device)
+    _check_folder(folder, settings, run, is_demo)
+    _check_weights(settings, _models_to_train(folder, run, settings))
+    return device
+
+
+def _models_to_train(folder: TrainingFolder, run: dict[str, Any], settings: Settings) -> list[str]:
+    return [m for m in settings.models if settings.overwrite or not folder.is_done(m, run)]
+
+
+def _check_folder(
+    folder: TrainingFolder, settings: Settings, run: dict[str, Any], is_demo: bool
+) -> None:
+    """Raises ValueError when the run would lose results in `save_dir`."""
+    earlier = folder.config.get("settings", {}).get("data_dir")
+    is_other = earlier is not None and Path(earlier).resolve() != Path(settings.data_dir).resolve()
+    is_of_training = kind_of_run(folder.config) == TRAINING
+    if is_demo and is_other and is_of_training and not settings.overwrite:
+        raise ValueError(
+            f"{folder.save_dir} holds a run on other images; give the demo another --save_dir"
+        )
+    folder.check(
+        settings.models,
+        run,
+        resume=settings.resume,
+        may_replace=settings.overwrite or (is_demo and _is_of_demo(settings.save_dir)),
+    )
+
+
+def _is_of_demo(save_dir: str) -> bool:
+    return Path(save_dir).resolve() == Path(DEMO_SETTINGS.save_dir).resolve()
+
+
+def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
     """Raises when weights are wanted and cannot be had or do not fit, or a file has no use."""
     from models import is_pretrained
 
-    pretrained = [name for name in settings.models if is_pretrained(name)]
+    if not any(map(is_pretrained, settings.models)):
+        if settings.weights not in ("imagenet", "none"):
+            raise ValueError(
+                f"--weights {settings.weights}: none of the chosen models starts from given weights"
+            )
+        return
+    pretrained = [name for name in trained if is_pretrained(name)]
     if pretrained and settings.weights != "none":
         # They load into one as into the other, whatever the classes: one model is test enough.
         _make_model(pretrained[0], 2, settings)
-    elif settings.weights not in ("imagenet", "none"):
-        raise ValueError(
-            f"--weights {settings.weights}: none of the chosen models starts from given weights"
-        )
 
 
 def _choose_device(name: str) -> "torch.device":
@@ -636,79 +806,74 @@ def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClass
 
 
 def _begin(
-    settings: Settings, metadata: "pd.DataFrame", is_demo: bool, device: "torch.device"
+    settings: Settings,
+    metadata: "pd.DataFrame",
+    builder: "DatasetBuilder",
+    device: "torch.device",
+    is_demo: bool,
 ) -> None:
     """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
-    from files import write_csv, write_text
+    from files import write_csv
+
+    folder = TrainingFolder.read(settings.save_dir)
+    run = _describe_run(settings, device, metadata)
+    _check_folder(folder, settings, run, is_demo)
+    trained = _models_to_train(folder, run, settings)
+    resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
+    records = folder.make_room([m for m in trained if m not in resumed], run)
+    if not trained:
+        return  # what stands in the folder is of the command that trained the models
+    records |= dict.fromkeys(trained, run)
+    images = _digest_images(builder)
+    _write_config(TRAINING, settings, is_demo, device, images=images, runs=records)
+    write_csv(metadata, folder.save_dir / "splits.csv")
+
+
+def _write_config(
+    kind: str, settings: Settings, is_demo: bool, device: "torch.device | None", **more: Any
+) -> None:
+    from files import write_text
     from results import environment
 
-    save_dir = Path(settings.save_dir)
-    earlier = _read_config(save_dir)
-    if is_demo and earlier.get("settings", {}).get("data_dir") not in (None, settings.data_dir):
-        raise ValueError(
-            f"{save_dir} holds a run on other images; give the demo another --save_dir"
-        )
-    runs = earlier.get("runs", {})
-    about = environment(device, settings.precision)
-    run = _describe_run(settings, metadata, about["precision"])
-    if settings.resume:
-        _check_same_run(settings, runs, run)
-    else:
-        for model in settings.models:
-            for name in ("metrics.json", "last.pth"):
-                (save_dir / model / name).unlink(missing_ok=True)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("comparison.csv", "comparison.png", "report.html"):
-        (save_dir / name).unlink(missing_ok=True)
+    defaults = asdict(Settings())
     config = {
-        "command": command(settings),
+        "kind": kind,
+        "command": command(settings, is_demo),
         "settings": asdict(settings),
-        "runs": runs | dict.fromkeys(settings.models, run),
+        "not_default": [n for n, value in asdict(settings).items() if value != defaults[n]],
     }
-    write_text(save_dir / "config.json", json.dumps(config | about, indent=2) + "\n")
-    write_csv(metadata, save_dir / "splits.csv")
+    about = environment(device, settings.precision)
+    path = Path(settings.save_dir) / "config.json"
+    write_text(path, json.dumps(config | more | about, indent=2) + "\n")
 
 
-def _read_config(save_dir: Path) -> dict[str, Any]:
-    path = save_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return config if isinstance(config["runs"], dict) else {}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} was not written by this program; choose another --save_dir"
-        ) from error
+def _describe_run(
+    settings: Settings, device: "torch.device", metadata: "pd.DataFrame | None" = None
+) -> dict[str, Any]:
+    """What a model's results depend on, as JSON gives it back; without metadata the settings."""
+    from dataset import METADATA_COLUMNS
+    from training import name_of_precision, resolve_precision
+
+    run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
+    # The precision that is used: "auto" is another one on another machine.
+    run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
+    run["processes"] = _world_size()
+    if metadata is not None:
+        given = metadata.drop(columns=list(METADATA_COLUMNS), errors="ignore")
+        run[DATA] = _digest(metadata[["path", "class", "content_hash", "split"]])
+        run[METADATA] = _digest(given) if len(given.columns) else None
+    return json.loads(json.dumps(run))
 
 
-def _describe_run(settings: Settings, metadata: "pd.DataFrame", precision: str) -> dict[str, Any]:
-    """What a model's results depend on, as JSON gives it back."""
-    images = metadata[["path", "class", "content_hash", "split"]].to_csv(index=False)
-    digest = hashlib.sha256(images.encode("utf-8", "surrogateescape")).hexdigest()
-    kept = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
-    # The precision that was used: "auto" is another one on another machine.
-    kept |= {"precision": precision, "images and splits": digest[:16], "processes": _world_size()}
-    return json.loads(json.dumps(kept))
+def _digest_images(builder: "DatasetBuilder") -> str:
+    """What tells these images and their classes from others."""
+    images = builder.list_images(content_hash=True)
+    return _digest(images[["path", "class", "content_hash"]])
 
 
-def _check_same_run(settings: Settings, runs: dict[str, Any], run: dict[str, Any]) -> None:
-    """Raises ValueError when what stands in `save_dir` is no beginning of this run."""
-    for model in settings.models:
-        folder = Path(settings.save_dir) / model
-        if not any((folder / name).exists() for name in ("metrics.json", "last.pth")):
-            continue
-        before = runs.get(model, {})
-        if before.get("precision") == "auto":  # of an earlier version; `last.pth` has what it was
-            before = before | {"precision": run["precision"]}
-        differing = [
-            f"{n} was {before.get(n)}, is {run[n]}" for n in run if before.get(n) != run[n]
-        ]
-        if differing:
-            raise ValueError(
-                f"--resume: {folder} is of another run: {'; '.join(differing)}; run without "
-                "--resume, or with another --save_dir"
-            )
+def _digest(table: "pd.DataFrame") -> str:
+    text = table.to_csv(index=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _picture_data(

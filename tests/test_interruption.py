@@ -344,8 +344,8 @@ def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, m
     with subprocess.Popen(words, env=environment, **pipes) as owner:
         owner.stdout.readline()
         before = digest(out)
-        for more in ([], ["--resume"], ["--audit_only"]):
-            assert main([*arguments, *more]) == 2
+        for words in (arguments, [*arguments, "--resume"], [*arguments[:4], "--audit_only"]):
+            assert main(words) == 2
             (line,) = capfd.readouterr().err.splitlines()
             assert f"{out} is in use by process {owner.pid} on " in line
         assert digest(out) == before

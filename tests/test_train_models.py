@@ -2,12 +2,13 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -26,7 +27,7 @@ from dataset import DatasetBuilder, create_dataloaders
 from evaluation import Calibration
 from models import MODELS, load_model
 from predict import predict
-from train_models import MODEL_NAMES, Settings, command, main, parse_arguments
+from train_models import DEMO_SETTINGS, MODEL_NAMES, Settings, command, main, parse_arguments
 from training import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -148,9 +149,13 @@ def test_deterministic_algorithms_are_those_of_the_run_alone(arguments, monkeypa
 
 def test_the_audit_alone_says_what_it_found_and_trains_nothing(arguments, tmp_path, capfd):
     root, out = Path(arguments[1]), tmp_path / "out"
+    arguments = arguments[:6]  # those that have an effect on an audit
     assert main([*arguments, "--audit_only"]) == 0
     assert "audit: nothing found" in capfd.readouterr().out
-    assert names(out) == {"audit.csv"}
+    assert names(out) == {"audit.csv", "config.json"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["kind"] == "audit"
+    assert parse_arguments(shlex.split(config["command"])[2:])[0].audit_only
     shutil.copy(root / "Train/melanoma/0000.png", root / "Test/melanoma/a copy.png")
     shutil.copy(root / "Train/melanoma/0001.png", root / "Train/mole $1_x/other.png")
     (root / "Test/melanoma/empty.jpg").touch()
@@ -159,7 +164,7 @@ def test_the_audit_alone_says_what_it_found_and_trains_nothing(arguments, tmp_pa
     for text in ("files that cannot be read: 1", "pictures under several classes: 1,",
                  "groups of identical files: 2"):  # fmt: skip
         assert text in printed
-    assert names(out) == {"audit.csv", "audit.png"}
+    assert names(out) == {"audit.csv", "audit.png", "config.json"}
     table = pd.read_csv(out / "audit.csv")
     assert list(table.columns) == ["kind", "images", "classes", "distance"]
     assert table["kind"].tolist() == [
@@ -184,7 +189,8 @@ def test_a_run_says_what_no_model_can_get_right(arguments, tmp_path, capfd):
     assert len(doubled) > 0
     assert f"at least {len(doubled)} of the {(metadata['split'] == 'test').sum()} test" in printed
     assert (tmp_path / "out/audit.png").exists()
-    main([*arguments, "--models", "simple_cnn", "--label_conflicts", "drop"])
+    dropped = ["--label_conflicts", "drop", "--save_dir", str(tmp_path / "dropped")]
+    main([*arguments, "--models", "simple_cnn", *dropped])
     assert "at least" not in capfd.readouterr().out
 
 
@@ -260,7 +266,7 @@ def test_an_older_run_is_never_taken_for_this_one(arguments, tmp_path, monkeypat
         raise OSError("the disk is gone")
 
     monkeypatch.setattr("training.train", fails)
-    assert main([*arguments, "--models", "simple_cnn"]) == 2
+    assert main([*arguments, "--models", "simple_cnn", "--overwrite"]) == 2
     left = names(tmp_path / "out/simple_cnn")
     assert not {"metrics.json", "last.pth"} & left
     assert "comparison.csv" not in names(tmp_path / "out")
@@ -276,7 +282,7 @@ def test_tables_and_official_splits_reach_the_run(arguments, tmp_path):
     first = pd.read_csv(tmp_path / "out/splits.csv")
     assert first.groupby("patient")["split"].nunique().max() == 1
     (tmp_path / "out/splits.csv").rename(tmp_path / "splits.csv")
-    options = ["--splits_csv", str(tmp_path / "splits.csv"), "--seed", "7"]
+    options = ["--splits_csv", str(tmp_path / "splits.csv"), "--seed", "7", "--overwrite"]
     assert main([*arguments, "--models", "simple_cnn", *options]) == 0
     again = pd.read_csv(tmp_path / "out/splits.csv")
     assert again["split"].tolist() == first["split"].tolist()
@@ -292,10 +298,9 @@ def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd
 # ---------------------------------------------------------------------------- several processes
 
 
-def torchrun(arguments, **options):
+def torchrun(arguments, script=ROOT / "train_models.py", **options):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, str(ROOT / "train_models.py"), *arguments]
-    return subprocess.Popen(words, text=True, **options)
+    return subprocess.Popen([*launcher, str(script), *arguments], text=True, **options)
 
 
 def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_path):
@@ -318,6 +323,42 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_p
     predictions = [pd.read_csv(folder / "predictions.csv") for folder in (one, two)]
     assert predictions[0]["path"].equals(predictions[1]["path"])
     assert np.allclose(*(p.filter(like="prob_") for p in predictions), atol=1e-5)
+
+
+SMALL_DEMO = """
+import functools, sys, synthetic, train_models
+synthetic.make_dataset = functools.partial(synthetic.make_dataset, num_images=60, size=48)
+sys.exit(train_models.main())
+"""
+
+
+def test_two_processes_draw_the_demo_once_and_train_on_it(tmp_path):
+    script = tmp_path / "small_demo.py"
+    script.write_text(SMALL_DEMO)
+    quick = ["--models", "simple_cnn", "--num_steps", "2", "--eval_every", "2", "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    path = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = ["--demo", "--batch_size", "8", *quick]
+    both = torchrun(words, script, cwd=tmp_path, env=path, **pipes)
+    printed, errors = both.communicate(timeout=240)
+    assert both.returncode == 0, errors
+    assert printed.count("drawing synthetic images in data/demo") == 1
+    out = tmp_path / "models/demo"
+    assert names(out / "simple_cnn") - {"mistakes.png"} == MODEL_FILES
+    said = json.loads((out / "config.json").read_text())["command"]
+    assert said.startswith("torchrun --nproc_per_node=2 train_models.py --demo --models simple_cnn")
+
+
+def test_of_two_processes_one_audits(arguments, tmp_path):
+    shutil.copy(
+        Path(arguments[1]) / "Test/melanoma/0000.png", Path(arguments[1]) / "Train/mole $1_x"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = torchrun([*arguments[:6], "--audit_only"], **pipes)
+    printed, errors = both.communicate(timeout=240)
+    assert both.returncode == 1 and "error: " not in errors, errors
+    assert printed.count("audit: pictures under several classes: 1") == 1
+    assert names(tmp_path / "out") == {"audit.csv", "audit.png", "config.json"}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
@@ -391,7 +432,7 @@ def mistakes(make_images, tmp_path):
         (["--data_dir", str(tmp_path / "bare")], ["bare: no images"]),
         (["--data_dir", str(single)], ["one class, a"]),
         (["--data_dir", str(broken)], ["a/cut.jpg (", "b/text.jpg (", "--skip_unreadable"]),
-        (["--data_dir", str(tiny)], ["no images are left for valid, test"]),
+        (["--data_dir", str(tiny), "--batch_size", "2"], ["no images are left for valid, test"]),
         (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in --data_dir"]),
         (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
         (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
@@ -418,9 +459,9 @@ def test_mistakes_are_one_line_and_touch_nothing(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     out = tmp_path / "out"
-    (out / "simple_cnn").mkdir(parents=True)
-    (out / "simple_cnn/metrics.json").write_text("{}")
-    (out / "simple_cnn/last.pth").write_text("precious")
+    (out / "own_model").mkdir(parents=True)
+    (out / "own_model/metrics.json").write_text("{}")
+    (out / "own_model/last.pth").write_text("precious")
     before = digest(out)
     for flags, expected in mistakes(make_images, tmp_path):
         try:
@@ -439,9 +480,9 @@ def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
     monkeypatch.setattr("training.train", fails)
-    assert main([*arguments, "--batch_size", "48", "--accumulate", "2"]) == 2
+    assert main([*arguments, "--batch_size", "16", "--accumulate", "2"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "out of memory with --batch_size 48; try --batch_size 24 --accumulate 4" in line
+    assert "out of memory with --batch_size 16; try --batch_size 8 --accumulate 4" in line
 
 
 def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
@@ -491,18 +532,18 @@ any_settings = st.builds(
     checkpoint_every=st.none() | st.integers(1, 9),
     balanced=st.booleans(),
     augmentation=st.booleans(),
-    resume=st.booleans(),
     schedule=st.sampled_from(["cosine", "constant"]),
 )
 
 
-@given(any_settings)
-def test_the_command_printed_gives_the_same_settings(settings):
-    import shlex
-
-    words = shlex.split(command(settings))
+@given(any_settings, st.booleans(), st.sampled_from(["", "resume", "overwrite"]))
+def test_the_command_printed_gives_the_same_settings(settings, is_demo, how):
+    settings = replace(settings, **({how: True} if how else {}))
+    if is_demo:
+        settings = replace(settings, data_dir=DEMO_SETTINGS.data_dir)
+    words = shlex.split(command(settings, is_demo))
     assert words[:2] == ["python", "train_models.py"]
-    assert parse_arguments(words[2:])[0] == settings
+    assert parse_arguments(words[2:]) == (settings, is_demo)
 
 
 def test_help_and_mistyped_flags_do_not_wait_for_torch():
