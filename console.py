@@ -30,7 +30,7 @@ def with_underscores(word: str) -> str:
     return prefix + flag[len(prefix) :].replace("-", "_") + equals + value
 
 
-def number(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+def number_type(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     """Returns an argparse type: an int or float for which `is_valid` holds."""
 
     def parse(text: str) -> Any:

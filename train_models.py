@@ -36,7 +36,7 @@ from console import (
     stoppable,
     with_underscores,
 )
-from console import number as _number
+from console import number_type as _number
 
 if TYPE_CHECKING:
     import numpy as np
