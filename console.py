@@ -1,10 +1,17 @@
-"""What the two commands have in common: how they take flags, and how they speak."""
+"""What the two commands have in common: how they take flags, how they speak, how they stop."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +28,21 @@ def with_underscores(word: str) -> str:
     flag, equals, value = word.partition("=")
     prefix = "--no-" if flag.startswith(("--no-", "--no_")) else "--"
     return prefix + flag[len(prefix) :].replace("-", "_") + equals + value
+
+
+def number_type(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """Returns an argparse type: an int or float for which `is_valid` holds."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of that kind") from None
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
@@ -48,6 +70,56 @@ def check_flags_have_effect(
     for name in sorted(given & without_effect.keys()):
         advice = f"; {without_effect[name]}" if without_effect[name] else ""
         parser.error(f"--{name} has no effect with {mode}{advice}")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the command: SIGINT (Ctrl-C) or SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signal.Signals(signum)
+
+
+@contextlib.contextmanager
+def stoppable(in_order: bool = True) -> Iterator[None]:
+    """Lets SIGINT and SIGTERM end the block with Stopped, in the main thread.
+
+    A second one, later than a moment after the first, ends the process as it would without this.
+    Without `in_order` the first one does so already.
+    """
+    before = {}
+    stopped_at = None
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped_at
+        if stopped_at is None:
+            stopped_at = time.monotonic()
+            raise Stopped(signum)
+        if time.monotonic() - stopped_at > 1:  # timeout(1) and torchrun send a signal twice
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in STOPPING:
+            # None is a handler that is not Python's, and whoever ignores a signal means it.
+            if signal.getsignal(signum) not in (None, signal.SIG_IGN):
+                before[signum] = signal.signal(signum, stop if in_order else signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def say_stopped(program: str, interruption: KeyboardInterrupt, what_now: str) -> int:
+    """Prints in one line what stopped the command, and gives the exit status that says so too.
+
+    `what_now` is how matters stand then, unless the interruption has a note that says it.
+    """
+    signum = getattr(interruption, "signum", signal.SIGINT)
+    (what_now,) = getattr(interruption, "__notes__", [what_now])
+    print(f"{program}: stopped by {signum.name}; {what_now}", file=sys.stderr)
+    return 128 + signum
 
 
 def say(program: str, kind: str, message: object) -> None:

@@ -16,13 +16,24 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console import Parser, in_one_line, say, speak_utf8, with_underscores
+from console import (
+    Parser,
+    check_flags_have_effect,
+    given_flags,
+    in_one_line,
+    number_type,
+    say,
+    say_stopped,
+    speak_utf8,
+    stoppable,
+    with_underscores,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +52,21 @@ NUM_VIEWS = 8  # flips and quarter-turns of a square
 MOST_ROWS_PRINTED = 20  # where there is a file that has them all
 WIDEST_PATH = 60  # characters that the printed table leaves for paths; longer ones stick out
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# Flags that a mode of the command has no use for, with what to do instead.
+WITHOUT_EFFECT = {
+    "evaluate": {
+        "output": "its tables of predictions are in the folder that it is given",
+        "top_k": "",
+        "tta": "",
+        "gradcam": "it draws examples for each class by itself",
+        "threshold": "it reports several thresholds of each model's own",
+    },
+    "export": {
+        **dict.fromkeys(("output", "top_k", "tta", "gradcam", "threshold"), ""),
+        **dict.fromkeys(("device", "precision", "batch_size", "num_workers"), ""),
+        **dict.fromkeys(("labels_csv", "label_column"), ""),
+    },
+}
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -143,6 +169,8 @@ def predict_batches(
     paths = find_files(images)
     if gradcam is not None:
         _check_folder_to_fill(Path(gradcam), images)
+        if output is not None and Path(gradcam).resolve().is_relative_to(Path(output).resolve()):
+            raise ValueError(f"{gradcam} is to be a folder, and {output} a file; choose another")
     ensemble = Ensemble(model, preprocessors=preprocessors, device=device, precision=precision)
     flags = ensemble.flags(thresholds)
     if gradcam is not None:
@@ -689,15 +717,20 @@ class Settings:
     labels_csv: str | None
     label_column: str | None
     export: str | None
+    overwrite: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and gives its exit status: 1 when an image could not be read."""
-    settings = parse_arguments(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
+    """Runs the command and gives its exit status: 1 when an image could not be read.
+
+    An interruption ends in one line, with status 130 for SIGINT (Ctrl-C) and 143 for SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    settings = parse_arguments(argv)
+    with warnings.catch_warnings(), stoppable():
         warnings.showwarning = _show_warning
         try:
-            return run(settings)
+            return run(settings, command=shlex.join(["python", PROGRAM, *argv]))
         except (ValueError, OSError, ModuleNotFoundError) as error:
             return _say_error(error)
         except RuntimeError as error:
@@ -706,22 +739,70 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _say_error(
                 f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
             )
+        except KeyboardInterrupt as interruption:
+            return say_stopped(PROGRAM, interruption, "nothing was written")
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, command: str = "") -> int:
     """Exports the model, or predicts and prints; gives the exit status."""
+    _check_nothing_is_lost(settings)
     if settings.export is not None:
         export_onnx(settings.model[0], settings.export)
         print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
         return 0
     if settings.evaluate is not None:
-        return _evaluate_and_print(settings)
+        with _noting("the same command goes on with the models that are left, without --overwrite"):
+            return _evaluate_and_print(settings, command)
+    if settings.gradcam is not None:
+        with _noting(f"the overlays drawn so far are in {settings.gradcam}"):
+            return _predict_and_print(settings)
     return _predict_and_print(settings)
 
 
-def _evaluate_and_print(settings: Settings) -> int:
+def _check_nothing_is_lost(settings: Settings) -> None:
+    """Raises before the work is done when a file would be written over without --overwrite."""
+    for path, suffixes in ((settings.output, (".csv", ".json")), (settings.export, (".onnx",))):
+        if path is None:
+            continue
+        _check_file_to_write(Path(path), suffixes)
+        if any(_is_same_file(path, other) for other in (*settings.model, *settings.images)):
+            raise ValueError(f"{path} is to be read as well; choose another name")
+        if os.path.lexists(path) and not settings.overwrite:
+            raise ValueError(
+                f"{path} exists and would be lost; --overwrite replaces it, or choose another name"
+            )
+    if settings.gradcam is not None and not settings.overwrite:
+        _check_no_overlay_is_lost(settings.gradcam, settings.images)
+
+
+def _check_no_overlay_is_lost(folder: str, images: Sequence[str]) -> None:
+    if not os.path.isdir(folder):
+        return
+    existing = set(os.listdir(folder))
+    overlays = [name for name in map(_overlay_name, find_files(images)) if name in existing]
+    if overlays:
+        raise ValueError(
+            f"{folder} has overlays of {len(overlays)} of these images, such as {overlays[0]}, "
+            "which would be lost; --overwrite replaces them, or choose another folder"
+        )
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+
+
+@contextmanager
+def _noting(what_now: str) -> Iterator[None]:
+    """Adds to an interruption how matters stand after it."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        interruption.add_note(what_now)
+        raise
+
+
+def _evaluate_and_print(settings: Settings, command: str) -> int:
     from results import evaluate_folder
-    from training import choose_device
 
     comparison, unreadable = evaluate_folder(
         settings.model,
@@ -729,11 +810,12 @@ def _evaluate_and_print(settings: Settings) -> int:
         settings.evaluate,
         labels_csv=settings.labels_csv,
         label_column=settings.label_column,
-        device=choose_device(settings.device),
+        device=settings.device,
         precision=settings.precision,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        command=shlex.join(["python", "predict.py", *sys.argv[1:]]),
+        overwrite=settings.overwrite,
+        command=command,
     )
     for problem in unreadable:
         say(PROGRAM, "warning", problem)
@@ -750,7 +832,7 @@ def _predict_and_print(settings: Settings) -> int:
 
     printer = _Printer(settings.top_k, None if settings.output is None else MOST_ROWS_PRINTED)
     num_images, num_unreadable, num_flagged = 0, 0, Counter()
-    for table, unreadable in predict_batches(
+    batches = predict_batches(
         settings.model,
         settings.images,
         output=settings.output,
@@ -761,13 +843,16 @@ def _predict_and_print(settings: Settings) -> int:
         precision=settings.precision,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-    ):
-        for problem in unreadable:
-            tqdm.write(f"{PROGRAM}: warning: {in_one_line(problem)}", file=sys.stderr)
-        printer.print(table)
-        num_images += len(table)
-        num_unreadable += len(unreadable)
-        num_flagged.update({flag: int(table[f"flag_{flag}"].sum()) for flag in _names(table)[1]})
+    )
+    with closing(batches):  # or an interruption could leave its temporary file
+        for table, unreadable in batches:
+            for problem in unreadable:
+                tqdm.write(f"{PROGRAM}: warning: {in_one_line(problem)}", file=sys.stderr)
+            printer.print(table)
+            num_images += len(table)
+            num_unreadable += len(unreadable)
+            flagged = {flag: int(table[f"flag_{flag}"].sum()) for flag in _names(table)[1]}
+            num_flagged.update(flagged)
     if num_images > printer.num_printed:
         print(f"... and {num_images - printer.num_printed:,} more")
     summary = [f"{num_images:,} images"]
@@ -786,8 +871,6 @@ class _Printer:
     """Prints tables as one, in columns as wide as the first of them needs."""
 
     def __init__(self, top_k: int, most_rows: int | None) -> None:
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it must be 1 or more")
         self.top_k = top_k
         self.most_rows = most_rows
         self.num_printed = 0
@@ -834,17 +917,11 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
     """The settings; exits with status 2 for a flag that is wrong."""
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are images, whatever it is
+    flags = [with_underscores(word) for word in argv[:end]]
     parser = _make_parser()
-    arguments = vars(parser.parse_intermixed_args([with_underscores(w) for w in argv[:end]]))
+    arguments = vars(parser.parse_intermixed_args(flags))
     arguments["images"] += argv[end + 1 :]
-    if arguments["export"] is None and not arguments["images"]:
-        parser.error("name the images or folders to predict")
-    if arguments["export"] is not None and arguments["images"]:
-        parser.error("--export takes no images; predict them without it")
-    if arguments["evaluate"] is not None and len(arguments["images"]) != 1:
-        parser.error("--evaluate takes one folder of labelled images")
-    if arguments["export"] is not None and len(arguments["model"]) > 1:
-        parser.error("--export takes one --model; export each by itself")
+    _check_mode(parser, arguments, given_flags(parser, flags))
     thresholds = arguments.pop("threshold")
     return Settings(
         model=tuple(arguments.pop("model")),
@@ -852,6 +929,39 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
         threshold=None if thresholds is None else dict(thresholds),
         **arguments,
     )
+
+
+def _check_mode(
+    parser: argparse.ArgumentParser, arguments: dict[str, Any], given: set[str]
+) -> None:
+    """Ends with status 2 for flags and images that do not go together."""
+    images, thresholds = arguments["images"], arguments["threshold"] or []
+    if {"evaluate", "export"} <= given:
+        parser.error("--evaluate and --export do different things; give one of them at a time")
+    for mode, without_effect in WITHOUT_EFFECT.items():
+        if arguments[mode] is not None:
+            check_flags_have_effect(parser, given, f"--{mode}", without_effect)
+    if arguments["export"] is not None:
+        if images:
+            parser.error("--export takes no images; predict them without it")
+        if len(arguments["model"]) > 1:
+            parser.error("--export takes one --model; export each by itself")
+    elif arguments["evaluate"] is not None:
+        if len(images) != 1:
+            parser.error("--evaluate takes one folder of labelled images")
+        if "label_column" in given and "labels_csv" not in given:
+            parser.error("--label_column needs the table that the column is in: --labels_csv")
+    else:
+        if not images:
+            parser.error("name the images or folders to predict")
+        for name in sorted(given & {"labels_csv", "label_column"}):
+            parser.error(f"--{name} has no effect without --evaluate")
+        if "overwrite" in given and not given & {"output", "gradcam"}:
+            parser.error("--overwrite has no effect without a file to write, such as --output")
+    names = [name for name, _ in thresholds]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        parser.error(f"--threshold {twice} is given twice")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -863,14 +973,22 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    positive = number_type(int, lambda n: 1 <= n < 2**31, "1 or more, and less than 2**31")
+    views = number_type(int, lambda n: 1 <= n <= NUM_VIEWS, f"from 1 to {NUM_VIEWS}")
+    text = _not_empty
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="what to predict")
-    add("--model", action="append", required=True, metavar="FILE",
+    add("--model", action="append", type=text, required=True, metavar="FILE",
         help="a model.pth; several --model are an ensemble")  # fmt: skip
-    add("--output", metavar="FILE", help="a .csv or .json file for the table")
-    add("--top_k", type=int, default=3, metavar="N", help="classes printed with probability")
-    add("--tta", type=int, default=1, metavar="N", help="flips and turns averaged over, 1 to 8")
-    add("--gradcam", metavar="DIR", help="a folder for pictures of what the models looked at")
+    add("--output", type=text, metavar="FILE", help="a .csv or .json file for the table")
+    add("--top_k", type=positive, default=3, metavar="N", help="classes printed with probability")
+    add("--tta", type=views, default=1, metavar="N", help="flips and turns averaged over, 1 to 8")
+    add(
+        "--gradcam",
+        type=text,
+        metavar="DIR",
+        help="a folder for pictures of what the models looked at",
+    )
     add("--threshold", action="append", type=_threshold, metavar="NAME=P",
         help="flag a class, or malignant, from this probability on; can be repeated (None: the "
         "model's own, for a sensitivity of 95 %%)")  # fmt: skip
@@ -878,21 +996,59 @@ def _make_parser() -> argparse.ArgumentParser:
     precisions = ("auto", "fp32", "bf16", "fp16")
     add("--precision", choices=precisions, default="auto",
         help="auto: bf16 where the hardware computes in it")  # fmt: skip
-    add("--batch_size", type=int, default=32, metavar="N", help="images a batch")
-    add("--num_workers", type=int, metavar="N", help="threads that decode (None: one a processor)")
-    add("--evaluate", metavar="DIR", help="measure the models on a labelled folder, report to DIR")
-    add("--labels_csv", metavar="FILE", help="with --evaluate: classes that override the folders'")
-    add("--label_column", metavar="NAME", help="with --evaluate: the column that gives the classes")
-    add("--export", metavar="FILE", help="write the model as ONNX instead, and check it")
+    add("--batch_size", type=positive, default=32, metavar="N", help="images a batch")
+    add(
+        "--num_workers",
+        type=positive,
+        metavar="N",
+        help="threads that decode (None: one a processor)",
+    )
+    add(
+        "--evaluate",
+        type=text,
+        metavar="DIR",
+        help="measure the models on a labelled folder, report to DIR",
+    )
+    add(
+        "--labels_csv",
+        type=text,
+        metavar="FILE",
+        help="with --evaluate: classes that override the folders'",
+    )
+    add(
+        "--label_column",
+        type=text,
+        metavar="NAME",
+        help="with --evaluate: the column that gives the classes",
+    )
+    add(
+        "--export",
+        type=text,
+        metavar="FILE",
+        help="write the model as ONNX instead, and check it",
+    )
+    add("--overwrite", action="store_true", help="replace files that are to be written and exist")
     return parser
 
 
 def _threshold(text: str) -> tuple[str, float]:
-    name, _, number = text.rpartition("=")
+    name, _, probability = text.rpartition("=")
     try:
-        return name.strip(), float(number)
+        threshold = float(probability)
+        is_of_the_form = bool(name.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=0.2") from None
+        is_of_the_form = False
+    if not is_of_the_form:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=0.2")
+    if not 0 <= threshold <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a probability is from 0 to 1")
+    return name.strip(), threshold
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():  # such as a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def _show_warning(message: Warning | str, *details: Any) -> None:

@@ -5,13 +5,15 @@ After training this is done for the test split (`train_models.py`), and later fo
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from files import join_names, lock, read_csv, remove_leftovers, write_csv, write
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from predict import gradcam
 from report import write_report
+from run_folder import EVALUATION, TRAINING, kind_of_run, read_config
 from training import (
     Evaluation,
     choose_device,
@@ -62,6 +65,24 @@ from visualizations import (
     plot_roc_pr_curves,
 )
 
+# What stands in the folder of a run, what an evaluation adds for a model, and training alone.
+RUN_FILES = (
+    "config.json", "splits.csv", "audit.csv", "audit.png", "comparison.csv", "comparison.png",
+    "report.html",
+)  # fmt: skip
+MODEL_FILES = (
+    "metrics.json", "predictions.csv", "confusion_matrix.png", "class_metrics.png",
+    "roc_pr_curves.png", "reliability.png", "mistakes.png", "gradcam.png",
+)  # fmt: skip
+TRAINING_FILES = ("model.pth", "last.pth", "history.csv")
+# What figures depend on, in the words of a message about figures of something else.
+OTHERS = {
+    "images": "other images or labels",
+    "classes": "other classes",
+    "model": "another model.pth",
+    "precision": "another precision",
+    "seed": "another seed",
+}
 COMPARED = ("precision", "recall", "f1", "accuracy", "balanced_accuracy")
 
 
@@ -343,6 +364,7 @@ def evaluate_folder(
     batch_size: int = 32,
     num_workers: int | None = None,
     seed: int = 42,
+    overwrite: bool = False,
     command: str = "",
 ) -> tuple[pd.DataFrame, list[str]]:
     """Measures trained models on labelled images that they have never seen.
@@ -352,11 +374,22 @@ def evaluate_folder(
     `save_dir` what training leaves: figures, tables and `report.html`. The thresholds are those
     that the models bring. Gives the comparison, and the files that cannot be read.
 
+    A model that has been measured there on the same images already is passed over, with a warning,
+    and other models that have been stay in the comparison. With `overwrite` all that an earlier
+    evaluation left in `save_dir` gives way to this one.
+
     Raises ValueError for models of different classes or sizes or with preprocessors of their own,
-    for a class of the images that the models do not know, and for a `save_dir` in use.
+    for a class of the images that the models do not know, and for a `save_dir` in use, with another
+    kind of run in it, or, without `overwrite`, with figures that would be lost.
     """
-    save_dir = Path(save_dir)
-    loaded = {name: load_model(path) for name, path in _named(models).items()}
+    save_dir, named = Path(save_dir), _named(models)
+    _check_evaluation_folder(save_dir, named, data_dir)
+    if (save_dir / ".lock").exists():
+        with claim(save_dir):  # to say at once that it is in use, not after the images are prepared
+            pass
+    device = choose_device(device)
+    dtype = resolve_precision(precision, device)
+    loaded = {name: load_model(path) for name, path in named.items()}
     first = next(iter(loaded.values()))[1]
     for name, (_, info) in loaded.items():
         _check_like_first(name, info, first)
@@ -371,18 +404,41 @@ def evaluate_folder(
             label_column=label_column,
             skip_unreadable=True,
         )
+        runs = _describe_evaluation(named, first["classes"], dtype, seed)
+        if not overwrite:
+            _measured_before(save_dir, runs)  # to raise before the images are prepared
         findings = builder.audit()
         splits, metadata = builder.build(splits={"test": 1.0})
         dataset = _with_labels_of(splits["test"], first.classes)
         loader = create_dataloaders({"test": dataset}, batch_size, device=device)["test"]
+        images = metadata[["path", "class", "content_hash"]].to_numpy().tolist()
+        told = {"images": _digest(json.dumps(images).encode())}
+        runs = {name: run | told for name, run in runs.items()}
         claimed.enter_context(claim(save_dir))
-        config = {"command": command, "settings": {"data_dir": str(data_dir)}}
-        config |= environment(loader.device, precision)
-        write_text(save_dir / "config.json", json.dumps(config, indent=2) + "\n")
+        _check_evaluation_folder(save_dir, named, data_dir)  # again, as nobody else can write now
+        measured = {} if overwrite else _measured_before(save_dir, runs)
+        left = [name for name in loaded if name not in measured]
+        _remove_results(save_dir, kept=measured)
+        if left:
+            settings = {"model": list(map(str, models)), "data_dir": str(data_dir)}
+            settings |= {"labels_csv": labels_csv and str(labels_csv), "label_column": label_column}
+            settings |= {"device": str(device), "precision": precision, "batch_size": batch_size}
+            settings |= {"num_workers": num_workers, "seed": seed}
+            config = {"kind": EVALUATION, "command": command, "settings": settings}
+            config |= {"runs": measured | runs} | environment(loader.device, precision)
+            write_text(save_dir / "config.json", json.dumps(config, indent=2) + "\n")
+        if len(left) < len(loaded):
+            passed_over = ", ".join(name for name in loaded if name in measured)
+            warnings.warn(
+                f"{save_dir}: {passed_over} measured on these images already and passed over; "
+                "--overwrite measures again",
+                stacklevel=2,
+            )
         write_csv(metadata, save_dir / "splits.csv")
         leave_audit(save_dir, findings)
         picture_audit(save_dir, findings, data_dir)
-        for name, (model, info) in loaded.items():
+        for name in left:
+            model, info = loaded[name]
             evaluation = evaluate(model, loader, device=loader.device, precision=precision)
             about = {
                 "model": name,
@@ -393,10 +449,130 @@ def evaluate_folder(
                 "trainable_parameters": count_parameters(model, trainable_only=True),
             }
             leave_results(save_dir / name, about, model, info, evaluation, dataset, seed=seed)
-        comparison = compare_models(save_dir, list(loaded), dataset, seed=seed)
+        comparison = compare_models(save_dir, list(measured | runs), dataset, seed=seed)
         write_report(save_dir)
     unreadable = findings["images"][findings["kind"] == "unreadable"]
     return comparison, [f"{path}: cannot be read" for paths in unreadable for path in paths]
+
+
+def _check_evaluation_folder(save_dir: Path, names: Iterable[str], data_dir: str | Path) -> None:
+    """Raises ValueError where an evaluation of models of these names would write over other files.
+
+    An earlier evaluation is none of these.
+    """
+    folders = [save_dir, *(save_dir / name for name in names)]
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; choose another folder for the evaluation")
+        if folder.resolve().is_relative_to(Path(data_dir).resolve()):
+            raise ValueError(
+                f"{folder} lies in {data_dir}, where its figures would be taken for images of "
+                "lesions; choose a folder elsewhere for the evaluation"
+            )
+    kind = kind_of_run(read_config(save_dir))
+    if kind not in (None, EVALUATION):
+        raise ValueError(
+            f"{save_dir} holds another kind of run ({kind}), which an evaluation would write over; "
+            "choose another folder"
+        )
+    if _belongs_to_training(save_dir):
+        raise ValueError(
+            f"{save_dir} is the folder of a model in the training run {save_dir.resolve().parent}; "
+            "choose another folder for the evaluation"
+        )
+    files = [*RUN_FILES, *MODEL_FILES, *TRAINING_FILES]
+    if kind == EVALUATION:  # what it may have left is its own
+        folders, files = folders[1:], ["config.json", *TRAINING_FILES]
+    in_the_way = [folder / file for folder in folders for file in files]
+    in_the_way += [] if kind == EVALUATION else sorted(save_dir.glob("*/metrics.json"))
+    for path in in_the_way:
+        if path.exists():
+            raise ValueError(f"{path} is not of an evaluation; choose another folder for this one")
+
+
+def _belongs_to_training(folder: Path) -> bool:
+    """Whether a training run in the parent folder writes its model of this name here."""
+    folder = folder.resolve()
+    try:
+        config = read_config(folder.parent)
+    except ValueError:  # any program may have a config.json
+        return False
+    names = {*(config.get("runs") or ()), *(config.get("settings", {}).get("models") or ())}
+    return kind_of_run(config) == TRAINING and folder.name in names
+
+
+def _describe_evaluation(
+    named: Mapping[str, Path], classes: Sequence[str], dtype: torch.dtype, seed: int
+) -> dict[str, dict[str, Any]]:
+    """For each model what its figures depend on, but for the images."""
+    told = {"classes": classes, "precision": str(dtype).removeprefix("torch."), "seed": seed}
+    return {name: {"model": _digest(path.read_bytes())} | told for name, path in named.items()}
+
+
+def _digest(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()[:16]
+
+
+def _measured_before(
+    save_dir: Path, runs: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The models whose figures stand in `save_dir`, with what each was measured on.
+
+    Raises ValueError when they cannot stay there beside those of `runs`: other images or classes,
+    or the same name for something else.
+    """
+    measured = {
+        folder.name: run
+        for folder, run in _evaluated_folders(save_dir).items()
+        if (folder / "metrics.json").exists()
+    }
+    any_run = next(iter(runs.values()))
+    same_for_all = {what: any_run[what] for what in ("images", "classes") if what in any_run}
+    for name, before in measured.items():
+        now = runs.get(name, same_for_all)
+        differing = [OTHERS[what] for what in now if before.get(what) != now[what]]
+        if differing:
+            words = ", ".join(differing) if before else "nothing on record about its images"
+            raise ValueError(
+                f"{save_dir} holds an evaluation of {name} with {words}, which would be lost; "
+                "--overwrite replaces it, or choose another folder"
+            )
+    return measured
+
+
+def _evaluated_folders(save_dir: Path) -> dict[Path, dict[str, Any]]:
+    """The folders of the models that an evaluation measured, with what is on record about each."""
+    config = read_config(save_dir)
+    if kind_of_run(config) != EVALUATION:
+        return {}
+    runs = config.get("runs")
+    if runs is None:  # written before there was such a record
+        runs = {path.parent.name: {} for path in save_dir.glob("*/metrics.json")}
+    folders = {
+        save_dir / name: run for name, run in runs.items() if Path(name).name == name != ".."
+    }
+    theirs = ("config.json", *TRAINING_FILES)
+    return {
+        folder: run
+        for folder, run in folders.items()
+        if folder.is_dir() and not any((folder / file).exists() for file in theirs)
+    }
+
+
+def _remove_results(save_dir: Path, kept: Container[str]) -> None:
+    """Removes what an evaluation left of models that are not `kept`, and what is of all models.
+
+    The figures go first: without them no model counts as measured, should this be interrupted.
+    """
+    folders = [f for f in _evaluated_folders(save_dir) if f.name not in kept]
+    for file in MODEL_FILES:
+        for folder in folders:
+            (folder / file).unlink(missing_ok=True)
+    for folder in folders:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    for file in ("comparison.csv", "comparison.png", "report.html"):
+        (save_dir / file).unlink(missing_ok=True)
 
 
 def _named(models: Sequence[str | Path]) -> dict[str, Path]:

@@ -21,23 +21,24 @@ import os
 import shlex
 import signal
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from console import (
+    STOPPING,
     Parser,
     check_flags_have_effect,
     given_flags,
     say,
+    say_stopped,
     speak_utf8,
+    stoppable,
     with_underscores,
 )
+from console import number_type as _number
 from run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, kind_of_run
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from dataset import DatasetBuilder, LesionDataset, LesionLoader
     from models import LesionClassifier
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 PROGRAM = "train_models.py"
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
 # Settings on which no result depends: a run may be resumed with others.
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     So does an interruption, with status 130 for SIGINT (Ctrl-C) and 143 for SIGTERM.
     """
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
-    with _only_the_first_speaks(), warnings.catch_warnings(), _stoppable():
+    with _only_the_first_speaks(), warnings.catch_warnings(), stoppable(_is_first()):
         warnings.showwarning = _show_warning
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         _end_with_the_launcher()
@@ -141,57 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return _say_error(advice)
         except KeyboardInterrupt as interruption:
-            return _say_stopped(interruption)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the run: SIGINT (Ctrl-C) or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signal.Signals(signum)
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end the block with Stopped, in the main thread.
-
-    A second one, later than a moment after the first, ends the process as it would without this.
-
-    Of several processes only the first, which alone prints and writes, ends in this orderly way:
-    the others may be waiting for it in a library, where Python's handlers are not heard.
-    """
-    before = {}
-    stopped_at = None
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopped_at
-        if stopped_at is None:
-            stopped_at = time.monotonic()
-            raise Stopped(signum)
-        if time.monotonic() - stopped_at > 1:  # timeout(1) and torchrun send a signal twice
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in STOPPING:
-            # None is a handler that is not Python's, and whoever ignores a signal means it.
-            if signal.getsignal(signum) not in (None, signal.SIG_IGN):
-                handler = stop if _is_first() else signal.SIG_DFL
-                before[signum] = signal.signal(signum, handler)
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _say_stopped(interruption: KeyboardInterrupt) -> int:
-    signum = getattr(interruption, "signum", signal.SIGINT)
-    (how_to_go_on,) = getattr(interruption, "__notes__", ["nothing had been begun"])
-    if _is_first():
-        print(f"{PROGRAM}: stopped by {signum.name}; {how_to_go_on}", file=sys.stderr)
-    return 128 + signum
+            return say_stopped(PROGRAM, interruption, "nothing had been begun")
 
 
 @contextlib.contextmanager
@@ -359,21 +309,6 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start afresh, and replace what is in save_dir")
     parser.set_defaults(**asdict(Settings()))
     return parser
-
-
-def _number(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: an int or float for which `is_valid` holds."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of that kind") from None
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-        return value
-
-    return parse
 
 
 def command(settings: Settings, is_demo: bool = False) -> str:

@@ -12,11 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset import DatasetBuilder, create_dataloaders
+from files import save_tensors
 from models import get_model
+from predict import main as predict_main
 from results import claim, evaluate_folder
 from train_models import main
 from training import NonFiniteLossError, make_optimizer, train, warmup_cosine
@@ -295,6 +298,75 @@ def test_a_real_process_ends_in_one_line_with_the_status_of_its_signal(arguments
     assert said_command(line)[-1] == "--resume"
 
 
+@pytest.fixture
+def prediction(make_images, tmp_path, monkeypatch):
+    """The flags of a prediction of 3000 images in batches of one, in the folder it is run in."""
+    images = make_images({"a": 1})
+    for number in range(2999):
+        os.link(images / "a/0000.png", images / f"a/copy {number}.png")
+    model = get_model("simple_cnn", 2, image_size=32, weights=None)
+    contents = {"config": model.config, "classes": ["a", "b"], "image_size": 32}
+    contents |= {"preprocessors": "", "state_dict": model.state_dict()}
+    save_tensors(tmp_path / "model.pth", contents)
+    monkeypatch.chdir(tmp_path)
+    return ["--model", "model.pth", "raw", "--device", "cpu", "--batch_size", "1"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "output"), [(signal.SIGINT, "out.csv"), (signal.SIGTERM, "out.json")]
+)
+def test_a_prediction_that_is_stopped_ends_in_one_line_without_half_a_file(
+    prediction, tmp_path, signum, output
+):
+    before = sorted(tmp_path.iterdir())
+    words = [sys.executable, str(ROOT / "predict.py"), *prediction, "--output", output]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, **pipes) as process:
+        while not list(tmp_path.glob(f".{output}.*")) and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signum)
+        (line,) = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 128 + signum
+    assert line == f"predict.py: stopped by {signum.name}; nothing was written"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("where", ["predict.Ensemble.__init__", "predict._Printer.print"])
+def test_a_prediction_can_be_stopped_at_any_moment(
+    prediction, tmp_path, monkeypatch, capfd, signum, where
+):
+    (tmp_path / "out.csv").write_text("earlier")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(where, lambda *_, **__: signal.raise_signal(signum))
+    assert predict_main([*prediction, "--output", "out.csv", "--overwrite"]) == 128 + signum
+    captured = capfd.readouterr()
+    assert captured.err == f"predict.py: stopped by {signum.name}; nothing was written\n"
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "out.csv").read_text() == "earlier"
+
+
+def test_overlays_are_whole_when_drawing_them_is_stopped(prediction, tmp_path, monkeypatch, capfd):
+    save, drawn = Image.Image.save, []
+
+    def stop_at_the_third(image, path):
+        save(image, path)
+        drawn.append(path)
+        if len(drawn) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", stop_at_the_third)
+        assert predict_main([*prediction, "--gradcam", "cam"]) == 130
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "predict.py: stopped by SIGINT; the overlays drawn so far are in cam"
+    overlays = list((tmp_path / "cam").iterdir())
+    assert len(overlays) == 2
+    for overlay in overlays:
+        with Image.open(overlay) as image:
+            image.load()
+
+
 def test_a_second_ctrl_c_ends_a_way_out_that_takes_long():
     script = """
 import time, train_models
@@ -351,10 +423,10 @@ def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, m
         assert digest(out) == before
         owner.kill()
     assert main(arguments) == 0  # the claim has gone with its process
-    with claim(out), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
-        model = out / "simple_cnn/model.pth"
-        evaluate_folder([model], arguments[1], out, device="cpu")
-    assert not (out / ".owner").exists()
+    model, found = out / "simple_cnn/model.pth", tmp_path / "found"
+    with claim(found), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+        evaluate_folder([model], arguments[1], found, device="cpu")
+    assert not (found / ".owner").exists()
 
 
 LEFTOVER = ".metrics.0123456789abcdef.tmp.json"

@@ -1,0 +1,404 @@
+"""Every flag of predict.py changes something or is refused, in each of the command's modes.
+
+The flags are those that the parser knows: a new one without an entry fails. None needs an excuse.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass, field
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import dataset
+import predict
+import results
+import training
+from files import save_tensors
+from models import get_model
+from predict import main
+
+CLASSES = ["melanoma", "nevus", "other"]
+REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the command shows or does is not the same with these words as without them."""
+
+    words: list[str]
+    base: list[str] = field(default_factory=list)  # stands on the command line either way
+    status: int = 0
+
+
+# By mode: what stands on the command line in any case, in a folder of its own.
+BASES = {
+    "predict": ["--model", "m/model.pth", "--device", "cpu", "--precision", "fp32", "images"],
+    "--evaluate": [
+        "--model", "m/model.pth", "--evaluate", "out", "--device", "cpu", "--precision", "fp32",
+        "images",
+    ],
+    "--export": ["--model", "m/model.pth", "--export", "m.onnx"],
+}  # fmt: skip
+THREADS = str((os.cpu_count() or 1) + 1)
+COMMON = {
+    "model": Changes(["--model", "n/model.pth"]),
+    "device": Changes(["--device", "abacus"], status=2),  # whatever there is, it is tried
+    "precision": Changes(["--precision", "bf16"]),
+    "batch_size": Changes(["--batch_size", "2"]),
+    "num_workers": Changes(["--num_workers", THREADS]),
+}
+EFFECTS = {
+    "predict": COMMON | {
+        "output": Changes(["--output", "out.csv"]),
+        "top_k": Changes(["--top_k", "1"]),
+        "tta": Changes(["--tta", "2"]),
+        "gradcam": Changes(["--gradcam", "overlays"]),
+        "threshold": Changes(["--threshold", "nevus=0.1"]),
+        "labels_csv": REFUSED,
+        "label_column": REFUSED,
+        "evaluate": Changes(["--evaluate", "out"]),
+        "export": REFUSED,  # as there are images
+        "overwrite": Changes(["--overwrite"], base=["--output", "there.csv"]),
+    },
+    "--evaluate": COMMON | {
+        "output": REFUSED,
+        "top_k": REFUSED,
+        "tta": REFUSED,
+        "gradcam": REFUSED,
+        "threshold": REFUSED,
+        "labels_csv": Changes(["--labels_csv", "labels.csv"]),
+        "label_column": Changes(["--label_column", "dx"], base=["--labels_csv", "labels.csv"]),
+        "evaluate": Changes(["--evaluate", "elsewhere"]),
+        "export": REFUSED,
+        "overwrite": Changes(["--overwrite"], base=["--evaluate", "there"]),
+    },
+    "--export": {
+        "model": Changes(["--model", "n/model.pth"], status=2),  # one at a time
+        "output": REFUSED,
+        "top_k": REFUSED,
+        "tta": REFUSED,
+        "gradcam": REFUSED,
+        "threshold": REFUSED,
+        "device": REFUSED,
+        "precision": REFUSED,
+        "batch_size": REFUSED,
+        "num_workers": REFUSED,
+        "labels_csv": REFUSED,
+        "label_column": REFUSED,
+        "evaluate": REFUSED,
+        "export": Changes(["--export", "elsewhere.onnx"]),
+        "overwrite": Changes(["--overwrite"], base=["--export", "there.onnx"]),
+    },
+}  # fmt: skip
+VALUES = {
+    "output": "out.csv", "top_k": "2", "tta": "2", "gradcam": "overlays", "threshold": "nevus=0.5",
+    "device": "cpu", "precision": "fp32", "batch_size": "2", "num_workers": "2",
+    "labels_csv": "labels.csv", "label_column": "dx", "evaluate": "out", "export": "m.onnx",
+}  # fmt: skip
+FLAGS = {
+    action.dest: action
+    for action in predict._make_parser()._actions
+    if action.option_strings and action.dest != "help"
+}
+
+
+def small_model(seed):
+    model = get_model("simple_cnn", len(CLASSES), weights=None, image_size=32, seed=seed).eval()
+    with torch.no_grad():
+        for layer in model.head:
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(4)
+    return model
+
+
+@pytest.fixture
+def here(tmp_path, make_images, monkeypatch):
+    """The folder that the command is run in, with models, images, labels and earlier files."""
+    make_images({"melanoma": 4, "nevus": 3}, name="images")
+    for seed, name in enumerate("mn"):
+        model = small_model(seed)
+        contents = {
+            "config": model.config, "classes": CLASSES, "image_size": 32, "preprocessors": "",
+            "state_dict": model.state_dict(),
+        }  # fmt: skip
+        (tmp_path / name).mkdir()
+        save_tensors(tmp_path / name / "model.pth", contents)
+    paths = [f"{name}/{i:04d}.png" for name, count in (("melanoma", 4), ("nevus", 3))
+             for i in range(count)]  # fmt: skip
+    labels = {
+        "path": paths,
+        "class": ["nevus", *CLASSES[:1] * 6],
+        "dx": [*CLASSES, *CLASSES[:1] * 4],
+    }
+    pd.DataFrame(labels).to_csv(tmp_path / "labels.csv", index=False)
+    for name in ("there.csv", "there.onnx"):
+        (tmp_path / name).write_text("earlier")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def observe(here, monkeypatch, capfd):
+    """A function that runs the command and gives all that it shows, writes and does.
+
+    What would take seconds, figures and ONNX, is replaced by files of what they would show.
+    """
+    done = []
+
+    def note(module, name, what):
+        original = getattr(module, name)
+
+        def noting(*arguments, **options):
+            done.append((name, what(*arguments, **options)))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, noting)
+
+    def see(ensemble, pixels, tta=1):
+        raw, calibrated = probabilities(ensemble, pixels, tta)
+        done.append((len(pixels), raw.tolist()))
+        return raw, calibrated
+
+    def leave(folder, about, model, info, evaluation, dataset, **options):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [evaluation.labels.tolist(), evaluation.probabilities.tolist()]
+        (folder / "metrics.json").write_text(str(found))
+
+    def compare(save_dir, models, *rest, **options):
+        columns = ("precision", "recall", "balanced_accuracy")
+        return pd.DataFrame({"model": models} | dict.fromkeys(columns, 0.5))
+
+    probabilities = predict.Ensemble.probabilities
+    monkeypatch.setattr(predict.Ensemble, "probabilities", see)
+    monkeypatch.setattr(results, "leave_results", leave)
+    monkeypatch.setattr(results, "compare_models", compare)
+    monkeypatch.setattr(results, "write_report", lambda save_dir: None)
+    for module in (predict, dataset):
+        note(module, "ThreadPoolExecutor", lambda threads: threads)
+    note(training, "choose_device", str)
+    note(results, "create_dataloaders", lambda _, batch_size, **options: batch_size)
+    monkeypatch.setattr(predict, "export_onnx", lambda model, path: shutil.copy(model, path))
+
+    def run(words):
+        done.clear()
+        before = files(here)
+        try:
+            status = main(words)
+        except SystemExit as exit:
+            status = exit.code
+        written = {name: text for name, text in files(here).items() if before.get(name) != text}
+        captured = capfd.readouterr()
+        for name in written:
+            (here / name).unlink()
+        for name in before.keys() & written.keys():
+            (here / name).write_bytes(before[name])
+        return status, captured.out, captured.err, written, list(done)
+
+    return run
+
+
+def files(folder):
+    """The contents of all files that are not different each time anyway."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (".lock", "config.json")
+    }
+
+
+@pytest.mark.parametrize("mode", EFFECTS)
+def test_every_flag_has_an_entry(mode):
+    assert EFFECTS[mode].keys() == FLAGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag"),
+    [(m, f) for m, effects in EFFECTS.items() for f, effect in effects.items()
+     if effect != REFUSED],
+)  # fmt: skip
+def test_a_flag_changes_something(here, observe, mode, flag):
+    effect = EFFECTS[mode][flag]
+    if flag == "overwrite" and mode == "--evaluate":
+        other = [*BASES[mode], "--evaluate", "there", "--precision", "bf16"]
+        assert main(other) == 0
+    base = [*BASES[mode], *effect.base]
+    without, with_flag = observe(base), observe([*base, *effect.words])
+    assert without[0] == (2 if flag == "overwrite" else 0), without
+    assert with_flag[0] == effect.status, with_flag
+    assert with_flag != without
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag"),
+    [(m, f) for m, effects in EFFECTS.items() for f, effect in effects.items()
+     if effect == REFUSED],
+)  # fmt: skip
+def test_a_flag_without_effect_is_refused_and_named_before_anything_is_read(
+    tmp_path, monkeypatch, capfd, mode, flag
+):
+    monkeypatch.chdir(tmp_path)  # where there is nothing
+    values = {VALUES[flag]}
+    if FLAGS[flag].default is not None:
+        values.add(str(FLAGS[flag].default))  # given is given, even if it changes nothing
+    for value in values:
+        dashes = f"--{flag.replace('_', '-')}"
+        for words in ([f"--{flag}", value], [f"--{flag}={value}"], [dashes, value]):
+            with pytest.raises(SystemExit) as exit:
+                main([*BASES[mode], *words])
+            captured = capfd.readouterr()
+            assert exit.value.code == 2
+            (line,) = captured.err.splitlines()
+            assert line.startswith("predict.py: error: ") and f"--{flag}" in line
+            assert mode in line or mode == "predict"
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("mode", EFFECTS)
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--batch_size", "0"], "--batch_size: 0 is not 1 or more"),
+        (["--batch_size", "-3"], "--batch_size: -3 is not 1 or more"),
+        (["--batch_size", "1" + 5000 * "0"], "is not a number of that kind"),
+        (["--batch_size", str(2**31)], "less than 2**31"),
+        (["--batch_size", "2.5"], "--batch_size: '2.5' is not a number"),
+        (["--num_workers", "0"], "--num_workers: 0 is not 1 or more"),
+        (["--top_k", "0"], "--top_k: 0 is not 1 or more"),
+        (["--tta", "0"], "--tta: 0 is not from 1 to 8"),
+        (["--tta", "9"], "--tta: 9 is not from 1 to 8"),
+        (["--threshold", "nevus=nan"], "'nevus=nan': a probability is from 0 to 1"),
+        (["--threshold", "nevus=inf"], "'nevus=inf': a probability is"),
+        (["--threshold", "nevus=-1e-9"], "'nevus=-1e-9': a probability is"),
+        (["--threshold", "nevus=20%"], "'nevus=20%' is not of the form NAME=0.2"),
+        (["--threshold", "=0.5"], "'=0.5' is not of the form NAME=0.2"),
+        (["--threshold", " =0.5"], "' =0.5' is not of the form NAME=0.2"),
+        (["--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
+        *(
+            ([f"--{flag}", value], f"--{flag}: is empty")
+            for flag in ("output", "gradcam", "labels_csv", "label_column", "evaluate", "export")
+            for value in ("", " ")
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capfd, mode, words, error
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main([*BASES[mode], *words])
+    captured = capfd.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    assert error in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--threshold", "nevus=0.2", "--threshold", "nevus=0.3"], "--threshold nevus is given tw"),
+        (["--overwrite"], "--overwrite has no effect without a file to write"),
+        (["--label_column", "dx", "--evaluate", "out"], "--label_column needs the table"),
+        (["--evaluate", "out", "more"], "--evaluate takes one folder of labelled images"),
+        (["--evaluate", "out", "--export", "m.onnx"], "give one of them at a time"),
+        (["--export", "m.onnx"], "has no effect with --export"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(tmp_path, monkeypatch, capfd, words, error):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main([*BASES["predict"], *words])
+    assert exit.value.code == 2
+    assert error in capfd.readouterr().err
+
+
+def test_of_one_flag_in_several_spellings_all_are_found(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    images = ["a.png", "--", "--output"]  # what follows the dashes is a file
+    for word in ("--top-k=3", "--top_k=3"):
+        with pytest.raises(SystemExit):
+            main(["a.png", word, "--model=m.pth", "--evaluate=out", *images[1:]])
+        assert "--top_k has no effect with --evaluate" in capfd.readouterr().err
+    assert main(["--model", "m.pth", *images]) == 2
+    assert "a.png, --output: no such file or folder" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------- earlier files
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("predict", ["--output", "there.csv"]),
+        ("predict", ["--output", "link.json"]),
+        ("--export", ["--export", "there.onnx"]),
+    ],
+)
+def test_a_file_that_exists_is_refused_before_anything_is_read(here, capfd, mode, words):
+    (here / "link.json").symlink_to(here / "nowhere")
+    shutil.rmtree(here / "m")
+    shutil.rmtree(here / "images")
+    before = files(here)
+    assert main([*BASES[mode], *words]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{words[1]} exists and would be lost; --overwrite replaces it, or choose" in line
+    assert files(here) == before and not (here / "nowhere").exists()
+
+
+def test_a_file_to_overwrite_is_replaced_when_all_is_done(here, capfd):
+    words = [*BASES["predict"], "--output", "there.csv", "--overwrite"]
+    assert main([*words, "images/gone.png"]) == 2
+    assert (here / "there.csv").read_text() == "earlier"
+    assert main(words) == 0
+    assert len(pd.read_csv(here / "there.csv")) == 7
+
+
+def test_the_library_replaces_files_as_it_always_did(here):
+    table = predict.predict("m/model.pth", "images", output="there.csv", device="cpu")
+    assert pd.read_csv(here / "there.csv")["path"].tolist() == table["path"].tolist()
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_what_is_read_is_not_written_over(here, capfd, more):
+    os.link(here / "m/model.pth", here / "model.onnx")
+    os.link(here / "images/nevus/0000.png", here / "image.csv")
+    before = files(here)
+    for words in (
+        ["--model", "m/model.pth", "--export", "model.onnx"],
+        ["--model", "m/model.pth", "--output", "image.csv", "image.csv"],
+        ["--model", "m/model.pth", "--output", "image.csv", "images/nevus/0000.png"],
+    ):
+        assert main([*words, *more]) == 2
+        assert "is to be read as well; choose another name" in capfd.readouterr().err
+    assert files(here) == before
+
+
+def test_overlays_of_the_same_images_are_not_replaced_and_other_files_stay(here, capfd):
+    (here / "overlays").mkdir()
+    (here / "overlays/notes.txt").write_text("precious")
+    words = ["--model", "m/model.pth", "--device", "cpu", "--gradcam", "overlays"]
+    assert main([*words, "images/nevus"]) == 0
+    before = files(here)
+    other = ["--model", "n/model.pth", *words[2:]]
+    assert main([*other, "images/melanoma", "images/nevus/0001.png"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "overlays has overlays of 1 of these images, such as 0001-" in error
+    assert "--overwrite replaces them, or choose another folder" in error
+    assert files(here) == before
+    assert main([*other, "images/melanoma"]) == 0
+    assert before.items() < files(here).items() and len(files(here)) == len(before) + 4
+    assert main([*other, "images/nevus", "--overwrite"]) == 0
+    changed = {name for name, text in files(here).items() if before.get(name, text) != text}
+    assert changed and all(name.startswith("overlays/000") for name in changed)
+
+
+@pytest.mark.parametrize(("output", "folder"), [("a.csv", "a.csv"), ("a.csv", "a.csv/overlays")])
+def test_a_table_and_a_folder_do_not_get_the_same_name(here, capfd, output, folder):
+    words = ["--output", output, "--gradcam", folder]
+    assert main([*BASES["predict"], *words]) == 2
+    assert "is to be a folder, and a.csv a file" in capfd.readouterr().err
+    assert not (here / "a.csv").exists()
