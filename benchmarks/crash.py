@@ -145,8 +145,7 @@ def differences(trial: Trial, whole: Trial) -> list[str]:
     if not same_names or not all(torch.equal(states[0][n], states[1][n]) for n in states[0]):
         found.append("model.pth")
     histories = [
-        read_csv(t.model / "history.csv").drop(columns="images_per_second")
-        for t in (trial, whole)
+        read_csv(t.model / "history.csv").drop(columns="images_per_second") for t in (trial, whole)
     ]
     if not histories[0].equals(histories[1]):
         found.append("history.csv")
