@@ -1067,7 +1067,7 @@ class DatasetBuilder:
     data_dir : folder of `<class>/<image>`, or of `<split>/<class>/<image>`, which are pooled
     image_size : side in pixels of the square images that the models see
     cache_dir : where the array of prepared images is kept; `processed/` beside `data_dir` if None
-    num_workers : threads that prepare images; None is one a processor
+    num_workers : threads that prepare images; None is one a core that the process may use
     seed : decides which images go to which split
     skip_unreadable : go on without images that cannot be read, with a warning, instead of raising
     labels_csv : a table whose column `class` overrides the folders of the images that it names
@@ -1277,10 +1277,10 @@ class DatasetBuilder:
         given = join_table(images["path"], table, self.metadata_csv)
         given = given.rename(columns=_given_name)
         if given.columns.has_duplicates:
-            twice = given.columns[given.columns.duplicated()][0]
+            name = given.columns[given.columns.duplicated()][0]
             raise ValueError(
-                f"{_shown(self.metadata_csv)}: has both {twice.removesuffix('_given')} and {twice}, "
-                f"which would both be called {twice}; rename or remove one"
+                f"{_shown(self.metadata_csv)}: has both {name.removesuffix('_given')} and {name}, "
+                f"which would both be called {name}; rename or remove one"
             )
         return given
 

@@ -511,11 +511,12 @@ def compute_subgroups(
     """How the figures differ between kinds of images, by each column (N,) that tells kinds apart.
 
     Numbers of many values, also those written as text, come in bands: ages in those of `AGE_BANDS`,
-    others in quarters; those of a column such as `patient_id` are names. A column of one value, or of more than 20, is left out; images without a value are "unknown". For each
-    column `groups`, by value `images`, `is_too_small` (fewer than 30), `accuracy` and
-    `balanced_accuracy` with their intervals (bootstrap over `groups`); and `widest_gap`, the two
-    groups that are large enough and differ most in balanced accuracy: `figure`, `highest`,
-    `lowest`, `difference` and its `interval`, or None where fewer than two are large enough.
+    others in quarters; those of a column such as `patient_id` are names. A column of one value, or
+    of more than 20, is left out; images without a value are "unknown". For each column `groups`, by
+    value `images`, `is_too_small` (fewer than 30), `accuracy` and `balanced_accuracy` with their
+    intervals (bootstrap over `groups`); and `widest_gap`, the two groups that are large enough and
+    differ most in balanced accuracy: `figure`, `highest`, `lowest`, `difference` and its
+    `interval`, or None where fewer than two are large enough.
 
     `targets` are what is screened for, by name, with `is_positive` and `score` as `screen` takes
     them. `screening` then has for each the `roc_auc_of_column`, which a guess by the share of

@@ -104,7 +104,7 @@ def predict(
     preprocessors : those that the models were trained with
     device, precision : as in training; None is CUDA where there is one
     batch_size : images that the models see at once
-    num_workers : threads that decode; None is one a processor
+    num_workers : threads that decode; None is one a core that the process may use
 
     Returns
     -------

@@ -38,6 +38,7 @@ from dataset import (
     resize,
     stratified_split,
 )
+from models import get_model
 from synthetic import CLASSES, draw_lesion
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +174,44 @@ def test_preprocessors_run_in_order_and_may_change_size_and_range(make_images):
         assert np.array_equal(splits[name].gather(everything), plain[name].gather(everything))
 
 
+CORES = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import dataset, predict
+class Pool:
+    def __init__(self, num_workers):
+        print(num_workers)
+        raise KeyboardInterrupt
+dataset.ThreadPoolExecutor = predict.ThreadPoolExecutor = Pool
+model, images = sys.argv[1:]
+for work in (
+    dataset.DatasetBuilder(images, image_size=16).build,
+    lambda: predict.predict(model, images, device="cpu"),
+):
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_no_more_threads_than_the_process_may_use_cores(make_images, tmp_path):
+    model = get_model("simple_cnn", 2, image_size=16)
+    contents = {"config": model.config, "classes": ["a", "b"], "image_size": 16}
+    contents |= {"preprocessors": "", "metrics": {}, "state_dict": model.state_dict()}
+    torch.save(contents, tmp_path / "model.pth")
+    root = make_images({"a": 1, "b": 1})
+    done = subprocess.run(
+        [sys.executable, "-c", CORES, str(tmp_path / "model.pth"), str(root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["1", "1"]
+
+
 @pytest.mark.parametrize(
     ("preprocessor", "message"),
     [
@@ -261,6 +300,171 @@ def test_a_fingerprint_tells_preprocessors_apart_and_the_same_ones_alike():
     assert fingerprint([functools.partial(resize, size=9)]) != fingerprint([resize])
     assert fingerprint([resize, normalize]) != fingerprint([normalize, resize])
     assert fingerprint([]) == ""
+
+
+class Noise:
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, image):
+        return self.rng.integers(0, 2, image.shape, dtype=np.uint8) + image // 2
+
+
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return image // self.calls
+
+
+class LikeTheLast:
+    """Brings each image to the brightness of the one before."""
+
+    mean = 128.0
+
+    def __call__(self, image):
+        shift, self.mean = self.mean - image.mean(), image.mean()
+        return np.clip(image + shift, 0, 255).astype(np.uint8)
+
+
+def flipped_by(chance):
+    def flip(image):
+        return image[:, ::-1] if chance() < 0.5 else image
+
+    return flip
+
+
+def hardly_ever(image):
+    return image[::-1] if random.random() < 1e-9 else image
+
+
+def counting():
+    number = 0
+
+    def count(image):
+        nonlocal number
+        number = (number + 1) % 7
+        return np.roll(image, number, axis=0)
+
+    return count
+
+
+NOT_REPEATABLE = {
+    "flip": [
+        flipped_by(random.random),
+        flipped_by(np.random.random),
+        flipped_by(lambda: torch.rand(1)),
+        flipped_by(np.random.default_rng(1).random),
+        flipped_by(lambda: np.random.default_rng().random()),
+        flipped_by(random.Random(1).random),
+        functools.partial(flipped_by(random.random)),
+        flipped_by(lambda: time.perf_counter_ns() % 2),
+        flipped_by(lambda: os.urandom(1)[0] % 2),
+    ],
+    "hardly_ever": [hardly_ever],
+    "count": [counting()],
+    "Noise": [Noise()],
+    "Counter": [Counter()],
+    "LikeTheLast": [LikeTheLast()],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "preprocessor"),
+    [(name, f) for name, several in NOT_REPEATABLE.items() for f in several],
+)
+def test_a_preprocessor_that_is_not_repeatable_is_refused_at_once(make_images, name, preprocessor):
+    np.random.seed(0)
+    with pytest.raises(ValueError, match=f"preprocessor {name} does not make the same") as error:
+        fingerprint([resize, preprocessor])
+    assert "augmentation" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_build_with_a_random_preprocessor_prepares_nothing(make_images):
+    root = make_images({"a": 3, "b": 3})
+    with pytest.raises(ValueError, match="preprocessor flip does not make the same"):
+        build(root, preprocessors=[flipped_by(random.random)])
+    assert not (root.parent / "processed").exists()
+
+
+class Lazy:
+    table = None
+
+    def __call__(self, image):
+        if self.table is None:
+            self.table = np.arange(256, dtype=np.uint8)[::-1].copy()
+        return self.table[image]
+
+
+def seeded(image):
+    np.random.seed(3)
+    random.seed(3)
+    torch.manual_seed(3)
+    noise = np.random.default_rng(3).random(image.shape) + np.random.random(image.shape)
+    return np.clip(image + noise + random.random() + torch.rand(1).item(), 0, 255).astype(np.uint8)
+
+
+def refusing(image):
+    if image.shape != (40, 40, 3):
+        raise ValueError("of no use to me")
+    return image
+
+
+def test_preprocessors_that_seed_themselves_keep_a_table_or_refuse_the_probes_are_allowed(
+    make_images,
+):
+    root = make_images({"a": 3, "b": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        build(root, preprocessors=[seeded, Lazy()])
+        build(root, preprocessors=[refusing])
+    lazy = Lazy()
+    assert fingerprint([lazy]) == fingerprint([lazy])
+
+
+OF_ANY_RUN = """
+import collections, functools, logging, re, threading, weakref
+import numpy as np
+from dataset import fingerprint
+
+log = logging.getLogger("prepare")
+logging.getLogger(str(id(log)))
+
+class Slots:
+    __slots__ = ("limit",)
+
+class Keeps:
+    def __init__(self):
+        self.lock, self.rng = threading.Lock(), np.random.default_rng(0)
+        self.old, self.view, self.log = np.random.RandomState(0), memoryview(b"x"), log
+        self.names = frozenset(f"name {i}" for i in range(9))
+        self.numbers = dict.fromkeys(self.names, 1)
+        self.method, self.queue = "a".__add__, collections.deque([object(), Slots()])
+        self.array = np.array([object(), {1}], dtype=object)
+        self.pattern, self.ref = re.compile("x"), weakref.ref(log)
+    def __call__(self, image):
+        log.debug("at work")
+        return image if "name 1" in {"name 1", "name 2", "x"} else self.numbers
+
+print(fingerprint([Keeps()]), fingerprint([lambda image: None]))
+"""
+
+
+def test_a_fingerprint_is_the_same_in_every_run():
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", OF_ANY_RUN],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in "12"
+    ]
+    one, other = (run.communicate()[0] for run in runs)
+    assert one == other and len(one.split()) == 2
 
 
 # ---------------------------------------------------------------------------- the array on disk
@@ -652,7 +856,7 @@ def test_a_flat_folder_trains_from_a_table_alone(make_images, tmp_path):
     splits, metadata = build(root / "all", metadata_csv=table, label_column="dx")
     assert splits["train"].classes == ["mel", "nv"]
     assert metadata.set_index("path").loc["0003.png", ["class", "dx", "age"]].tolist() == [
-        "nv", "nv", 2.0,
+        "nv", "nv", "2.0",
     ]  # fmt: skip
     write(table, {"image_id": names[1:], "dx": ["mel"] * 19})
     with pytest.raises(ValueError, match=r"no dx for 1 of 20 images, such as 0000\.png"):
@@ -718,7 +922,7 @@ def test_rows_of_images_that_are_not_here_may_be_anything(make_images, tmp_path)
     root = make_images({"a": 4, "b": 4})
     rows = {"path": ["a/0000.png", "x.png", "x.png"], "age": [60, 1, 2]}
     _, metadata = build(root, metadata_csv=write(tmp_path / "t.csv", pd.DataFrame(rows)))
-    assert metadata["age"].dropna().tolist() == [60]
+    assert metadata["age"].dropna().tolist() == ["60"]
 
 
 def test_files_that_are_no_tables_are_refused(make_images, tmp_path):
@@ -809,6 +1013,53 @@ def test_an_earlier_table_of_splits_gives_the_same_splits(make_images, tmp_path)
         build(root, splits_csv=path)
 
 
+def test_classes_of_fewer_groups_than_folds_are_warned_of():
+    sizes = {"common": 20, "rare": 3, "lone": 1}
+    names = np.repeat(list(sizes), list(sizes.values()))
+    metadata = pd.DataFrame({"class": names, "label": pd.factorize(names)[0], "group": range(24)})
+    message = r"classes with fewer groups than k=5: lone \(1 group\), rare \(3 groups\);"
+    with pytest.warns(UserWarning, match=message) as caught:
+        k_fold_splits(metadata, 5)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        k_fold_splits(metadata[metadata["class"] == "common"], 5)
+    with pytest.warns(UserWarning, match=r"k=2: 7 \(1 group\);"):
+        k_fold_splits(pd.DataFrame({"label": [7, 7, 0, 0], "group": [0, 0, 1, 2]}), 2)
+
+
+@pytest.mark.filterwarnings("ignore:classes with fewer groups")
+def test_the_seed_decides_which_fold_has_a_class_of_one_group():
+    metadata = pd.DataFrame({"label": [0] * 20 + [1, 2], "group": range(22)})
+    found = {}
+    for seed in range(12):
+        folds = k_fold_splits(metadata, 5, seed)
+        found[seed] = [[20 in valid for _, valid in folds].index(True)]
+        found[seed] += [[21 in valid for _, valid in folds].index(True)]
+        assert found[seed][0] != found[seed][1]  # no fold lacks more than it must
+    assert len({first for first, _ in found.values()}) > 2
+
+
+@pytest.mark.filterwarnings("ignore:classes with fewer groups")
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_every_training_part_has_every_class_of_two_groups(seed):
+    rng = np.random.default_rng(seed)
+    num_groups, k = rng.integers(5, 40), int(rng.integers(2, 6))
+    groups = np.repeat(np.arange(num_groups), rng.geometric(0.5, num_groups))
+    shares = rng.dirichlet(np.full(rng.integers(2, 7), 0.5))
+    of_image = rng.choice(len(shares), len(groups), p=shares)
+    of_group = rng.choice(len(shares), num_groups, p=shares)[groups]
+    is_mixed = (rng.random(num_groups) < rng.random())[groups]
+    metadata = pd.DataFrame({"label": np.where(is_mixed, of_image, of_group), "group": groups})
+    num_groups_of = metadata.groupby("label")["group"].nunique()
+    for train, valid in k_fold_splits(metadata, k, seed % 1000):
+        labels = metadata["label"].to_numpy()
+        assert set(num_groups_of.index[num_groups_of >= 2]) <= set(labels[train])
+        assert set(num_groups_of.index[num_groups_of >= k]) <= set(labels[valid])
+
+
+@pytest.mark.filterwarnings("ignore:classes with fewer groups")
 @given(several_classes, st.integers(2, 5))
 def test_folds_are_stratified_and_each_row_is_validated_once(sizes, k):
     labels = np.repeat(np.arange(len(sizes)), sizes)

@@ -505,6 +505,34 @@ def test_ages_come_in_bands_and_what_is_not_known_by_itself():
     assert groups["widest_gap"] is None
 
 
+def test_numbers_written_as_text_come_in_the_same_bands():
+    age = [5, 29, 30, 44, 45, 59.0, 60, 74, 75, 90, -1, np.nan]
+    numbers = pd.DataFrame({"age": age, "diameter": np.arange(12) / 8})
+    texts = numbers.astype(object).map(lambda value: "" if pd.isna(value) else str(value))
+    texts["age"] = texts["age"].where(texts["age"] != "", np.nan)
+    y_true = np.arange(12) % 2
+    expected = compute_subgroups(y_true, y_true, numbers)
+    assert compute_subgroups(y_true, y_true, texts) == expected
+    assert {name: found["images"] for name, found in expected["age"]["groups"].items()} == {
+        "0 to 29": 2, "30 to 44": 2, "45 to 59": 2, "60 to 74": 2, "75 or more": 2, "unknown": 2,
+    }  # fmt: skip
+
+
+def test_what_only_looks_like_numbers_in_part_are_names():
+    y_true = np.arange(12) % 2
+    numbers = [str(i) for i in range(11)]
+    columns = {
+        "site": [*numbers, "nan"],
+        "size": [*numbers, "inf"],
+        "patient_id": [*numbers, "11"],
+        "score": ["007", "7", "7.0"] * 4,
+    }
+    found = compute_subgroups(y_true, y_true, pd.DataFrame(columns))
+    assert {name: set(found[name]["groups"]) for name in columns} == {
+        name: set(values) for name, values in columns.items()
+    }
+
+
 def test_other_numbers_come_in_quarters():
     columns = pd.DataFrame({"diameter": np.arange(40) / 2, "flat": 1.0, "twice": [0, 1] * 20})
     y_true = np.arange(40) % 3

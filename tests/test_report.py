@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -260,6 +261,18 @@ def test_the_comparison_has_the_best_first_and_says_what_is_not_told_apart(page)
     assert any("do not tell net from the best model" in text for text in page.text("p"))
 
 
+def test_models_and_classes_that_look_like_numbers_or_nothing_are_names(save_dir):
+    for old, new in {"cnn": "007", "net": "NA"}.items():
+        shutil.move(save_dir / old, save_dir / new)
+        metrics = json.loads((save_dir / new / "metrics.json").read_text())
+        write(save_dir / new / "metrics.json", metrics | {"model": new})
+    table = (save_dir / "comparison.csv").read_text().replace("net", "NA").replace("cnn", "007")
+    (save_dir / "comparison.csv").write_text(table)
+    rows = Page(write_report(save_dir)).text("tr")
+    assert any(row.startswith("007 0.50") and " best " in row for row in rows)
+    assert any(row.startswith("NA 0.45") and "0.05 (−0.03 to 0.14)" in row for row in rows)
+
+
 def test_models_that_are_told_apart_are_said_to_be(save_dir):
     table = (save_dir / "comparison.csv").read_text().replace("-0.0312", "0.0012")
     (save_dir / "comparison.csv").write_text(table)
@@ -335,6 +348,14 @@ def test_what_was_run_is_told_and_what_differs_from_the_defaults_comes_first(pag
     assert rows.index("seed 7") < rows.index("balanced yes") < rows.index("labels_csv –")
     for row in ("torch 2.14.1+cu130", "GPU none", "threads 3", "processes 2"):
         assert row in rows
+
+
+def test_a_flag_inside_of_a_name_is_no_flag(tmp_path):
+    command = "python train_models.py --data_dir 'a --seed b' --no-balanced"
+    rows = Page(write_report(make_run(tmp_path, command=command))).text("tr")
+    assert rows.index("balanced yes") < rows.index(
+        "seed 7"
+    )  # those left at their defaults come last
 
 
 def test_a_setting_that_was_switched_off_differs_from_its_default(tmp_path):
@@ -473,6 +494,16 @@ def test_a_damaged_file_is_named_and_the_report_before_stays(save_dir):
     (save_dir / "net/metrics.json").write_text('{"model": ')
     with pytest.raises(ValueError, match="net/metrics.json: not a readable JSON file"):
         write_report(save_dir)
+    make_run(save_dir)
+    for name, contents in {
+        "splits.csv": 'a,b\n"',
+        "comparison.csv": "model,recall\ncnn,x\n",
+    }.items():
+        whole = (save_dir / name).read_text()
+        (save_dir / name).write_text(contents)
+        with pytest.raises(ValueError, match=f"{name}: not a table"):
+            write_report(save_dir)
+        (save_dir / name).write_text(whole)
     assert (save_dir / "report.html").read_bytes() == before
 
 
