@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
+from scipy.sparse import csr_array
 from scipy.special import log_softmax, softmax
-from scipy.stats import norm
+from scipy.stats import norm, rankdata
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -25,8 +26,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-# Those of `compute_metrics` that have an interval. Macro precision has none: a class that is hardly
-# ever predicted leaves the bootstrap nothing to draw (benchmarks/coverage.py, 92 % for 95 %).
+# Those of `compute_metrics` that have an interval.
 HEADLINES = (
     "accuracy",
     "balanced_accuracy",
@@ -37,6 +37,7 @@ HEADLINES = (
     "macro_f1",
 )
 NUM_RESAMPLES = 2000
+MAX_COUNTS_AT_ONCE = 4_000_000  # of the bootstrap in memory: 32 MB
 Z = 1.959964  # the normal distribution's 97.5 % quantile
 NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
 SMALLEST_SUBGROUP = 30  # images; of fewer, intervals by bootstrap mean little
@@ -57,7 +58,8 @@ def compute_metrics(
     Returns
     -------
     dict with `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images;
-    `top_2_accuracy`, the share of images whose class is among the two most probable;
+    `top_2_accuracy`, the share of images whose class is the decided one or the most probable of
+    the others;
     `precision`, `recall` and `f1`, weighted by the classes' numbers of images; `macro_precision`,
     `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_average_precision`, plain means;
     `cohen_kappa` and `matthews_corrcoef`, from -1 to 1; `log_loss`, the mean of
@@ -90,7 +92,7 @@ def compute_metrics(
     metrics: dict[str, Any] = {
         "accuracy": float(accuracy_score(y_true, y_pred)),
         "balanced_accuracy": float(recall[present].mean()),
-        "top_2_accuracy": float(_is_among_top_2(y_true, y_prob).mean()),
+        "top_2_accuracy": float(_is_among_top_2(y_true, y_prob, y_pred).mean()),
         "cohen_kappa": _or_0(cohen_kappa_score, y_true, y_pred),
         "matthews_corrcoef": _or_0(matthews_corrcoef, y_true, y_pred),
         "log_loss": float(-np.log(np.maximum(probability_of_truth, smallest)).mean()),
@@ -124,24 +126,27 @@ def compute_intervals(
 ) -> dict[str, Any]:
     """95 % intervals of the figures of `compute_metrics`, by the same names, as [low, high].
 
-    The headline figures, which are all but macro precision, by bias-corrected bootstrap (Efron
-    1981), 2,000 resamples of whole groups: images with equal `groups` (N,), such as those of one
-    lesion, are drawn together. A class's recall and precision by Wilson's score interval (1927),
-    under `per_class`; None where nothing was counted.
+    Images with equal `groups` (N,), such as those of one lesion, count as one observation. The
+    headline figures, which are all but macro precision, have intervals by bootstrap, 2,000
+    resamples of whole groups with the possibility of groups unlike those seen (see `_interval`), so
+    that 20 right of 20 give 0.87 to 1 and not 1 to 1. A class's recall and precision have Wilson's
+    score interval (1927) for the effective number of groups (`effective_sample_size`), under
+    `per_class`; None where nothing was counted.
     """
     num_classes = len(class_names)
     y_true, y_prob = _checked(y_true, y_prob, num_classes)
     y_pred = _decided(y_true, y_prob, y_pred)
-    resampled = _headlines(_resampled_confusions(y_true, y_pred, num_classes, groups, seed))
-    observed = _confusion(y_true, y_pred, num_classes)
-    figures = _headlines(observed[None])
+    groups = _group_numbers(groups, len(y_true))
+    figures, *resampled = _bootstrap(y_true[:, None], y_pred[:, None], num_classes, groups, seed)
     intervals: dict[str, Any] = {
-        name: _interval(resampled[name], figures[name][0]) for name in HEADLINES
+        name: _interval(*(values[name][:, 0] for values in resampled), figures[name][0])
+        for name in HEADLINES
     }
+    is_right = y_true == y_pred
     intervals["per_class"] = {
         name: {
-            "precision": wilson_interval(observed[label, label], observed[:, label].sum()),
-            "recall": wilson_interval(observed[label, label], observed[label].sum()),
+            "precision": _interval_of_share(is_right[y_pred == label], groups[y_pred == label]),
+            "recall": _interval_of_share(is_right[y_true == label], groups[y_true == label]),
         }
         for label, name in enumerate(class_names)
     }
@@ -158,26 +163,32 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """By how much model A is better than model B on these images, for each headline figure.
 
-    Paired bootstrap: both are measured on the same resamples of whole groups. Gives `difference`
-    (A - B), its 95 % `interval`, and `probability`, the share of resamples in which A is better,
-    ties counted half.
+    Paired bootstrap: both are measured on the same resamples of whole groups, to which groups may
+    be added that only one of them gets right (see `_interval`): two models that agree on 20 images
+    may differ on others. Gives `difference` (A - B), its 95 % `interval`, and `probability`, the
+    share of resamples in which A is better, ties counted half.
     """
     y_true, *predicted = (np.asarray(labels) for labels in (y_true, y_pred_a, y_pred_b))
-    num_classes = int(max(labels.max(initial=0) for labels in (y_true, *predicted))) + 1
+    highest = max(labels.max(initial=0) for labels in (y_true, *predicted))
+    num_classes = max(int(highest) + 1, 2)  # where all is one class, another could have been called
     for y_pred in predicted:
         _checked(y_true, np.zeros((len(y_pred), num_classes)), num_classes)
-    resampled = [
-        _headlines(_resampled_confusions(y_true, y_pred, num_classes, groups, seed))
-        for y_pred in predicted
-    ]
-    observed = [_headlines(_confusion(y_true, y_pred, num_classes)[None]) for y_pred in predicted]
+    figures, drawn, smoothed = _bootstrap(
+        np.stack([y_true, y_true], axis=1),
+        np.stack(predicted, axis=1),
+        num_classes,
+        _group_numbers(groups, len(y_true)),
+        seed,
+        are_opposed=True,
+    )
     compared = {}
     for name in HEADLINES:
-        difference = float(observed[0][name][0] - observed[1][name][0])
-        differences = resampled[0][name] - resampled[1][name]
+        difference, differences, smoothed_ones = (
+            values[name][..., 0] - values[name][..., 1] for values in (figures, drawn, smoothed)
+        )
         compared[name] = {
-            "difference": difference,
-            "interval": _interval(differences, difference),
+            "difference": float(difference),
+            "interval": _interval(differences, smoothed_ones, difference),
             "probability": float(np.mean((differences > 0) + 0.5 * (differences == 0))),
         }
     return compared
@@ -203,7 +214,8 @@ def assess(
     images, is left out. `columns` (N rows) is what subgroups are made by.
 
     Returns `test` (`compute_metrics`), `test_intervals` (`compute_intervals`), `calibration` (its
-    `temperature`, `bias`, and `reliability`, `log_loss` and `brier_score` `before` and `after`),
+    `temperature`, `bias`, and `reliability` of the decisions, `log_loss` and `brier_score` with the
+    probabilities `before` and `after`),
     `screening` (`screen`, by target, with its `classes`) and `subgroups` (`compute_subgroups`).
     """
     y_true, y_prob = _checked(y_true, y_prob, len(class_names))
@@ -225,8 +237,8 @@ def assess(
         "calibration": {
             "temperature": calibration.temperature,
             "bias": dict(zip(class_names, calibration.bias, strict=True)),
-            "before": _trustworthiness(y_true, y_prob, class_names),
-            "after": _trustworthiness(y_true, calibrated, class_names),
+            "before": _trustworthiness(y_true, y_prob, class_names, y_pred),
+            "after": _trustworthiness(y_true, calibrated, class_names, y_pred),
         },
         "screening": screening,
         "subgroups": {}
@@ -261,16 +273,19 @@ def typical_examples(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray)
 
 
 def _trustworthiness(
-    y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str]
+    y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str], y_pred: np.ndarray
 ) -> dict[str, Any]:
-    metrics = compute_metrics(y_true, y_prob, class_names)
-    return reliability(y_true, y_prob) | {n: metrics[n] for n in ("log_loss", "brier_score")}
+    metrics = compute_metrics(y_true, y_prob, class_names, y_pred)
+    return reliability(y_true, y_prob, y_pred) | {
+        n: metrics[n] for n in ("log_loss", "brier_score")
+    }
 
 
-def wilson_interval(successes: int, total: int) -> list[float] | None:
+def wilson_interval(successes: float, total: float) -> list[float] | None:
     """Wilson's 95 % score interval of a share, [low, high]; None of nothing.
 
-    With the share p of n and z = 1.96, (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n).
+    With the share p of n and z = 1.96, (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n). Where
+    n is an effective sample size, neither number need be whole.
     """
     if total == 0:
         return None
@@ -279,6 +294,25 @@ def wilson_interval(successes: int, total: int) -> list[float] | None:
     half = Z * np.sqrt(share * (1 - share) / total + (Z / (2 * total)) ** 2)
     low, high = (centre - half) / (1 + Z**2 / total), (centre + half) / (1 + Z**2 / total)
     return [float(max(low, 0)), float(min(high, 1))]
+
+
+def effective_sample_size(groups: Sequence[Any], weights: np.ndarray | None = None) -> float:
+    """Gives the number of independent observations that images of these groups are worth.
+
+    Kish (1965): (Σ w)² / Σ W², with w the weights of the images, equal unless given, and W their
+    sums over each group. Images of one group count as if all had the same result, so that with
+    equal weights and groups of equal size it is the number of groups; images without groups have
+    one each.
+    """
+    group_of_image = _group_numbers(groups, len(groups))
+    sums = np.bincount(group_of_image, weights)
+    return float(sums.sum() ** 2 / (sums**2).sum()) if len(sums) > 0 else 0.0
+
+
+def _interval_of_share(is_hit: np.ndarray, groups: np.ndarray) -> list[float] | None:
+    """Gives Wilson's interval of the share of hits, for the effective number of groups."""
+    size = effective_sample_size(groups)
+    return wilson_interval(is_hit.mean() * size, size) if size > 0 else None
 
 
 # ---------------------------------------------------------------------------- calibration
@@ -328,8 +362,10 @@ def fit_calibration(
     return Calibration(float(np.exp(found.x[0])), tuple(bias.tolist()))
 
 
-def reliability(y_true: np.ndarray, y_prob: np.ndarray) -> dict[str, Any]:
-    """How far the probability of the predicted class is from how often it is right.
+def reliability(
+    y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None = None
+) -> dict[str, Any]:
+    """How far the probability of the class decided for is from how often it is right.
 
     In 15 equal bins of that probability (Guo et al. 2017): `confidence`, its mean in each bin,
     `accuracy`, None for both in an empty one, and `count`; over the bins
@@ -337,7 +373,8 @@ def reliability(y_true: np.ndarray, y_prob: np.ndarray) -> dict[str, Any]:
     `maximum_calibration_error`, the largest.
     """
     y_true, y_prob = _checked(y_true, y_prob, np.asarray(y_prob).shape[-1])
-    confidence, is_right = y_prob.max(axis=1), y_prob.argmax(axis=1) == y_true
+    y_pred = _decided(y_true, y_prob, y_pred)
+    confidence, is_right = y_prob[np.arange(len(y_pred)), y_pred], y_pred == y_true
     # Bins are closed above, so that a probability of 1 is in the last.
     bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
     count = np.bincount(bins, minlength=NUM_BINS)
@@ -426,34 +463,50 @@ def screen(
     """How well a score, higher for what must not be missed, tells it from the rest.
 
     `is_positive` and `score` (N,) are of the images tested, `thresholds` those that
-    `choose_thresholds` gave for others. Gives `roc_auc` with its `roc_auc_interval` (bootstrap over
-    `groups`), the numbers of `positives` and `negatives`, and `points`: for each threshold its
-    `aim`, `threshold`, the `sensitivity` and `specificity` that it has here, and their Wilson
-    intervals. Raises ValueError when the images are all of one kind.
+    `choose_thresholds` gave for others. Gives `roc_auc` with its `roc_auc_interval` (the wider end
+    of a bootstrap over `groups` and of Wilson's interval, see `_separation`), the numbers of
+    `positives` and `negatives`, and `points`: for each threshold its `aim`, `threshold`, the
+    `sensitivity` and `specificity` that it has here, and their Wilson intervals for the effective
+    numbers of groups (`effective_sample_size`). Raises ValueError when the images are all of one
+    kind.
     """
     is_positive, score = _both_kinds(is_positive, score)
+    groups = _group_numbers(groups, len(is_positive))
     points = [
         {"aim": aim, "threshold": float(threshold)}
-        | _sensitivity_and_specificity(is_positive, score >= threshold)
+        | _sensitivity_and_specificity(is_positive, score >= threshold, groups)
         for aim, threshold in thresholds.items()
     ]
     return _separation(is_positive, score, groups, seed) | {"points": points}
 
 
 def _separation(
-    is_positive: np.ndarray, score: np.ndarray, groups: Sequence[Any] | None, seed: int
+    is_positive: np.ndarray, score: np.ndarray, groups: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    rank = np.unique(score, return_inverse=True)[1]
+    """Gives the ROC AUC of a score, its interval, and the numbers of both kinds of images.
+
+    Each end is the wider of that of the bootstrap, which collapses where the score parts the kinds
+    wholly, and that of Wilson's interval with the images weighted by 1 / (number of their kind).
+    Near 1 its effective sample size, 4 mn / (m + n) for m and n images, is the one that the
+    variance of Hanley and McNeil (1982) has.
+    """
+    values, rank = np.unique(score, return_inverse=True)
     areas = [
-        _roc_auc(np.bincount(rank, times * is_positive), np.bincount(rank, times * ~is_positive))
-        for times in _resampled_times(is_positive, groups, seed)
+        _roc_auc(counts[:, 1::2], counts[:, ::2])
+        for counts in _resampled_counts(
+            2 * rank[:, None] + is_positive[:, None], 2 * len(values), groups, seed
+        )
     ]
-    roc_auc = float(roc_auc_score(is_positive, score))
+    areas, roc_auc = np.concatenate(areas), float(roc_auc_score(is_positive, score))
+    positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
+    weights = np.where(is_positive, 1 / positives, 1 / negatives)
+    size = effective_sample_size(groups, weights)
+    ends = _interval(areas, areas, roc_auc), wilson_interval(roc_auc * size, size)
     return {
         "roc_auc": roc_auc,
-        "roc_auc_interval": _interval(np.array(areas), roc_auc),
-        "positives": int(is_positive.sum()),
-        "negatives": int((~is_positive).sum()),
+        "roc_auc_interval": [min(low for low, _ in ends), max(high for _, high in ends)],
+        "positives": positives,
+        "negatives": negatives,
     }
 
 
@@ -464,15 +517,15 @@ def _both_kinds(is_positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray,
     return is_positive, score
 
 
-def _roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """The area from the numbers of both at each score, lowest first; NaN where one kind lacks.
+def _roc_auc(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """The areas (R,) from the numbers of both at each score (R, S), lowest first.
 
     It is the share of pairs of a positive and a negative in which the positive has the higher
-    score, ties counted half (Mann and Whitney 1947).
+    score, ties counted half (Mann and Whitney 1947); NaN where one kind lacks.
     """
-    pairs = positives.sum() * negatives.sum()
-    won = positives @ (np.cumsum(negatives) - negatives / 2)
-    return float(won / pairs) if pairs > 0 else np.nan
+    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+    won = (positives * (np.cumsum(negatives, axis=1) - negatives / 2)).sum(axis=1)
+    return _ratio(won, pairs, np.nan)
 
 
 def _threshold(is_positive: np.ndarray, score: np.ndarray, aim: str, level: float) -> float:
@@ -485,14 +538,15 @@ def _threshold(is_positive: np.ndarray, score: np.ndarray, aim: str, level: floa
     return float(np.nextafter(highest_negative, np.inf))
 
 
-def _sensitivity_and_specificity(is_positive: np.ndarray, is_called: np.ndarray) -> dict[str, Any]:
-    found, rejected = (is_called & is_positive).sum(), (~is_called & ~is_positive).sum()
-    positives, negatives = is_positive.sum(), (~is_positive).sum()
+def _sensitivity_and_specificity(
+    is_positive: np.ndarray, is_called: np.ndarray, groups: np.ndarray
+) -> dict[str, Any]:
+    found, rejected = is_called[is_positive], ~is_called[~is_positive]
     return {
-        "sensitivity": float(found / positives),
-        "sensitivity_interval": wilson_interval(found, positives),
-        "specificity": float(rejected / negatives),
-        "specificity_interval": wilson_interval(rejected, negatives),
+        "sensitivity": float(found.mean()),
+        "sensitivity_interval": _interval_of_share(found, groups[is_positive]),
+        "specificity": float(rejected.mean()),
+        "specificity_interval": _interval_of_share(rejected, groups[~is_positive]),
     }
 
 
@@ -514,9 +568,12 @@ def compute_subgroups(
     others in quarters; those of a column such as `patient_id` are names. A column of one value, or
     of more than 20, is left out; images without a value are "unknown". For each column `groups`, by
     value `images`, `is_too_small` (fewer than 30), `accuracy` and `balanced_accuracy` with their
-    intervals (bootstrap over `groups`); and `widest_gap`, the two groups that are large enough and
-    differ most in balanced accuracy: `figure`, `highest`, `lowest`, `difference` and its
-    `interval`, or None where fewer than two are large enough.
+    intervals, as those of `compute_intervals`; and `widest_gap`, the two groups that are large
+    enough and differ most in balanced accuracy: `figure`, `highest`, `lowest`, `difference` and its
+    `interval`, or None where fewer than two are large enough. All images are resampled together and
+    each resample is cut by column, so that images of one lesion are drawn together in whichever
+    groups they are. The interval of the gap allows for the two having been picked as the widest
+    apart (see `_widest_gap`).
 
     `targets` are what is screened for, by name, with `is_positive` and `score` as `screen` takes
     them. `screening` then has for each the `roc_auc_of_column`, which a guess by the share of
@@ -526,33 +583,36 @@ def compute_subgroups(
     only the latter say what it sees in a lesion.
     """
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    num_classes = int(max(y_true.max(), y_pred.max())) + 1
-    groups = np.arange(len(y_true)) if groups is None else np.asarray(groups)
+    num_classes = max(int(max(y_true.max(), y_pred.max())) + 1, 2)
+    groups = _group_numbers(groups, len(y_true))
     subgroups = {}
     for column in columns:
-        kinds = _kinds(columns[column])
-        names = sorted(set(kinds))
+        names, kind_of_image = np.unique(_kinds(columns[column]), return_inverse=True)
         if not 2 <= len(names) <= MOST_SUBGROUPS:
             continue
-        found, resampled = {}, {}
-        for name in names:
-            part = kinds == name
-            case = (y_true[part], y_pred[part], num_classes)
-            observed = _headlines(_confusion(*case)[None])
-            resampled[name] = _headlines(_resampled_confusions(*case, groups[part], seed))
+        figures, *resampled = _bootstrap(
+            y_true[:, None], y_pred[:, None], num_classes, groups, seed, kind_of_image
+        )
+        counts = np.bincount(kind_of_image)
+        found = {}
+        for kind, name in enumerate(names.tolist()):
             found[name] = {
-                "images": int(part.sum()),
-                "is_too_small": bool(part.sum() < SMALLEST_SUBGROUP),
+                "images": int(counts[kind]),
+                "is_too_small": bool(counts[kind] < SMALLEST_SUBGROUP),
             }
             for figure in ("accuracy", "balanced_accuracy"):
-                value = float(observed[figure][0])
+                value = float(figures[figure][kind])
                 found[name][figure] = value
-                found[name][f"{figure}_interval"] = _interval(resampled[name][figure], value)
+                found[name][f"{figure}_interval"] = _interval(
+                    *(values[figure][:, kind] for values in resampled), value
+                )
         subgroups[str(column)] = {
             "groups": found,
-            "widest_gap": _widest_gap(found, resampled),
+            "widest_gap": _widest_gap(
+                found, *(values["balanced_accuracy"] for values in resampled)
+            ),
             "screening": {
-                target: _screen_within(kinds, is_positive, score, groups, seed)
+                target: _screen_within(kind_of_image, names, is_positive, score, groups, seed)
                 for target, (is_positive, score) in (targets or {}).items()
             },
         }
@@ -560,12 +620,16 @@ def compute_subgroups(
 
 
 def _screen_within(
-    kinds: np.ndarray, is_positive: np.ndarray, score: np.ndarray, groups: np.ndarray, seed: int
+    kind_of_image: np.ndarray,
+    names: np.ndarray,
+    is_positive: np.ndarray,
+    score: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
 ) -> dict[str, Any]:
     is_positive, score = _both_kinds(is_positive, score)
-    names, kind_of_image = np.unique(kinds, return_inverse=True)
     share = np.bincount(kind_of_image, is_positive) / np.bincount(kind_of_image)
-    parts = {str(name): kinds == name for name in names}
+    parts = {str(name): kind_of_image == kind for kind, name in enumerate(names)}
     return {
         "roc_auc_of_column": float(roc_auc_score(is_positive, share[kind_of_image])),
         "groups": {
@@ -603,91 +667,194 @@ def _numbers(values: pd.Series) -> pd.Series | None:
     return pd.Series(numbers) if np.isfinite(numbers[is_given]).all() else None
 
 
-def _widest_gap(found: dict[str, Any], resampled: dict[str, Any]) -> dict[str, Any] | None:
-    large = [name for name in found if not found[name]["is_too_small"]]
+def _widest_gap(
+    found: dict[str, Any], drawn: np.ndarray, smoothed: np.ndarray
+) -> dict[str, Any] | None:
+    """Gives the two subgroups that differ most in balanced accuracy, and the interval of their gap.
+
+    `drawn` and `smoothed` (R, K) are that figure of all K subgroups on the same resamples. Of
+    several subgroups the two furthest apart look further apart than they are. The interval is
+    therefore wide enough to hold, at once, for every pair of rivals: those that differ from the
+    highest, and from the lowest, by no more than 1.96 standard errors (moment selection, as Andrews
+    and Soares 2010; simultaneous intervals, as Beran 1988). Of two subgroups it is the plain one.
+    """
+    names, figure = list(found), "balanced_accuracy"
+    large = [kind for kind, name in enumerate(names) if not found[name]["is_too_small"]]
     if len(large) < 2:
         return None
-    figure = "balanced_accuracy"
-    ranked = sorted(large, key=lambda name: found[name][figure])
+    values = np.array([found[name][figure] for name in names])
+    ranked = sorted(large, key=lambda kind: values[kind])
     highest, lowest = ranked[-1], ranked[0]
-    difference = found[highest][figure] - found[lowest][figure]
-    differences = resampled[highest][figure] - resampled[lowest][figure]
+
+    def rivals(of: int) -> list[int]:
+        errors = np.nanstd(smoothed - smoothed[:, [of]], axis=0)
+        return [kind for kind in large if abs(values[kind] - values[of]) <= Z * errors[kind]]
+
+    pairs = [(high, low) for high in rivals(highest) for low in rivals(lowest) if high != low]
+    one, other = np.transpose([(highest, lowest), *pairs])
+    difference = float(values[highest] - values[lowest])
     return {
         "figure": figure,
-        "highest": highest,
-        "lowest": lowest,
+        "highest": names[highest],
+        "lowest": names[lowest],
         "difference": difference,
-        "interval": _interval(differences, difference),
+        "interval": _interval(
+            drawn[:, highest] - drawn[:, lowest],
+            smoothed[:, highest] - smoothed[:, lowest],
+            difference,
+            _simultaneous_z(smoothed[:, one] - smoothed[:, other]),
+        ),
     }
+
+
+def _simultaneous_z(resampled: np.ndarray) -> float:
+    """The z of the intervals that hold for all P figures (R, P) at once in 95 % of resamples."""
+    ranks = rankdata(resampled, axis=0, nan_policy="omit")
+    scores = norm.ppf((ranks - 0.5) / np.isfinite(resampled).sum(axis=0))
+    return float(np.quantile(np.nan_to_num(np.abs(scores)).max(axis=1), 0.95))
 
 
 # ---------------------------------------------------------------------------- the bootstrap
 
 
-def _resampled_confusions(
+def _group_numbers(groups: Sequence[Any] | None, num_images: int) -> np.ndarray:
+    """Numbers the groups of the images (N,) from 0; where none are given each has its own."""
+    if groups is None:
+        return np.arange(num_images)
+    groups = np.asarray(groups)
+    if groups.shape != (num_images,):
+        raise ValueError(f"groups has shape {groups.shape}; it must be {(num_images,)}")
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def _bootstrap(
     y_true: np.ndarray,
     y_pred: np.ndarray,
     num_classes: int,
-    groups: Sequence[Any] | None,
+    groups: np.ndarray,
     seed: int,
-) -> np.ndarray:
-    """The confusion matrix of each resample, (NUM_RESAMPLES, C, C)."""
-    resamples = _resampled_times(y_true, groups, seed)
-    return np.stack([_confusion(y_true, y_pred, num_classes, times) for times in resamples])
+    kind_of_image: np.ndarray | None = None,
+    *,
+    are_opposed: bool = False,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Gives the headline figures observed (P,), and in NUM_RESAMPLES resamples (R, P), twice.
 
-
-def _resampled_times(
-    y_true: np.ndarray, groups: Sequence[Any] | None, seed: int
-) -> Iterator[np.ndarray]:
-    """How often each image (N,) is drawn, for each of the NUM_RESAMPLES resamples of groups."""
-    groups = np.arange(len(y_true)) if groups is None else np.asarray(groups)
-    if groups.shape != y_true.shape:
-        raise ValueError(f"groups has shape {groups.shape}; it must be {y_true.shape}")
-    group_of_image = np.unique(groups, return_inverse=True)[1]
-    num_groups = group_of_image.max() + 1
-    rng = np.random.default_rng(seed)
-    for _ in range(NUM_RESAMPLES):
-        drawn = rng.integers(num_groups, size=num_groups)
-        yield np.bincount(drawn, minlength=num_groups)[group_of_image]
-
-
-def _interval(resampled: np.ndarray, observed: float) -> list[float]:
-    """The 95 % interval of a figure, [low, high], from what it is in the resamples, NaN left out.
-
-    Their percentiles Phi(2 z0 ± z), with Phi(z0) the share of resamples below what was observed,
-    ties counted half: the bias-corrected bootstrap (BC, Efron 1981). Without a correction the
-    intervals of weighted precision, which small test sets exaggerate, lie too high.
+    The P parts are either the models whose decisions are the columns of `y_pred` (N, P), or the
+    kinds into which `kind_of_image` (N,) cuts the images. All parts are of the same resamples of
+    whole groups. The second time each resample has unseen groups besides (`_unseen_groups`).
     """
-    resampled = resampled[np.isfinite(resampled)]
-    share_below = np.mean((resampled < observed) + 0.5 * (resampled == observed))
-    z0 = np.clip(norm.ppf(share_below), -Z, Z)
-    return np.quantile(resampled, norm.cdf(2 * z0 + np.array([-Z, Z]))).tolist()
+    part = np.arange(y_pred.shape[1]) if kind_of_image is None else kind_of_image[:, None]
+    cells = (part * num_classes + y_true) * num_classes + y_pred
+    shape = (int(part.max()) + 1, num_classes, num_classes)
+    observed = np.bincount(cells.ravel(), minlength=np.prod(shape)).reshape(shape)
+    images_per_group = len(groups) / len(np.unique(groups))
+    rng = np.random.default_rng([seed, 1])
+    drawn, smoothed = [], []
+    for counts in _resampled_counts(cells, observed.size, groups, seed):
+        confusions = counts.reshape(-1, *shape)
+        unseen = images_per_group * _unseen_groups(rng, len(counts), observed, are_opposed)
+        drawn.append(_headlines(confusions))
+        smoothed.append(_headlines(confusions + unseen))
+    return _headlines(observed), _joined(drawn), _joined(smoothed)
 
 
-def _confusion(
-    y_true: np.ndarray, y_pred: np.ndarray, num_classes: int, times: np.ndarray | None = None
+def _joined(figures: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([some[name] for some in figures]) for name in HEADLINES}
+
+
+def _resampled_counts(
+    cells: np.ndarray, num_cells: int, groups: np.ndarray, seed: int
+) -> Iterator[np.ndarray]:
+    """Yields how often each cell is drawn, (r, num_cells), for NUM_RESAMPLES resamples in all.
+
+    A resample has as many groups as there are, drawn with replacement; each brings all its images,
+    and an image counts in its `cells` (N, P). The groups drawn depend on the seed and the groups
+    alone.
+    """
+    num_groups = int(groups.max()) + 1
+    rows = np.repeat(groups, cells.shape[1])
+    cells_of_group = csr_array(
+        (np.ones(cells.size), (rows, cells.ravel())), shape=(num_groups, num_cells)
+    )
+    rng = np.random.default_rng(seed)
+    at_once = max(1, MAX_COUNTS_AT_ONCE // max(num_groups, num_cells))
+    for start in range(0, NUM_RESAMPLES, at_once):
+        count = min(at_once, NUM_RESAMPLES - start)
+        drawn = rng.integers(num_groups, size=(count, num_groups))
+        drawn += num_groups * np.arange(count)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=count * num_groups)
+        yield times.reshape(count, num_groups) @ cells_of_group
+
+
+def _unseen_groups(
+    rng: np.random.Generator, count: int, observed: np.ndarray, are_opposed: bool
 ) -> np.ndarray:
-    """The confusion matrix (C, C) when each image counts as often as `times` (N,) says."""
-    cells = y_true * num_classes + y_pred
-    counts = np.bincount(cells, weights=times, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
+    """The numbers of groups (count, P, C, C) that could have been seen besides, in each resample.
+
+    On average one that is called right and one that is called wrong, in each of P parts; Poisson
+    numbers, spread evenly over the classes that have images, and those called wrong over the other
+    classes. Where two models are opposed, what is right in one is wrong in the other.
+    """
+    has_images = observed.sum(axis=2) > 0
+    rates = has_images / np.maximum(has_images.sum(axis=1, keepdims=True), 1)
+    right, wrong = rng.poisson(rates, (2, count, *rates.shape))
+    if are_opposed:
+        wrong[:, 1], right[:, 1] = right[:, 0], wrong[:, 0]
+    num_classes = observed.shape[-1]
+    is_right = np.eye(num_classes)
+    elsewhere = (1 - is_right) / max(num_classes - 1, 1)
+    return right[..., None] * is_right + wrong[..., None] * elsewhere
+
+
+def _interval(
+    resampled: np.ndarray, smoothed: np.ndarray, observed: float, z: float = Z
+) -> list[float]:
+    """The 95 % interval of a figure, [low, high], from what it is in resamples, NaN left out.
+
+    They are percentiles of the `smoothed` resamples, which have unseen groups besides: where all
+    images are right or all are wrong, resamples of them are too, and say nothing of what a few more
+    images could have shown. On average one group more that is right and one that is wrong gives
+    about Wilson's interval there (Agresti and Coull 1998 and Price and Bonett 2004 add two of each,
+    which benchmarks/coverage.py found to be too many).
+
+    The percentiles are Phi(z0 ± z), with Phi(z0) the share of the plain resamples below what was
+    observed, ties counted half. That is half of Efron's bias correction (BC, 1981): the middle is
+    where the figure observed lies among the plain resamples, which exaggerate weighted precision.
+    The whole correction, Phi(2 z0 ± z), overshoots near the border. The figure observed is always
+    inside.
+    """
+    is_known = np.isfinite(resampled)
+    resampled, smoothed = resampled[is_known], smoothed[is_known]
+    is_tie = np.isclose(resampled, observed, rtol=0, atol=1e-9)
+    share_below = np.mean(((resampled < observed) & ~is_tie) + 0.5 * is_tie)
+    z0 = np.clip(norm.ppf(share_below), -Z, Z)
+    low, high = np.quantile(smoothed, norm.cdf(z0 + np.array([-z, z])))
+    return [float(min(low, observed)), float(max(high, observed))]
 
 
 def _headlines(confusions: np.ndarray) -> dict[str, np.ndarray]:
-    """The headline figures of confusion matrices (R, C, C), each (R,)."""
-    hits = np.diagonal(confusions, axis1=1, axis2=2)
-    support, predicted = confusions.sum(axis=2), confusions.sum(axis=1)
+    """The headline figures of confusion matrices (..., C, C), each (...,); NaN of no images."""
+    hits = np.diagonal(confusions, axis1=-2, axis2=-1)
+    support, predicted = confusions.sum(axis=-1), confusions.sum(axis=-2)
     per_class = {
-        "precision": hits / np.maximum(predicted, 1),
-        "recall": hits / np.maximum(support, 1),
-        "f1": 2 * hits / np.maximum(support + predicted, 1),
+        "precision": _ratio(hits, predicted, 0),
+        "recall": _ratio(hits, support, 0),
+        "f1": _ratio(2 * hits, support + predicted, 0),
     }
-    total, present = support.sum(axis=1), support > 0
-    headlines = {"accuracy": hits.sum(axis=1) / total}
+    total, present = support.sum(axis=-1), support > 0
+    headlines = {"accuracy": _ratio(hits.sum(axis=-1), total, np.nan)}
     for name, values in per_class.items():
-        headlines[name] = (values * support).sum(axis=1) / total
-        headlines[f"macro_{name}"] = (values * present).sum(axis=1) / present.sum(axis=1)
+        headlines[name] = _ratio((values * support).sum(axis=-1), total, np.nan)
+        headlines[f"macro_{name}"] = _ratio(
+            (values * present).sum(axis=-1), present.sum(axis=-1), np.nan
+        )
     return headlines | {"balanced_accuracy": headlines["macro_recall"]}
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray, of_nothing: float) -> np.ndarray:
+    """The quotients, and `of_nothing` where the denominator is 0."""
+    quotients = np.full(np.shape(numerators), of_nothing, dtype=np.float64)
+    return np.divide(numerators, denominators, out=quotients, where=denominators > 0)
 
 
 # ---------------------------------------------------------------------------- single figures
@@ -744,10 +911,12 @@ def _specificity(y_true: np.ndarray, y_pred: np.ndarray, labels: np.ndarray) -> 
     return np.where(counts > 0, rejected.sum(axis=0) / np.maximum(counts, 1), np.nan)
 
 
-def _is_among_top_2(y_true: np.ndarray, y_prob: np.ndarray) -> np.ndarray:
-    """As with the prediction, of equal probabilities the first class counts as the higher."""
-    top = np.argsort(-y_prob, axis=1, kind="stable")[:, :2]
-    return (top == y_true[:, None]).any(axis=1)
+def _is_among_top_2(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) -> np.ndarray:
+    """Of equal probabilities the first class counts as the higher, as with the decision."""
+    images = np.arange(len(y_true))
+    others = y_prob.copy()
+    others[images, y_pred] = -np.inf
+    return (y_pred == y_true) | (others.argmax(axis=1) == y_true)
 
 
 def _or_0(score, y_true: np.ndarray, y_pred: np.ndarray) -> float:
