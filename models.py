@@ -235,7 +235,8 @@ def load_model(path: str | Path) -> tuple[LesionClassifier, dict[str, Any]]:
     The second value is the file's dict without its weights: `config`, `classes` in label order,
     `image_size`, `preprocessors` and `metrics`; `temperature` and `bias` for
     `evaluation.Calibration`; `thresholds`, by what is screened for and by aim, of calibrated
-    probabilities; and `malignant_classes`, whose probabilities add up to that of `malignant`.
+    probabilities; `malignant_classes`, whose probabilities add up to that of `malignant`; and
+    `unknown_classes`, which are neither counted as malignant nor as benign.
 
     Raises FileNotFoundError when there is no such file, and ValueError when it is no `model.pth`,
     its weights are not finite, or what it says does not fit together.
@@ -310,9 +311,10 @@ def _check_outputs(info: dict[str, Any], classes: list[str]) -> None:
     if not isinstance(bias, list) or len(bias) != len(classes):
         raise ValueError(f"its bias does not fit its {len(classes)} classes")
     check_alike(bias, [0.0] * len(classes), "bias")
-    malignant = info.get("malignant_classes", [])
-    if not _are_names(malignant) or not set(malignant) <= set(classes):
-        raise ValueError("its malignant_classes are not among its classes")
+    for what in ("malignant_classes", "unknown_classes"):
+        names = info.get(what, [])
+        if not _are_names(names) or not set(names) <= set(classes):
+            raise ValueError(f"its {what} are not among its classes")
     thresholds = info.get("thresholds", {})
     if not isinstance(thresholds, dict) or not _are_names(list(thresholds)):
         raise ValueError("its thresholds are no dict by name")

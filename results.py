@@ -11,6 +11,7 @@ import platform
 import socket
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,17 @@ from dataset import (
     to_float,
 )
 from evaluation import (
+    MALIGNANT,
     assess,
     compare,
+    counted_as,
     match_classes,
     most_confident_mistakes,
+    screening_warnings,
     typical_examples,
 )
 from files import lock, write_atomically, write_text
+from lesions import is_malignant, normalize_name
 from models import LesionClassifier, count_parameters, load_model
 from predict import calibration_of, gradcam
 from report import write_report
@@ -116,13 +121,15 @@ def leave_results(
     y_true, y_prob = evaluation.labels, evaluation.probabilities
     calibration = calibration_of(info)
     own = [name for name in METADATA_COLUMNS if name != "source_split"]
+    malignant, unknown = _counting(info)
     found = assess(
         y_true,
         y_prob,
         classes,
         calibration,
         info.get("thresholds", {}),
-        malignant=info.get("malignant_classes", []),
+        malignant=malignant,
+        unknown=unknown,
         groups=groups,
         columns=dataset.metadata.drop(columns=own, errors="ignore"),
         seed=seed,
@@ -137,6 +144,20 @@ def leave_results(
     _picture_images(folder, about["model"], model, dataset, table, (y_true, calibrated, y_pred))
     text = json.dumps(about | found, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(folder / "metrics.json", text + "\n")
+
+
+def _counting(info: dict[str, Any]) -> tuple[Sequence[str], list[str] | None]:
+    """The classes of a model that count as malignant, and those that are not known.
+
+    A model from before the latter were recorded took all other classes for benign; only those that
+    are known to be benign count as such here.
+    """
+    if "malignant_classes" not in info:
+        return MALIGNANT, None
+    malignant = info["malignant_classes"]
+    others = [name for name in info["classes"] if name not in malignant]
+    doubtful = [name for name in others if is_malignant(name) is not False]
+    return malignant, info.get("unknown_classes", doubtful)
 
 
 def _predictions(
@@ -320,9 +341,9 @@ def evaluate_folder(
     """Measures trained models on labelled images that they have never seen.
 
     `models` are files `model.pth`; the images and their labels are found as by `DatasetBuilder`,
-    and their classes must be among the models', whatever case, hyphens and plurals are. Leaves in
-    `save_dir` what training leaves: figures, tables and `report.html`. The thresholds are those
-    that the models bring. Gives the comparison, and the files that cannot be read.
+    and their classes must be among the models', by name or by diagnosis, which a warning says.
+    Leaves in `save_dir` what training leaves: figures, tables and `report.html`. The thresholds are
+    those that the models bring. Gives the comparison, and the files that cannot be read.
 
     Raises ValueError for models of different classes or sizes or with preprocessors of their own,
     for a class of the images that the models do not know, and for a `save_dir` in use.
@@ -346,6 +367,7 @@ def evaluate_folder(
         findings = builder.audit()
         splits, metadata = builder.build(splits={"test": 1.0})
         dataset = _with_labels_of(splits["test"], first["classes"])
+        _warn_of_screening(first)
         loader = create_dataloaders({"test": dataset}, batch_size, device=device)["test"]
         claimed.enter_context(claim(save_dir))
         config = {"command": command, "settings": {"data_dir": str(data_dir)}} | environment()
@@ -395,13 +417,38 @@ def _check_like_first(name: str, info: dict[str, Any], first: dict[str, Any]) ->
 
 def _with_labels_of(dataset: LesionDataset, classes: Sequence[str]) -> LesionDataset:
     """The same images, labelled by the numbers that a model gives the classes."""
-    label_of = {}
-    for name in dataset.classes:
-        try:
-            label_of[name] = match_classes(classes, [name])[0]
-        except ValueError as error:
-            raise ValueError(
-                f"the images have a class {name}, the model only {', '.join(classes)}"
-            ) from error
+    label_of = {name: _label_of(name, classes) for name in dataset.classes}
+    by_diagnosis = [
+        f"{name} as {classes[label]}"
+        for name, label in label_of.items()
+        if normalize_name(name) != normalize_name(classes[label])
+    ]
+    if by_diagnosis:
+        warnings.warn(
+            f"classes of the images that the model has by another name: {', '.join(by_diagnosis)}",
+            stacklevel=3,
+        )
     metadata = dataset.metadata.assign(label=dataset.metadata["class"].map(label_of))
     return LesionDataset(dataset.array_path, dataset.rows, metadata, classes)
+
+
+def _label_of(name: str, classes: Sequence[str]) -> int:
+    """The number of the one class that is called like this."""
+    try:
+        labels = match_classes(classes, [name])
+    except ValueError as error:
+        raise ValueError(
+            f"the images have a class {name}, the model only {', '.join(classes)}"
+        ) from error
+    if len(labels) > 1:
+        candidates = ", ".join(classes[label] for label in labels)
+        raise ValueError(
+            f"the images have a class {name}, which may be several of the model: {candidates}; "
+            "name it like one of them"
+        )
+    return labels[0]
+
+
+def _warn_of_screening(info: dict[str, Any]) -> None:
+    for message in screening_warnings(counted_as(info["classes"], *_counting(info))):
+        warnings.warn(message, stacklevel=3)

@@ -290,7 +290,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--augmentation", action=argparse.BooleanOptionalAction, help="vary the training images")
     add("--balanced", action=argparse.BooleanOptionalAction, help="draw the classes evenly")
     add("--class_weights", choices=("none", "balanced"), help="weigh the loss against imbalance")
-    malignant = "what is screened for (none given: the four of the ISIC classes that are)"
+    malignant = "what is screened for (none given: the classes known as malignant)"
     add("--malignant_classes", nargs="+", metavar="NAME", help=malignant)
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations")
     add("--early_stopping_patience", type=natural, metavar="N", help="evaluations; 0 is off")
@@ -366,8 +366,6 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 
     import torch
 
-    from evaluation import match_classes
-
     device = _choose_device(settings.device)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -376,8 +374,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     builder = _make_builder(settings)
     findings = _audit(builder)
     loaders, metadata = _load_data(builder, settings, device)
-    if settings.malignant_classes:
-        match_classes(loaders["train"].dataset.classes, settings.malignant_classes)
+    _say_what_is_screened_for(loaders["train"].dataset.classes, settings)
     with claim(save_dir) if _is_first() else contextlib.nullcontext():
         if _is_first():
             _begin(settings, metadata, is_demo)
@@ -524,6 +521,21 @@ def _load_data(
         images = _world_size() * settings.batch_size
         print(f"{_world_size()} processes, together with batches of {images:,} images", flush=True)
     return loaders, metadata
+
+
+def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> None:
+    """Prints which classes count as malignant; raises ValueError for a name that is no class."""
+    from evaluation import MALIGNANT, counted_as, screening_warnings
+
+    counted = counted_as(classes, settings.malignant_classes or MALIGNANT)
+    named = {
+        "counted as malignant": counted["malignant"],
+        "benign": counted["benign"],
+        "not known": counted["unknown"],
+    }
+    print("; ".join(f"{what}: {', '.join(n) or 'none'}" for what, n in named.items()), flush=True)
+    for message in screening_warnings(counted):
+        warnings.warn(message, stacklevel=2)
 
 
 def _audit(builder: "DatasetBuilder") -> "pd.DataFrame":
