@@ -6,6 +6,7 @@ are given; `class_names` the C names in label order. All of it raises ValueError
 shapes that do not fit, labels out of range, or probabilities that are not finite.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from lesions import DIAGNOSES, find_diagnosis, is_malignant, is_melanoma, normalize_name
+
 # Those of `compute_metrics` that have an interval.
 HEADLINES = (
     "accuracy",
@@ -44,7 +47,8 @@ SMALLEST_SUBGROUP = 30  # images; of fewer, intervals by bootstrap mean little
 MOST_SUBGROUPS = 20  # a column of more values names images or patients, not kinds of them
 AGE_BANDS = {"0 to 29": 30, "30 to 44": 45, "45 to 59": 60, "60 to 74": 75, "75 or more": np.inf}
 AIMS = (("sensitivity", 0.90), ("sensitivity", 0.95), ("specificity", 0.90), ("specificity", 0.95))
-MALIGNANT = ("melanoma", "basal cell carcinoma", "squamous cell carcinoma", "actinic keratosis")
+# The diagnoses that count as malignant where nothing else is asked for.
+MALIGNANT = tuple(dict.fromkeys(d.name for d in DIAGNOSES if d.is_malignant))
 
 
 def compute_metrics(
@@ -202,6 +206,7 @@ def assess(
     thresholds: Mapping[str, Mapping[str, float]],
     *,
     malignant: Sequence[str] = MALIGNANT,
+    unknown: Sequence[str] | None = None,
     groups: Sequence[Any] | None = None,
     columns: pd.DataFrame | None = None,
     seed: int = 42,
@@ -211,23 +216,34 @@ def assess(
     `y_prob` (N, C) are the model's own probabilities: the highest is its decision. All else is of
     the calibrated ones. `thresholds` has for each of `screening_targets` those that
     `choose_thresholds` gave on validation; a target without them, or that is all or none of these
-    images, is left out. `columns` (N rows) is what subgroups are made by.
+    images, is left out. `malignant` and `unknown` are as in `counted_as`; the images of classes
+    that are not known are left out of all that is said of a target. `columns` (N rows) is what
+    subgroups are made by.
 
     Returns `test` (`compute_metrics`), `test_intervals` (`compute_intervals`), `calibration` (its
     `temperature`, `bias`, and `reliability` of the decisions, `log_loss` and `brier_score` with the
-    probabilities `before` and `after`),
-    `screening` (`screen`, by target, with its `classes`) and `subgroups` (`compute_subgroups`).
+    probabilities `before` and `after`), `counted_as`, `screening` (`screen`, by target, with its
+    `classes` and `classes_left_out`) and `subgroups` (`compute_subgroups`).
     """
     y_true, y_prob = _checked(y_true, y_prob, len(class_names))
     y_pred, calibrated = y_prob.argmax(axis=1), calibration.apply(y_prob)
     metrics = compute_metrics(y_true, calibrated, class_names, y_pred)
     screening, targets = {}, {}
-    for name, labels in screening_targets(class_names, malignant).items():
-        is_positive = np.isin(y_true, labels)
-        if name in thresholds and 0 < is_positive.sum() < len(is_positive):
-            targets[name] = (is_positive, calibrated[:, labels].sum(axis=1))
-            screening[name] = {"classes": [class_names[label] for label in labels]} | screen(
-                *targets[name], thresholds[name], groups, seed=seed
+    left_out = left_out_of_screening(class_names, malignant, unknown)
+    for name, labels in screening_targets(class_names, malignant, unknown).items():
+        is_positive, is_known = np.isin(y_true, labels), ~np.isin(y_true, left_out[name])
+        if name in thresholds and 0 < is_positive.sum() < is_known.sum():
+            score = calibrated[:, labels].sum(axis=1)
+            targets[name] = (np.where(is_known, is_positive, np.nan), score)
+            screening[name] = {
+                "classes": [class_names[label] for label in labels],
+                "classes_left_out": [class_names[label] for label in left_out[name]],
+            } | screen(
+                is_positive[is_known],
+                score[is_known],
+                thresholds[name],
+                None if groups is None else np.asarray(groups)[is_known],
+                seed=seed,
             )
     return {
         "test": metrics,
@@ -240,6 +256,7 @@ def assess(
             "before": _trustworthiness(y_true, y_prob, class_names, y_pred),
             "after": _trustworthiness(y_true, calibrated, class_names, y_pred),
         },
+        "counted_as": counted_as(class_names, malignant, unknown),
         "screening": screening,
         "subgroups": {}
         if columns is None
@@ -404,40 +421,156 @@ def _log(y_prob: np.ndarray) -> np.ndarray:
 
 
 def match_classes(class_names: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """The labels of the classes that are called like one of `wanted`.
+    """Returns the labels of the classes that are called like one of `wanted`.
 
-    Case, `_`, `-` and a plural s make no difference. Raises ValueError when none is.
+    The first of these that there is for a name: classes of the same spelling; classes whose names
+    differ by case, `_`, `-`, punctuation and a plural s alone; classes of the same diagnosis, so
+    that `mel` is melanoma (`lesions.find_diagnosis`). Raises ValueError for a name that no class is
+    called like, and names the nearest. `MALIGNANT` stands for the malignant classes, whichever
+    there are; ValueError when there is none.
     """
-    labels = _matching(class_names, wanted)
-    if not labels:
+    if tuple(wanted) == MALIGNANT:
+        labels = [label for label, name in enumerate(class_names) if is_malignant(name)]
+        missing = [] if labels else list(wanted)
+    else:
+        found = {name: _called_like(class_names, name) for name in wanted}
+        labels = sorted({label for labels in found.values() for label in labels})
+        missing = [name for name in found if not found[name]]
+    if missing:
+        nearest = dict.fromkeys(_nearest(class_names, name) for name in missing)
         raise ValueError(
-            f"none of the classes {', '.join(class_names)} is called like {', '.join(wanted)}"
+            f"none of the classes {', '.join(class_names)} is called like {', '.join(missing)}; "
+            f"the nearest: {', '.join(nearest)}"
         )
     return labels
 
 
-def screening_targets(
-    class_names: Sequence[str], malignant: Sequence[str] = MALIGNANT
-) -> dict[str, list[int]]:
-    """What is screened for, with the labels of its classes: `malignant`, and `melanoma` alone.
+def _called_like(class_names: Sequence[str], wanted: str) -> list[int]:
+    plain, diagnosis = normalize_name(wanted), find_diagnosis(wanted)
+    same_spelling = [name == wanted for name in class_names]
+    same_name = [plain != "" and normalize_name(name) == plain for name in class_names]
+    diagnoses = [find_diagnosis(name) for name in class_names]
+    same_diagnosis = [
+        None not in (found, diagnosis) and found.name == diagnosis.name for found in diagnoses
+    ]
+    for is_same in (same_spelling, same_name, same_diagnosis):
+        if any(is_same):
+            return np.flatnonzero(is_same).tolist()
+    return []
 
-    Only what there is among the classes; a target of all classes is none.
+
+def _nearest(class_names: Sequence[str], wanted: str) -> str:
+    plain = normalize_name(wanted)
+    return max(
+        class_names,
+        key=lambda name: difflib.SequenceMatcher(None, normalize_name(name), plain).ratio(),
+    )
+
+
+def counted_as(
+    class_names: Sequence[str],
+    malignant: Sequence[str] = MALIGNANT,
+    unknown: Sequence[str] | None = None,
+) -> dict[str, list[str]]:
+    """Returns the names of the classes that count as `malignant`, as `benign` and as `unknown`.
+
+    By default as `lesions.is_malignant` says. With other names in `malignant`, classes called like
+    these count as malignant and all others as benign, but for those in `unknown`. Raises ValueError
+    for a name in `malignant` that no class is called like.
     """
-    found = {
-        "malignant": _matching(class_names, malignant),
-        "melanoma": _matching(class_names, ["melanoma"]),
+    if tuple(malignant) == MALIGNANT:
+        kinds = {True: "malignant", False: "benign", None: "unknown"}
+        kind_of = {name: kinds[is_malignant(name)] for name in class_names}
+    else:
+        labels = match_classes(class_names, malignant)
+        kind_of = dict.fromkeys(class_names, "benign")
+        kind_of |= {class_names[label]: "malignant" for label in labels}
+    kind_of |= dict.fromkeys(unknown or (), "unknown")
+    return {
+        kind: [name for name in class_names if kind_of[name] == kind]
+        for kind in ("malignant", "benign", "unknown")
     }
-    return {name: labels for name, labels in found.items() if 0 < len(labels) < len(class_names)}
 
 
-def _matching(class_names: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    names = {_plain(name) for name in wanted}
-    return [label for label, name in enumerate(class_names) if _plain(name) in names]
+def screening_targets(
+    class_names: Sequence[str],
+    malignant: Sequence[str] = MALIGNANT,
+    unknown: Sequence[str] | None = None,
+) -> dict[str, list[int]]:
+    """Returns what is screened for, with the labels of its classes: `malignant` and `melanoma`.
+
+    `malignant` and `unknown` are as in `counted_as`; `melanoma` has all classes of melanoma,
+    in-situ ones and metastases too. Only what there is, and what some other class surely is not.
+    """
+    truths = _screening_truths(class_names, malignant, unknown)
+    return {
+        name: [label for label, truth in enumerate(of_classes) if truth]
+        for name, of_classes in truths.items()
+        if True in of_classes and False in of_classes
+    }
 
 
-def _plain(name: str) -> str:
-    words = name.casefold().replace("_", " ").replace("-", " ").split()
-    return " ".join(word.removesuffix("s") for word in words)
+def left_out_of_screening(
+    class_names: Sequence[str],
+    malignant: Sequence[str] = MALIGNANT,
+    unknown: Sequence[str] | None = None,
+) -> dict[str, list[int]]:
+    """Returns for each of `screening_targets` the labels of classes that may or may not be it.
+
+    Their images are left out where thresholds are chosen and figures are measured.
+    """
+    truths = _screening_truths(class_names, malignant, unknown)
+    return {
+        name: [label for label, truth in enumerate(truths[name]) if truth is None]
+        for name in screening_targets(class_names, malignant, unknown)
+    }
+
+
+def _screening_truths(
+    class_names: Sequence[str], malignant: Sequence[str], unknown: Sequence[str] | None
+) -> dict[str, list[bool | None]]:
+    """Whether each class is malignant, and melanoma; None where that is not known."""
+    counted = counted_as(class_names, malignant, unknown)
+    truth_of_kind = {"malignant": True, "benign": False, "unknown": None}
+    is_counted_as = {name: truth_of_kind[kind] for kind in counted for name in counted[kind]}
+    # What counts as benign is no melanoma, unless it is called so.
+    return {
+        "malignant": [is_counted_as[name] for name in class_names],
+        "melanoma": [
+            is_melanoma(name) or (False if is_counted_as[name] is False else is_melanoma(name))
+            for name in class_names
+        ],
+    }
+
+
+def why_screening_is_off(counted: Mapping[str, Sequence[str]]) -> str | None:
+    """Returns why nothing can be screened for, from what `counted_as` gives; None where it can."""
+    names = [name for kind in counted.values() for name in kind]
+    if screening_targets(names, counted["malignant"], counted["unknown"]):
+        return None
+    lacking = "benign" if counted["malignant"] else "malignant"
+    return (
+        f"none of the classes {', '.join(names)} is known as {lacking}; name those that are "
+        "malignant with --malignant_classes"
+    )
+
+
+def screening_warnings(counted: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns what a user has to hear of, in sentences, from what `counted_as` gives."""
+    reason = why_screening_is_off(counted)
+    found = [] if reason is None else [f"screening is off: {reason}"]
+    if counted["unknown"] and reason is None:
+        found.append(
+            "not known whether malignant or benign, and left out of the screening figures: "
+            f"{', '.join(counted['unknown'])}; name what is malignant with --malignant_classes"
+        )
+    doubtful = [name for name in counted["benign"] if is_malignant(name)]
+    if doubtful:
+        found.append(
+            f"counted as benign, as --malignant_classes does not name them, but known as "
+            f"malignant: {', '.join(doubtful)}"
+        )
+    return found
 
 
 def choose_thresholds(is_positive: np.ndarray, score: np.ndarray) -> dict[str, float]:
@@ -576,11 +709,11 @@ def compute_subgroups(
     apart (see `_widest_gap`).
 
     `targets` are what is screened for, by name, with `is_positive` and `score` as `screen` takes
-    them. `screening` then has for each the `roc_auc_of_column`, which a guess by the share of
-    positives among images of the same kind has, without a look at them; and `groups`, by value,
-    with the score's `roc_auc` and its interval within those where there are both. Where the former
-    is high, the model may have learnt to tell the kinds apart instead (Geirhos et al. 2020), and
-    only the latter say what it sees in a lesion.
+    them, but NaN where it is not known whether an image is positive. `screening` then has for each
+    the `roc_auc_of_column`, which a guess by the share of positives among images of the same kind
+    has, without a look at them; and `groups`, by value, with the score's `roc_auc` and its interval
+    within those where there are both. Where the former is high, the model may have learnt to tell
+    the kinds apart instead (Geirhos et al. 2020), and only the latter say what it sees in a lesion.
     """
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
     num_classes = max(int(max(y_true.max(), y_pred.max())) + 1, 2)
@@ -627,6 +760,10 @@ def _screen_within(
     groups: np.ndarray,
     seed: int,
 ) -> dict[str, Any]:
+    is_known = ~np.isnan(np.asarray(is_positive, float))
+    kind_of_image, is_positive, score, groups = (
+        np.asarray(values)[is_known] for values in (kind_of_image, is_positive, score, groups)
+    )
     is_positive, score = _both_kinds(is_positive, score)
     share = np.bincount(kind_of_image, is_positive) / np.bincount(kind_of_image)
     parts = {str(name): kind_of_image == kind for kind, name in enumerate(names)}

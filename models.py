@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
-from evaluation import Calibration
+from evaluation import Calibration, counted_as
 from files import check_alike, is_number, load_tensors, lock
+from lesions import is_malignant
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -251,6 +252,7 @@ class ModelInfo(Mapping[str, Any]):
     temperature, bias : of the `calibration`; 1 and zeros change nothing
     thresholds : of calibrated probabilities, by what is screened for and by aim
     malignant_classes : names; their probabilities add up to that of `malignant`
+    unknown_classes : names that are counted neither as malignant nor as benign
     """
 
     config: dict[str, Any]
@@ -262,12 +264,23 @@ class ModelInfo(Mapping[str, Any]):
     temperature: float = 1.0
     bias: list[float] = field(default_factory=list)
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
-    malignant_classes: list[str] = field(default_factory=list)
+    malignant_classes: list[str] | None = None
+    unknown_classes: list[str] | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.bias == []:
             object.__setattr__(self, "bias", [0.0] * len(self.classes))
+        if self.malignant_classes is None:
+            counted = counted_as(self.classes)
+            object.__setattr__(self, "malignant_classes", counted["malignant"])
+            object.__setattr__(self, "unknown_classes", counted["unknown"])
+        elif self.unknown_classes is None:
+            # Written before these were recorded, when all other classes counted as benign. Only
+            # those that are known to be benign do here.
+            others = [name for name in self.classes if name not in self.malignant_classes]
+            doubtful = [name for name in others if is_malignant(name) is not False]
+            object.__setattr__(self, "unknown_classes", doubtful)
 
     @classmethod
     def from_contents(cls, contents: Mapping[str, Any]) -> "ModelInfo":
@@ -375,9 +388,9 @@ def _check_outputs(info: ModelInfo) -> None:
     if not isinstance(info.bias, list) or len(info.bias) != len(classes):
         raise ValueError(f"its bias does not fit its {len(classes)} classes")
     check_alike(info.bias, [0.0] * len(classes), "bias")
-    malignant = info.malignant_classes
-    if not _are_names(malignant) or not set(malignant) <= set(classes):
-        raise ValueError("its malignant_classes are not among its classes")
+    for what in ("malignant_classes", "unknown_classes"):
+        if not _are_names(info[what]) or not set(info[what]) <= set(classes):
+            raise ValueError(f"its {what} are not among its classes")
     thresholds = info.thresholds
     if not isinstance(thresholds, dict) or not _are_names(list(thresholds)):
         raise ValueError("its thresholds are no dict by name")

@@ -98,7 +98,8 @@ def predict(
     tta : over how many of the 8 flips and quarter-turns raw probabilities are averaged; 1 is the
         image as it is, 2 adds its mirror image, 4 all flips
     gradcam : a folder for a picture of each image under its `gradcam` for the decided class
-    thresholds : by name of a class, or `malignant` for those counted as such, the calibrated
+    thresholds : by name of a class, or `malignant` for those counted as such, or `melanoma` for
+        all classes of it, in situ and metastases too, the calibrated
         probability from which an image is flagged; None is those chosen in training for a
         sensitivity of 95 %, in an ensemble their mean
     preprocessors : those that the models were trained with
@@ -317,19 +318,22 @@ class Ensemble:
     def flags(self, thresholds: Mapping[str, float] | None) -> dict[str, tuple[list[int], float]]:
         """For each threshold, by name, the labels whose probabilities are added up, and itself.
 
-        None is `self.thresholds`. Raises ValueError for a name of no class or a threshold that is
-        no probability.
+        A name is `malignant`, for all classes that count as such, `melanoma`, for all classes of
+        it, or that of a class as `evaluation.match_classes` finds it. None is `self.thresholds`.
+        Raises ValueError for a name of no class or a threshold that is no probability.
         """
         from evaluation import match_classes
+        from lesions import is_melanoma, normalize_name
 
+        targets = {
+            "malignant": [self.classes.index(name) for name in self.malignant_classes],
+            "melanoma": [label for label, name in enumerate(self.classes) if is_melanoma(name)],
+        }
         flags = {}
         for name, threshold in (self.thresholds if thresholds is None else thresholds).items():
             if not 0 <= threshold <= 1:
                 raise ValueError(f"the threshold of {name} is {threshold}; it must be from 0 to 1")
-            malignant = ["malignant"] if self.malignant_classes else []
-            labels = match_classes([*self.classes, *malignant], [name])
-            if len(self.classes) in labels:
-                labels = match_classes(self.classes, self.malignant_classes)
+            labels = targets.get(normalize_name(name)) or match_classes(self.classes, [name])
             flags[name] = (labels, float(threshold))
         return flags
 

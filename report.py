@@ -21,8 +21,9 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
-from evaluation import screening_targets
+from evaluation import counted_as, why_screening_is_off
 from files import read_csv, split_names, write_text
+from lesions import is_melanoma
 
 DASH = "–"
 PIXELS_AN_INCH = 140  # at which figures are shown, so that letters are as large in all
@@ -279,18 +280,17 @@ def _verdict(run: Run) -> str:
         verdict = f"Of {len(run.models)} models, {best['model']} is best by balanced accuracy, "
     else:
         verdict = f"{best['model']} has a balanced accuracy of "
-    melanoma = _melanoma(best.get("classes", []))
-    if melanoma is None:
-        return f"{verdict}{reached}."
-    recall = _of_class(best, melanoma, "recall")
+    clauses = [
+        _recall_in_words(best, name) for name in best.get("classes", []) if is_melanoma(name)
+    ]
+    return f"{'; '.join([verdict + reached, *clauses])}."
+
+
+def _recall_in_words(metrics: dict[str, Any], class_name: str) -> str:
+    recall = _of_class(metrics, class_name, "recall")
     if recall == DASH:
-        return f"{verdict}{reached}; no test image shows {melanoma}."
-    return f"{verdict}{reached}; its recall of {melanoma} is {recall}."
-
-
-def _melanoma(classes: Sequence[str]) -> str | None:
-    labels = screening_targets(classes).get("melanoma", [])
-    return classes[labels[0]] if labels else None
+        return f"no test image shows {class_name}"
+    return f"its recall of {class_name} is {recall}"
 
 
 def _origin(run: Run) -> str:
@@ -557,16 +557,38 @@ def _confusion_in_words(metrics: dict[str, Any]) -> str:
 
 
 def _screening(metrics: dict[str, Any]) -> list[Block]:
-    targets = metrics.get("screening", {})
-    if not targets:
+    if "screening" not in metrics:
         return []
+    targets = metrics["screening"]
+    counted = metrics.get("counted_as") or counted_as(metrics.get("classes", []))
+    reason = why_screening_is_off(counted)
+    if not targets and reason is not None:
+        return [f"Screening is off: {reason}.", *_counted_in_words(counted)]
+    if not targets:
+        text = "Screening could not be measured: the validation or the test images are all of one "
+        return [f"{text}kind.", *_counted_in_words(counted)]
     text = (
         "Thresholds were chosen on the validation images to reach the aim there, and are applied "
         "to the test images. An image is flagged when its calibrated probability is the threshold "
         "or more."
     )
     tables = (_screening_table(name, target, metrics["model"]) for name, target in targets.items())
-    return [text, *tables]
+    return [text, *_counted_in_words(counted), *tables]
+
+
+def _counted_in_words(counted: dict[str, list[str]]) -> list[str]:
+    """Which classes count as what, and which are left out."""
+    if not any(counted.values()):
+        return []
+    named = {f"as {kind}": counted[kind] for kind in ("malignant", "benign")}
+    words = [f"{how}: {', '.join(names)}" for how, names in named.items() if names]
+    sentences = [f"Counted {'; '.join(words)}."] if words else []
+    if counted["unknown"]:
+        sentences.append(
+            "Not known whether malignant or benign, and left out of the screening figures: "
+            f"{', '.join(counted['unknown'])}."
+        )
+    return [" ".join(sentences)]
 
 
 def _screening_table(name: str, target: dict[str, Any], model: str) -> Table:

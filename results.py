@@ -38,11 +38,14 @@ from dataset import (
 from evaluation import (
     assess,
     compare,
+    counted_as,
     match_classes,
     most_confident_mistakes,
+    screening_warnings,
     typical_examples,
 )
 from files import join_names, lock, read_csv, remove_leftovers, write_csv, write_json, write_text
+from lesions import normalize_name
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from predict import gradcam
 from report import write_report
@@ -168,6 +171,7 @@ def leave_results(
         calibration,
         info.thresholds,
         malignant=info.malignant_classes,
+        unknown=info.unknown_classes,
         groups=groups,
         columns=dataset.metadata.drop(columns=own, errors="ignore"),
         seed=seed,
@@ -370,9 +374,9 @@ def evaluate_folder(
     """Measures trained models on labelled images that they have never seen.
 
     `models` are files `model.pth`; the images and their labels are found as by `DatasetBuilder`,
-    and their classes must be among the models', whatever case, hyphens and plurals are. Leaves in
-    `save_dir` what training leaves: figures, tables and `report.html`. The thresholds are those
-    that the models bring. Gives the comparison, and the files that cannot be read.
+    and their classes must be among the models', by name or by diagnosis, which a warning says.
+    Leaves in `save_dir` what training leaves: figures, tables and `report.html`. The thresholds are
+    those that the models bring. Gives the comparison, and the files that cannot be read.
 
     A model that has been measured there on the same images already is passed over, with a warning,
     and other models that have been stay in the comparison. With `overwrite` all that an earlier
@@ -410,6 +414,7 @@ def evaluate_folder(
         findings = builder.audit()
         splits, metadata = builder.build(splits={"test": 1.0})
         dataset = _with_labels_of(splits["test"], first.classes)
+        _warn_of_screening(first)
         loader = create_dataloaders({"test": dataset}, batch_size, device=device)["test"]
         images = metadata[["path", "class", "content_hash"]].to_numpy().tolist()
         told = {"images": _digest(json.dumps(images).encode())}
@@ -600,13 +605,39 @@ def _check_like_first(name: str, info: ModelInfo, first: ModelInfo) -> None:
 
 def _with_labels_of(dataset: LesionDataset, classes: Sequence[str]) -> LesionDataset:
     """The same images, labelled by the numbers that a model gives the classes."""
-    label_of = {}
-    for name in dataset.classes:
-        try:
-            label_of[name] = match_classes(classes, [name])[0]
-        except ValueError as error:
-            raise ValueError(
-                f"the images have a class {name}, the model only {', '.join(classes)}"
-            ) from error
+    label_of = {name: _label_of(name, classes) for name in dataset.classes}
+    by_diagnosis = [
+        f"{name} as {classes[label]}"
+        for name, label in label_of.items()
+        if normalize_name(name) != normalize_name(classes[label])
+    ]
+    if by_diagnosis:
+        warnings.warn(
+            f"classes of the images that the model has by another name: {', '.join(by_diagnosis)}",
+            stacklevel=3,
+        )
     metadata = dataset.metadata.assign(label=dataset.metadata["class"].map(label_of))
     return LesionDataset(dataset.array_path, dataset.rows, metadata, classes)
+
+
+def _label_of(name: str, classes: Sequence[str]) -> int:
+    """The number of the one class that is called like this."""
+    try:
+        labels = match_classes(classes, [name])
+    except ValueError as error:
+        raise ValueError(
+            f"the images have a class {name}, the model only {', '.join(classes)}"
+        ) from error
+    if len(labels) > 1:
+        candidates = ", ".join(classes[label] for label in labels)
+        raise ValueError(
+            f"the images have a class {name}, which may be several of the model: {candidates}; "
+            "name it like one of them"
+        )
+    return labels[0]
+
+
+def _warn_of_screening(info: ModelInfo) -> None:
+    counted = counted_as(info.classes, info.malignant_classes, info.unknown_classes)
+    for message in screening_warnings(counted):
+        warnings.warn(message, stacklevel=3)

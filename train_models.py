@@ -292,7 +292,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--augmentation", action=argparse.BooleanOptionalAction, help="vary the training images")
     add("--balanced", action=argparse.BooleanOptionalAction, help="draw the classes evenly")
     add("--class_weights", choices=("none", "balanced"), help="weigh the loss against imbalance")
-    malignant = "what is screened for (none given: the four of the ISIC classes that are)"
+    malignant = "what is screened for (none given: the classes known as malignant)"
     add("--malignant_classes", nargs="+", metavar="NAME", help=malignant)
     add("--eval_every", type=positive, metavar="N", help="steps between evaluations")
     add("--early_stopping_patience", type=natural, metavar="N", help="evaluations; 0 is off")
@@ -358,6 +358,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 
     findings = _audit(builder)
     loaders, metadata = _load_data(builder, settings, device)
+    _say_what_is_screened_for(loaders["train"].dataset.classes, settings)
     with claim(settings.save_dir) if _is_first() else contextlib.nullcontext():
         if _is_first():
             _begin(settings, metadata, builder, device, is_demo)
@@ -562,6 +563,21 @@ def _load_data(
         images = _world_size() * settings.batch_size
         print(f"{_world_size()} processes, together with batches of {images:,} images", flush=True)
     return loaders, metadata
+
+
+def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> None:
+    """Prints which classes count as malignant; raises ValueError for a name that is no class."""
+    from evaluation import MALIGNANT, counted_as, screening_warnings
+
+    counted = counted_as(classes, settings.malignant_classes or MALIGNANT)
+    named = {
+        "counted as malignant": counted["malignant"],
+        "benign": counted["benign"],
+        "not known": counted["unknown"],
+    }
+    print("; ".join(f"{what}: {', '.join(n) or 'none'}" for what, n in named.items()), flush=True)
+    for message in screening_warnings(counted):
+        warnings.warn(message, stacklevel=2)
 
 
 def _audit(builder: "DatasetBuilder") -> "pd.DataFrame":

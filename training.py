@@ -28,7 +28,9 @@ from evaluation import (
     MALIGNANT,
     choose_thresholds,
     compute_metrics,
+    counted_as,
     fit_calibration,
+    left_out_of_screening,
     screening_targets,
 )
 from models import evaluation_mode
@@ -226,7 +228,8 @@ def train(
     checkpoint_every : steps between writings of `last.pth`; None is every five minutes
     accumulate : batches a step, whose gradients are averaged: large batches in small memory
     compile : whether to run the training steps through `torch.compile`
-    malignant_classes : names; `model.pth` gets thresholds for those that the data have
+    malignant_classes : names of classes, all others being benign; by default those known as
+        malignant, and classes that are not known have no part in the thresholds of `model.pth`
     seed : decides dropout; the data have their own seed in the loader
 
     Returns
@@ -253,6 +256,7 @@ def train(
     model.to(device, memory_format=_memory_format(device, dtype))
     criterion = _make_criterion(class_weights, num_classes).to(device)
     class_names = _class_names(valid_loader, num_classes)
+    counted = counted_as(class_names, malignant_classes)
     shifted = class_weights is not None or getattr(train_loader, "balanced", False)
     rank, world_size = _rank(), _world_size()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -327,7 +331,7 @@ def train(
                 if checkpoint is not None:
                     checkpoint.save_history(progress)
                     if is_best:
-                        fitted = _fit_outputs(evaluation, class_names, malignant_classes, shifted)
+                        fitted = _fit_outputs(evaluation, class_names, counted, shifted)
                         fitted["precision"] = name_of_precision(dtype)
                         checkpoint.save_best(progress, valid_loader, class_names, fitted)
                 bar.log(progress)
@@ -670,25 +674,29 @@ def _summarise(
 def _fit_outputs(
     evaluation: Evaluation,
     class_names: list[str],
-    malignant_classes: Sequence[str],
+    counted: dict[str, list[str]],
     priors_shifted: bool,
 ) -> dict[str, Any]:
-    """What turns the model's outputs into probabilities and alarms, from the validation images."""
+    """What turns the model's outputs into probabilities and alarms, from the validation images.
+
+    `counted` is what `counted_as` gives for the classes.
+    """
     y_true, y_prob = evaluation.labels, evaluation.probabilities
     calibration = fit_calibration(y_true, y_prob, priors_shifted=priors_shifted)
     calibrated = calibration.apply(y_prob)
-    targets = screening_targets(class_names, malignant_classes)
-    thresholds = {}
-    for name, labels in targets.items():
-        is_positive = np.isin(y_true, labels)
-        if 0 < is_positive.sum() < len(is_positive):
+    kinds = (class_names, counted["malignant"], counted["unknown"])
+    left_out, thresholds = left_out_of_screening(*kinds), {}
+    for name, labels in screening_targets(*kinds).items():
+        is_positive, is_known = np.isin(y_true, labels), ~np.isin(y_true, left_out[name])
+        if 0 < is_positive.sum() < is_known.sum():
             score = calibrated[:, labels].sum(axis=1)
-            thresholds[name] = choose_thresholds(is_positive, score)
+            thresholds[name] = choose_thresholds(is_positive[is_known], score[is_known])
     return {
         "temperature": calibration.temperature,
         "bias": list(calibration.bias),
         "thresholds": thresholds,
-        "malignant_classes": [class_names[label] for label in targets.get("malignant", [])],
+        "malignant_classes": counted["malignant"],
+        "unknown_classes": counted["unknown"],
     }
 
 
