@@ -949,7 +949,7 @@ def k_fold_splits(
 
 def _warn_of_classes_with_few_groups(metadata: pd.DataFrame, k: int) -> None:
     name_column = "class" if "class" in metadata else "label"
-    num_groups = metadata.groupby(name_column)["group"].nunique()
+    num_groups = metadata.groupby(name_column, observed=True)["group"].nunique()
     few = [
         f"{_shown(name)} ({number} {'group' if number == 1 else 'groups'})"
         for name, number in num_groups[num_groups < k].items()

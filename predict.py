@@ -398,7 +398,8 @@ def _table(
 ) -> "pd.DataFrame":
     import pandas as pd
 
-    columns: dict[str, Any] = {"path": paths, "class": [classes[label] for label in labels]}
+    columns: dict[str, Any] = {"path": pd.Series(paths, dtype=object)}  # any bytes, unlike a str
+    columns["class"] = [classes[label] for label in labels]
     for label, name in enumerate(classes):
         columns[f"prob_{name}"] = probabilities[:, label]
     for name, (added_up, threshold) in flags.items():

@@ -194,7 +194,7 @@ def _predictions(
     classes: Sequence[str],
 ) -> pd.DataFrame:
     columns: dict[str, Any] = {
-        "path": paths.to_numpy(),
+        "path": pd.Series(paths.to_numpy(), dtype=object),  # of any bytes, unlike a str
         "true_class": [classes[label] for label in y_true],
         "predicted_class": [classes[label] for label in y_pred],
     }
