@@ -659,6 +659,7 @@ class _ArrayCache:
             contextlib.suppress(Timeout, PermissionError),
             lock(self.folder / ".lock").acquire(timeout=0),
         ):
+            remove_leftovers(self.folder)
             if (self.folder / index.array).exists():  # or another process has built it anew
                 self._write_index(index)
 

@@ -66,6 +66,9 @@ def main() -> None:
     if arguments.array:
         print(train_on(arguments.array, arguments.steps))
         return
+    from results import environment  # not above: it would take memory in the measured processes
+
+    print(f"precision {environment()['precision']}")
     for count in arguments.images:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "images.npy"

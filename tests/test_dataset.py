@@ -38,6 +38,7 @@ from dataset import (
     resize,
     stratified_split,
 )
+from files import lock
 from models import get_model
 from synthetic import CLASSES, draw_lesion
 
@@ -488,6 +489,26 @@ def test_new_times_alone_rebuild_nothing(make_images):
     os.utime(root / "a/0000.png")
     build(root)
     assert array_file(root).stat().st_ino == before.st_ino
+
+
+def test_whoever_has_the_lock_of_the_array_removes_leftovers_and_others_write_nothing(make_images):
+    root = make_images({"a": 6, "b": 6})
+    build(root)
+    folder = array_file(root).parent
+    leftover = folder / ".index.0123456789abcdef.tmp.json"
+    leftover.write_text("{")
+    index = folder / "index.json"
+    before = index.read_bytes()
+    with lock(folder / ".lock"):
+        os.utime(root / "a/0000.png")
+        build(root)  # without waiting
+        assert leftover.exists() and index.read_bytes() == before
+    build(root)
+    assert not leftover.exists() and index.read_bytes() != before
+    leftover.write_text("{")
+    (root / "a/0000.png").unlink()
+    build(root)
+    assert not leftover.exists()
 
 
 def shown(splits, path):
