@@ -1,11 +1,15 @@
 """What stands in the folder of a run: which command left it, and what a new run may replace."""
 
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TRAINING, EVALUATION, AUDIT = "training", "evaluation", "audit"
 
@@ -51,6 +55,42 @@ def kind_of_run(config: dict[str, Any]) -> str | None:
     if not config:
         return None
     return config.get("kind") or (TRAINING if "runs" in config else EVALUATION)
+
+
+def write_config(
+    save_dir: str | Path,
+    told: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> None:
+    """Writes `config.json`: what was told of the run, its settings, which are not the defaults."""
+    from files import write_text
+
+    changed = [name for name, value in settings.items() if value != defaults[name]]
+    config = {**told, "settings": dict(settings), "not_default": changed, **more}
+    write_text(Path(save_dir) / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def digest_images(images: "pd.DataFrame") -> str:
+    """Returns what tells these images and their classes from others, 16 hex digits."""
+    return _digest(images[["path", "class", "content_hash"]])
+
+
+def describe_data(metadata: "pd.DataFrame") -> dict[str, str | None]:
+    """Returns the part of a model's record that the metadata of its data set tell."""
+    from dataset import METADATA_COLUMNS
+
+    given = metadata.drop(columns=list(METADATA_COLUMNS), errors="ignore")
+    return {
+        DATA: _digest(metadata[["path", "class", "content_hash", "split"]]),
+        METADATA: _digest(given) if len(given.columns) else None,
+    }
+
+
+def _digest(table: "pd.DataFrame") -> str:
+    text = table.to_csv(index=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -99,6 +139,10 @@ class TrainingFolder:
         """Returns whether the model is finished, with the settings and data of this run."""
         return self.is_finished(model) and not self._differences(model, run)
 
+    def not_done(self, models: Sequence[str], run: dict[str, Any], overwrite: bool) -> list[str]:
+        """Returns those of the models that this run has to train, all of them to `overwrite`."""
+        return [model for model in models if overwrite or not self.is_done(model, run)]
+
     def others(self, models: Sequence[str]) -> list[str]:
         """Returns the other models of which a run left something here."""
         return [
@@ -124,6 +168,17 @@ class TrainingFolder:
                 f"{self.save_dir} holds models of other images or splits, which cannot be compared "
                 f"with this run: {'; '.join(map(self._describe, of_other_data))}; choose another "
                 "--save_dir, or remove them with --overwrite"
+            )
+
+    def check_audit(self, images: str) -> None:
+        """Raises ValueError when a run stands here on others than these images.
+
+        `images` is what `digest_images` gives for them.
+        """
+        if kind_of_run(self.config) == TRAINING and self.config.get("images") != images:
+            raise ValueError(
+                f"{self.save_dir} holds a training run on other images; choose another --save_dir "
+                "for the audit"
             )
 
     def make_room(self, models: Sequence[str], run: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,6 @@ trains with two processes, the first of which prints, draws and writes for both.
 import argparse
 import contextlib
 import ctypes
-import hashlib
 import json
 import logging
 import math
@@ -39,7 +38,15 @@ from console import (
     with_underscores,
 )
 from console import number_type as _number
-from run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, kind_of_run
+from run_folder import (
+    AUDIT,
+    TRAINING,
+    TrainingFolder,
+    describe_data,
+    digest_images,
+    kind_of_run,
+    write_config,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -371,26 +378,19 @@ def _audit_alone(builder: "DatasetBuilder", settings: Settings, is_demo: bool) -
     """Leaves the audit in `save_dir`, and gives the exit status: 1 when it found something."""
     from results import claim, leave_audit, picture_audit
 
-    save_dir, images = Path(settings.save_dir), _digest_images(builder)
-    _check_audited(TrainingFolder.read(save_dir), images)
+    save_dir = Path(settings.save_dir)
+    images = digest_images(builder.list_images(content_hash=True))
+    TrainingFolder.read(save_dir).check_audit(images)
     findings = _audit(builder)
     with claim(save_dir):
         folder = TrainingFolder.read(save_dir)
-        _check_audited(folder, images)
+        folder.check_audit(images)
         if kind_of_run(folder.config) != TRAINING:
             _write_config(AUDIT, settings, is_demo, None, images=images)
         leave_audit(save_dir, findings)
         picture_audit(save_dir, findings, settings.data_dir)
     print(f"\nEverything is in {save_dir}.")
     return 1 if len(findings) > 0 else 0
-
-
-def _check_audited(folder: TrainingFolder, images: str) -> None:
-    if kind_of_run(folder.config) == TRAINING and folder.config.get("images") != images:
-        raise ValueError(
-            f"{folder.save_dir} holds a training run on other images; choose another --save_dir "
-            "for the audit"
-        )
 
 
 def _train_and_compare(
@@ -680,12 +680,8 @@ def _check_run(settings: Settings, is_demo: bool) -> "torch.device | None":
     device = _choose_device(settings.device)
     run = _describe_run(settings, device)
     _check_folder(folder, settings, run, is_demo)
-    _check_weights(settings, _models_to_train(folder, run, settings))
+    _check_weights(settings, folder.not_done(settings.models, run, settings.overwrite))
     return device
-
-
-def _models_to_train(folder: TrainingFolder, run: dict[str, Any], settings: Settings) -> list[str]:
-    return [m for m in settings.models if settings.overwrite or not folder.is_done(m, run)]
 
 
 def _check_folder(
@@ -769,13 +765,13 @@ def _begin(
     folder = TrainingFolder.read(settings.save_dir)
     run = _describe_run(settings, device, metadata)
     _check_folder(folder, settings, run, is_demo)
-    trained = _models_to_train(folder, run, settings)
+    trained = folder.not_done(settings.models, run, settings.overwrite)
     resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
     records = folder.make_room([m for m in trained if m not in resumed], run)
     if not trained:
         return  # what stands in the folder is of the command that trained the models
     records |= dict.fromkeys(trained, run)
-    images = _digest_images(builder)
+    images = digest_images(builder.list_images(content_hash=True))
     _write_config(TRAINING, settings, is_demo, device, images=images, runs=records)
     write_csv(metadata, folder.save_dir / "splits.csv")
 
@@ -783,48 +779,25 @@ def _begin(
 def _write_config(
     kind: str, settings: Settings, is_demo: bool, device: "torch.device | None", **more: Any
 ) -> None:
-    from files import write_text
     from results import environment
 
+    told = {"kind": kind, "command": command(settings, is_demo)}
     defaults = asdict(Settings())
-    config = {
-        "kind": kind,
-        "command": command(settings, is_demo),
-        "settings": asdict(settings),
-        "not_default": [n for n, value in asdict(settings).items() if value != defaults[n]],
-    }
     about = environment(device, settings.precision)
-    path = Path(settings.save_dir) / "config.json"
-    write_text(path, json.dumps(config | more | about, indent=2) + "\n")
+    write_config(settings.save_dir, told, asdict(settings), defaults, more | about)
 
 
 def _describe_run(
     settings: Settings, device: "torch.device", metadata: "pd.DataFrame | None" = None
 ) -> dict[str, Any]:
     """What a model's results depend on, as JSON gives it back; without metadata the settings."""
-    from dataset import METADATA_COLUMNS
     from training import name_of_precision, resolve_precision
 
     run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
     # The precision that is used: "auto" is another one on another machine.
     run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
-    run["processes"] = _world_size()
-    if metadata is not None:
-        given = metadata.drop(columns=list(METADATA_COLUMNS), errors="ignore")
-        run[DATA] = _digest(metadata[["path", "class", "content_hash", "split"]])
-        run[METADATA] = _digest(given) if len(given.columns) else None
+    run |= {"processes": _world_size()} | ({} if metadata is None else describe_data(metadata))
     return json.loads(json.dumps(run))
-
-
-def _digest_images(builder: "DatasetBuilder") -> str:
-    """What tells these images and their classes from others."""
-    images = builder.list_images(content_hash=True)
-    return _digest(images[["path", "class", "content_hash"]])
-
-
-def _digest(table: "pd.DataFrame") -> str:
-    text = table.to_csv(index=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _picture_data(
