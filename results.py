@@ -379,8 +379,8 @@ def evaluate_folder(
     those that the models bring. Gives the comparison, and the files that cannot be read.
 
     A model that has been measured there on the same images already is passed over, with a warning,
-    and other models that have been stay in the comparison. With `overwrite` all that an earlier
-    evaluation left in `save_dir` gives way to this one.
+    and other models that have been stay in the comparison. With `overwrite` it is measured again,
+    and whatever an evaluation of other images left in `save_dir` is removed.
 
     Raises ValueError for models of different classes or sizes or with preprocessors of their own,
     for a class of the images that the models do not know, and for a `save_dir` in use, with another
@@ -409,8 +409,7 @@ def evaluate_folder(
             skip_unreadable=True,
         )
         runs = _describe_evaluation(named, first["classes"], dtype, seed)
-        if not overwrite:
-            _measured_before(save_dir, runs)  # to raise before the images are prepared
+        _measured_before(save_dir, runs, overwrite)  # to raise before the images are prepared
         findings = builder.audit()
         splits, metadata = builder.build(splits={"test": 1.0})
         dataset = _with_labels_of(splits["test"], first.classes)
@@ -421,7 +420,7 @@ def evaluate_folder(
         runs = {name: run | told for name, run in runs.items()}
         claimed.enter_context(claim(save_dir))
         _check_evaluation_folder(save_dir, named, data_dir)  # again, as nobody else can write now
-        measured = {} if overwrite else _measured_before(save_dir, runs)
+        measured = _measured_before(save_dir, runs, overwrite)
         left = [name for name in loaded if name not in measured]
         _remove_results(save_dir, kept=measured)
         if left:
@@ -519,29 +518,31 @@ def _digest(contents: bytes) -> str:
 
 
 def _measured_before(
-    save_dir: Path, runs: Mapping[str, dict[str, Any]]
+    save_dir: Path, runs: Mapping[str, dict[str, Any]], overwrite: bool
 ) -> dict[str, dict[str, Any]]:
-    """The models whose figures stand in `save_dir`, with what each was measured on.
+    """The models whose figures can stay in `save_dir`, with what each was measured on.
 
-    Raises ValueError when they cannot stay there beside those of `runs`: other images or classes,
-    or the same name for something else.
+    Of those in `runs` none can when this is to `overwrite` them. Raises ValueError where, without
+    `overwrite`, figures cannot stay beside those of `runs`: those of other images or classes, or of
+    something else under the same name.
     """
-    measured = {
-        folder.name: run
-        for folder, run in _evaluated_folders(save_dir).items()
-        if (folder / "metrics.json").exists()
-    }
     any_run = next(iter(runs.values()))
     same_for_all = {what: any_run[what] for what in ("images", "classes") if what in any_run}
-    for name, before in measured.items():
+    measured = {}
+    for folder, before in _evaluated_folders(save_dir).items():
+        name = folder.name
+        if not (folder / "metrics.json").exists() or (overwrite and name in runs):
+            continue
         now = runs.get(name, same_for_all)
         differing = [OTHERS[what] for what in now if before.get(what) != now[what]]
-        if differing:
+        if differing and not overwrite:
             words = ", ".join(differing) if before else "nothing on record about its images"
             raise ValueError(
                 f"{save_dir} holds an evaluation of {name} with {words}, which would be lost; "
                 "--overwrite replaces it, or choose another folder"
             )
+        if not differing:
+            measured[name] = before
     return measured
 
 
@@ -551,7 +552,7 @@ def _evaluated_folders(save_dir: Path) -> dict[Path, dict[str, Any]]:
     if kind_of_run(config) != EVALUATION:
         return {}
     runs = config.get("runs")
-    if runs is None:  # written before there was such a record
+    if not isinstance(runs, dict):  # written before there was such a record
         runs = {path.parent.name: {} for path in save_dir.glob("*/metrics.json")}
     folders = {
         save_dir / name: run for name, run in runs.items() if Path(name).name == name != ".."

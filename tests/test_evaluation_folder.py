@@ -309,16 +309,19 @@ def test_models_of_other_classes_are_not_compared_in_one_folder(tmp_path, images
         evaluate_folder([model], images, tmp_path / "out")
 
 
-def test_an_overwritten_evaluation_leaves_nothing_behind(tmp_path, images, save_model, measured):
+def test_overwriting_measures_again_and_removes_what_is_of_other_images(
+    tmp_path, images, save_model, measured
+):
     out = tmp_path / "out"
     evaluate_folder([save_model("one"), save_model("two")], images, out)
+    comparison, _ = evaluate_folder([save_model("two")], images, out, overwrite=True)
+    assert measured == ["one", "two", "two"]
+    assert comparison["model"].tolist() == ["one", "two"]
     image_more(None, images)
     comparison, _ = evaluate_folder([save_model("two")], images, out, overwrite=True)
     assert comparison["model"].tolist() == ["two"]
     assert not (out / "one").exists()
     assert config(out)["runs"].keys() == {"two"}
-    evaluate_folder([save_model("two")], images, out, overwrite=True)  # the same one, afresh
-    assert measured == ["one", "two", "two", "two"]
 
 
 def test_no_model_to_be_overwritten_is_lost_before_all_checks(tmp_path, images, save_model):
@@ -339,6 +342,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_same_command(
     out, models = tmp_path / "out", [save_model("one"), save_model("two", seed=1)]
     if overwrite:
         evaluate_folder([save_model("former", seed=2)], images, out)
+        image_more(None, images)
         measured.clear()
     leave = results.leave_results
 
@@ -392,11 +396,12 @@ def test_names_in_a_config_lead_nowhere_outside_the_folder(tmp_path, images, sav
     out, model = tmp_path / "out", save_model()
     evaluate_folder([model], images, out)
     told = config(out)
-    told["runs"] |= {"..": {}, "../beside": {}, str(tmp_path / "beside"): {}}
+    told["runs"] |= {"..": {}, "../beside": {}, str(tmp_path / "beside"): {}, "": {}, "cnn2": 3}
     (out / "config.json").write_text(json.dumps(told))
     (tmp_path / "beside").mkdir()
     for file in ("metrics.json", "beside/metrics.json"):
         (tmp_path / file).write_text("precious")
+    image_more(None, images)
     evaluate_folder([model], images, out, overwrite=True)
     for file in ("metrics.json", "beside/metrics.json"):
         assert (tmp_path / file).read_text() == "precious"
