@@ -34,6 +34,7 @@ from console import (
     stoppable,
     with_underscores,
 )
+from hardware import keep_freed_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -1071,4 +1072,5 @@ def _printable(text: str) -> str:
 
 if __name__ == "__main__":
     speak_utf8()
+    keep_freed_memory()
     sys.exit(main())

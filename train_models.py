@@ -38,6 +38,7 @@ from console import (
     with_underscores,
 )
 from console import number_type as _number
+from hardware import keep_freed_memory
 from run_folder import (
     AUDIT,
     TRAINING,
@@ -946,4 +947,5 @@ def _show_warning(message: Warning | str, *details: Any) -> None:
 
 if __name__ == "__main__":
     speak_utf8()
+    keep_freed_memory()
     sys.exit(main())
