@@ -555,7 +555,9 @@ def _evaluated_folders(save_dir: Path) -> dict[Path, dict[str, Any]]:
     if not isinstance(runs, dict):  # written before there was such a record
         runs = {path.parent.name: {} for path in save_dir.glob("*/metrics.json")}
     folders = {
-        save_dir / name: run for name, run in runs.items() if Path(name).name == name != ".."
+        save_dir / name: run
+        for name, run in runs.items()
+        if isinstance(run, dict) and Path(name).name == name != ".."
     }
     theirs = ("config.json", *TRAINING_FILES)
     return {

@@ -399,6 +399,7 @@ def test_names_in_a_config_lead_nowhere_outside_the_folder(tmp_path, images, sav
     told["runs"] |= {"..": {}, "../beside": {}, str(tmp_path / "beside"): {}, "": {}, "cnn2": 3}
     (out / "config.json").write_text(json.dumps(told))
     (tmp_path / "beside").mkdir()
+    (out / "cnn2").mkdir()
     for file in ("metrics.json", "beside/metrics.json"):
         (tmp_path / file).write_text("precious")
     image_more(None, images)
