@@ -269,7 +269,7 @@ class ModelInfo(Mapping[str, Any]):
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.bias == []:
+        if isinstance(self.bias, list) and not self.bias:
             object.__setattr__(self, "bias", [0.0] * len(self.classes))
         if self.malignant_classes is None:
             counted = counted_as(self.classes)
