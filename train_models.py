@@ -503,6 +503,14 @@ def _load_data(
     missing = [name for name in splits if name not in datasets]
     if missing:
         raise ValueError(f"--splits_csv {settings.splits_csv}: has no split {', '.join(missing)}")
+    unused = [name for name in datasets if name not in splits]
+    if unused:
+        count = sum(len(datasets[name]) for name in unused)
+        warnings.warn(
+            f"--splits_csv {settings.splits_csv}: {count} images are in splits that are not "
+            f"{', '.join(splits)} and are not used: {', '.join(unused)}",
+            stacklevel=2,
+        )
     loaders = create_dataloaders(
         datasets,
         settings.batch_size,
@@ -528,12 +536,9 @@ def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> Non
     from evaluation import MALIGNANT, counted_as, screening_warnings
 
     counted = counted_as(classes, settings.malignant_classes or MALIGNANT)
-    named = {
-        "counted as malignant": counted["malignant"],
-        "benign": counted["benign"],
-        "not known": counted["unknown"],
-    }
-    print("; ".join(f"{what}: {', '.join(n) or 'none'}" for what, n in named.items()), flush=True)
+    malignant, benign = (", ".join(counted[kind]) or "none" for kind in ("malignant", "benign"))
+    unknown = f"; not known: {len(counted['unknown'])}" if counted["unknown"] else ""
+    print(f"counted as malignant: {malignant}; benign: {benign}{unknown}", flush=True)
     for message in screening_warnings(counted):
         warnings.warn(message, stacklevel=2)
 
