@@ -528,6 +528,21 @@ def _check_unicode(values: pd.Series, name: str | Path) -> None:
         )
 
 
+def _warn_of_rows_without_image(
+    paths: Sequence[str], table: pd.DataFrame, name: str | Path
+) -> None:
+    """Warns of rows of a table, which `join_table` has taken, that name none of these images."""
+    key = next(column for column in ("path", *STEM_COLUMNS) if column in table)
+    known = set(paths) if key == "path" else {PurePosixPath(path).stem for path in paths}
+    extra = table[key][~table[key].isin(known)]
+    if len(extra) > 0:
+        warnings.warn(
+            f"{_shown(name)}: {len(extra)} of its {len(table)} rows name no image here, such as "
+            f"{_shown(extra.iloc[0])}",
+            stacklevel=4,
+        )
+
+
 def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
     """Numbers (N,) of the groups of images that belong together by any of these columns.
 
@@ -1254,8 +1269,10 @@ class DatasetBuilder:
         if name is None:
             return images
         column = self.label_column or "class"
-        labels = join_table(images["path"], read_table(name, [column]), name)[column]
+        table = read_table(name, [column])
+        labels = join_table(images["path"], table, name)[column]
         if self.label_column is None:
+            _warn_of_rows_without_image(images["path"], table, name)
             labels = labels.fillna(images["class"])
         elif labels.isna().any():
             without = images["path"][labels.isna()]

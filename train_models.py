@@ -538,14 +538,19 @@ def _load_data(
     builder: "DatasetBuilder", settings: Settings, device: "torch.device"
 ) -> "tuple[dict[str, LesionLoader], pd.DataFrame]":
     from dataset import create_dataloaders
-    from evaluation import match_classes
 
     splits = dict(zip(("train", "valid", "test"), settings.splits, strict=True))
     datasets, metadata = builder.build(splits=splits)
     _check_given_splits(set(datasets), settings)
-    if settings.malignant_classes:
-        match_classes(datasets["train"].classes, settings.malignant_classes)
     _check_batch_size(len(datasets["train"]), "training images", settings)
+    unused = [name for name in datasets if name not in splits]
+    if unused:
+        count = sum(len(datasets[name]) for name in unused)
+        warnings.warn(
+            f"--splits_csv {settings.splits_csv}: {count} images are in splits that are not "
+            f"{', '.join(splits)} and are not used: {', '.join(unused)}",
+            stacklevel=2,
+        )
     loaders = create_dataloaders(
         datasets,
         settings.batch_size,
@@ -571,12 +576,10 @@ def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> Non
     from evaluation import MALIGNANT, counted_as, screening_warnings
 
     counted = counted_as(classes, settings.malignant_classes or MALIGNANT)
-    named = {
-        "counted as malignant": counted["malignant"],
-        "benign": counted["benign"],
-        "not known": counted["unknown"],
-    }
-    print("; ".join(f"{what}: {', '.join(n) or 'none'}" for what, n in named.items()), flush=True)
+    malignant, benign, unknown = (", ".join(counted[kind]) for kind in counted)
+    unknown = f"; not known: {unknown}" if unknown else ""
+    print(f"counted as malignant: {malignant or 'none'}; benign: {benign or 'none'}{unknown}",
+          flush=True)  # fmt: skip
     for message in screening_warnings(counted):
         warnings.warn(message, stacklevel=2)
 

@@ -869,6 +869,19 @@ def test_labels_from_a_table_override_those_of_the_folders(make_images, tmp_path
     assert found.drop(["a/0000.png", "b/0003.png"]).value_counts().to_dict() == {"a": 11, "b": 11}
 
 
+def test_rows_of_a_table_of_labels_that_name_no_image_are_said(make_images, tmp_path):
+    root = make_images({"a": 12, "b": 12})
+    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "a/nine.png"], "class": ["b", "b"]})
+    with pytest.warns(
+        UserWarning, match="l.csv: 1 of its 2 rows name no image here, such as a/nine"
+    ):
+        build(root, labels_csv=labels)
+    write(labels, {"image_id": ["0000", "0001"], "class": ["b", "b"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(root, labels_csv=labels)
+
+
 def test_a_flat_folder_trains_from_a_table_alone(make_images, tmp_path):
     root = make_images({"all": 20})
     names = [f"{i:04d}" for i in range(20)]

@@ -36,12 +36,15 @@ from evaluation import (
     compute_intervals,
     compute_metrics,
     compute_subgroups,
+    counted_as,
     fit_calibration,
+    left_out_of_screening,
     match_classes,
     most_confident_mistakes,
     reliability,
     screen,
     screening_targets,
+    screening_warnings,
     typical_examples,
     wilson_interval,
 )
@@ -385,6 +388,119 @@ def test_classes_are_matched_whatever_the_case_hyphens_and_plurals():
         match_classes(["cat", "dog"], MALIGNANT)
 
 
+def test_an_exact_spelling_goes_before_a_similar_one_and_that_before_the_diagnosis():
+    names = ["Melanoma", "melanoma", "melanoma (in situ)", "mel", "HPV+", "HPV-"]
+    assert match_classes(names, ["melanoma"]) == [1]
+    assert match_classes(names, ["MELANOMAS"]) == [0, 1]
+    assert match_classes(names, ["malignant melanoma"]) == [0, 1, 2, 3]
+    assert match_classes(names, ["hpv+"]) == [4]
+    assert match_classes(["akiec", "bcc", "nv"], ["Nevus", "actinic keratosis"]) == [0, 2]
+    assert match_classes(["melanoma in situ", "nevus"], ["melanoma"]) == [0]
+
+
+def test_a_wanted_name_of_no_class_is_an_error_that_names_it_and_the_nearest_class():
+    names = ["melanoma", "basal cell carcinoma", "nevus"]
+    words = "is called like bsal cell carcinoma; the nearest: basal cell carcinoma$"
+    for wanted in (["melanoma", "bsal cell carcinoma"], ["bsal cell carcinoma"]):
+        for function in (match_classes, counted_as, screening_targets):
+            with pytest.raises(ValueError, match=words):
+                function(names, wanted)
+    with pytest.raises(ValueError, match="called like melonama, nevu5; the nearest: mel.*, nevus$"):
+        match_classes(names, ["nevus", "melonama", "nevu5"])
+    with pytest.raises(ValueError, match="is called like ---"):
+        match_classes(["...", "nevus"], ["---"])
+
+
+@pytest.mark.parametrize(
+    ("names", "malignant", "melanoma"),
+    [
+        ("akiec bcc bkl df mel nv vasc", "akiec bcc mel", "mel"),
+        ("MEL NV BCC AK BKL DF VASC SCC", "MEL BCC AK SCC", "MEL"),
+        ("ACK BCC MEL NEV SCC SEK", "ACK BCC MEL SCC", "MEL"),
+        ("AKIEC BCC BEN_OTH BKL DF INF MAL_OTH MEL NV SCCKA VASC",
+         "AKIEC BCC MAL_OTH MEL SCCKA", "MEL"),
+        ("melanoma-in-situ basal-cell-carcinoma melanocytic-nevi",
+         "melanoma-in-situ basal-cell-carcinoma", "melanoma-in-situ"),
+        ("benign malignant", "malignant", ""),
+        ("melanoma non-melanoma", None, "melanoma"),
+    ],
+)  # fmt: skip
+def test_the_published_sets_are_screened_without_a_word_of_the_users(names, malignant, melanoma):
+    names = names.split()
+    expected = {"malignant": malignant, "melanoma": melanoma}
+    assert screening_targets(names) == {
+        target: [names.index(name) for name in of_target.split()]
+        for target, of_target in expected.items()
+        if of_target
+    }
+
+
+def test_classes_that_are_not_known_count_neither_as_malignant_nor_as_benign():
+    names = ["mel", "UNK", "nv", "malignant", "cat"]
+    assert counted_as(names) == {
+        "malignant": ["mel", "malignant"], "benign": ["nv"], "unknown": ["UNK", "cat"],
+    }  # fmt: skip
+    assert screening_targets(names) == {"malignant": [0, 3], "melanoma": [0]}
+    # What is malignant may be a melanoma.
+    assert left_out_of_screening(names) == {"malignant": [1, 4], "melanoma": [1, 3, 4]}
+    # The user has said it all.
+    assert counted_as(names, ["mel", "cat"])["benign"] == ["UNK", "nv", "malignant"]
+    assert left_out_of_screening(names, ["mel", "cat"]) == {"malignant": [], "melanoma": [4]}
+    assert counted_as(names, ["mel"], ["cat"])["unknown"] == ["cat"]
+
+
+@given(st.lists(st.sampled_from(["mel", "bcc", "nv", "UNK", "malignant", "a", "melanoma in situ"])))
+def test_every_class_counts_as_one_thing_and_melanoma_never_as_benign(names):
+    names = list(dict.fromkeys(names))
+    counted = counted_as(names)
+    assert sorted(name for kind in counted.values() for name in kind) == sorted(names)
+    assert not {"mel", "bcc", "malignant", "melanoma in situ", "UNK", "a"} & set(counted["benign"])
+    for target, labels in screening_targets(names).items():
+        left_out = left_out_of_screening(names)[target]
+        assert labels and not set(labels) & set(left_out)
+        assert len(labels) + len(left_out) < len(names)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**32 - 1))
+def test_images_of_unknown_classes_change_no_figure_of_screening(seed):
+    rng = np.random.default_rng(seed)
+    y_true = np.arange(90) % 4
+    y_prob = softmax(rng.normal(size=(90, 4)) + np.eye(4)[y_true], axis=1)
+    names, known = ["melanoma", "bcc", "nevus", "UNK"], y_true != 3
+    columns = pd.DataFrame({"camera": rng.choice(["one", "other"], 90)})
+    groups = rng.integers(60, size=90)
+    thresholds = {target: {"sensitivity 95%": 0.4} for target in ("malignant", "melanoma")}
+    calibration = Calibration(1.0, (0.0,) * 4)
+    whole, part = (
+        assess(
+            y_true[kept], y_prob[kept], names, calibration, thresholds,
+            groups=groups[kept], columns=columns[kept],
+        )
+        for kept in (np.full(90, True), known)
+    )  # fmt: skip
+    assert whole["screening"] == part["screening"]
+    assert whole["screening"]["malignant"]["classes_left_out"] == ["UNK"]
+    assert whole["screening"]["malignant"]["negatives"] == (y_true == 2).sum()
+    within = [found["subgroups"]["camera"]["screening"] for found in (whole, part)]
+    assert within[0] == within[1]
+    assert whole["counted_as"]["unknown"] == ["UNK"]
+
+
+def test_what_a_user_has_to_hear_about_screening_is_said_and_nothing_else():
+    assert screening_warnings(counted_as(["melanoma", "bcc", "nevus"])) == []
+    assert screening_warnings(counted_as(["melanoma", "cat"], ["melanoma"])) == []
+    (off,) = screening_warnings(counted_as(["cat", "dog"]))
+    assert off.startswith("screening is off: none of the classes cat, dog is known as malignant; ")
+    assert off.endswith("with --malignant_classes")
+    (off,) = screening_warnings(counted_as(["melanoma", "cat"]))
+    assert off.startswith("screening is off: none of the classes melanoma, cat is known as benign")
+    (unknown,) = screening_warnings(counted_as(["melanoma", "cat", "nevus"]))
+    assert "left out of the screening figures: cat;" in unknown
+    (doubtful,) = screening_warnings(counted_as(["mel", "akiec", "nv"], ["mel"]))
+    assert doubtful.endswith("but known as malignant: akiec")
+
+
 def test_a_perfect_score_has_area_1_and_perfect_points():
     is_positive = np.arange(40) % 4 == 0
     thresholds = choose_thresholds(is_positive, is_positive * 1.0)
@@ -561,7 +677,8 @@ def test_decisions_are_the_models_own_and_probabilities_the_calibrated_ones():
     low, high = found["test_intervals"]["accuracy"]
     assert low < found["test"]["accuracy"] < high
     assert set(found["screening"]) == {"melanoma"}  # nothing was chosen for malignant
-    area = roc_auc_score(y_true == 0, calibrated[:, 0])
+    known = y_true != 2  # it is not known whether a cat is malignant
+    area = roc_auc_score(y_true[known] == 0, calibrated[known, 0])
     assert found["screening"]["melanoma"]["roc_auc"] == pytest.approx(area)
     assert found["subgroups"] == {}
     assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -110,6 +110,8 @@ def many_times_over():
         ("malignant_classes", ["wart"], "malignant_classes"),
         ("malignant_classes", "melanoma", "malignant_classes"),
         ("malignant_classes", [["melanoma"]], "malignant_classes"),
+        ("unknown_classes", ["wart"], "unknown_classes"),
+        ("unknown_classes", "melanoma", "unknown_classes"),
         ("metrics", {"a": b"bytes"}, "asks for _codecs.encode"),
         ("metrics", {"a": 1j}, "asks for"),
         ("metrics", {"a": torch.float32}, "asks for torch.float32"),

@@ -304,6 +304,21 @@ def test_an_ensemble_flags_by_the_mean_of_its_thresholds(save_model):
     assert ensemble.thresholds == {"malignant": pytest.approx(0.3)}  # melanoma: not in both
 
 
+def test_published_codes_name_classes_and_melanoma_all_classes_of_it(images, save_model):
+    model = save_model(classes=["melanoma", "Melanoma (in situ)", "nevus"], thresholds=STORED)
+    given = {"nv": 0.3, "melanoma (in situ)": 0.3}
+    table = predict(model, images, thresholds=given, device="cpu")
+    assert table["flag_nv"].tolist() == (table["prob_nevus"] >= 0.3).tolist()
+    in_situ = table["prob_Melanoma (in situ)"]
+    assert table["flag_melanoma (in situ)"].tolist() == (in_situ >= 0.3).tolist()
+    both = table["prob_melanoma"] + in_situ
+    middle = float(both.median())
+    for name in ("MEL", "melanoma"):
+        table = predict(model, images, thresholds={name: middle}, device="cpu")
+        assert table[f"flag_{name}"].tolist() == (both >= middle).tolist()
+        assert 0 < table[f"flag_{name}"].sum() < len(table)
+
+
 @pytest.mark.parametrize(
     ("thresholds", "words"),
     [

@@ -340,6 +340,41 @@ def test_screening_calibration_and_subgroups_of_each_model_are_shown(page):
     assert "Cohen's kappa −0.124" in rows
 
 
+def change_metrics(save_dir, **changes):
+    for model in ("cnn", "net"):
+        path = save_dir / model / "metrics.json"
+        write(path, json.loads(path.read_text()) | changes)
+
+
+def test_screening_that_is_off_is_said_with_the_reason_and_the_way_out(save_dir):
+    counted = {"malignant": [], "benign": [], "unknown": ["cat", "<dog>"]}
+    change_metrics(save_dir, screening={}, counted_as=counted)
+    texts = Page(write_report(save_dir)).text("p")
+    off = "Screening is off: none of the classes cat, <dog> is known as malignant; name those that "
+    assert texts.count(f"{off}are malignant with --malignant_classes.") == 2
+    counted = {"malignant": ["melanoma"], "benign": ["nevus"], "unknown": []}
+    change_metrics(save_dir, counted_as=counted)
+    texts = Page(write_report(save_dir)).text("p")
+    assert "Counted as malignant: melanoma; as benign: nevus." in texts
+    assert any(text.startswith("Screening could not be measured: ") for text in texts)
+
+
+def test_classes_that_are_not_known_are_named_beside_the_figures_of_screening(save_dir):
+    counted = {"malignant": ["melanoma"], "benign": ["nevus"], "unknown": ["UNK"]}
+    change_metrics(save_dir, counted_as=counted)
+    texts = Page(write_report(save_dir)).text("p")
+    said = "Not known whether malignant or benign, and left out of the screening figures: UNK."
+    assert sum(text.endswith(said) for text in texts) == 2
+
+
+def test_the_recall_of_every_class_of_melanoma_is_said_first(save_dir):
+    classes = ("melanoma in situ", "Melanoma Invasive", "nevus")
+    make_run(save_dir, classes=classes)
+    (verdict,) = [t for t in Page(write_report(save_dir)).text("p") if "is best by" in t]
+    assert "its recall of melanoma in situ is 0.16" in verdict
+    assert "Melanoma Invasive" in verdict and "nevus" not in verdict
+
+
 def test_what_was_run_is_told_and_what_differs_from_the_defaults_comes_first(page):
     assert page.text("pre") == ["python train_models.py --seed 7"]
     captions, rows = page.text("caption"), page.text("tr")

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import recall_score
 
+from evaluation import MALIGNANT
 from files import load_tensors, save_tensors
 from predict import main as predict_main
-from results import evaluate_folder
+from results import _counting, _label_of, evaluate_folder
 from train_models import main as train_main
 
 
@@ -78,6 +79,37 @@ def test_a_class_that_the_model_does_not_know_is_one_line(trained, make_images, 
     (line,) = capfd.readouterr().err.splitlines()
     assert "the images have a class cat, the model only melanoma, nevus, vascular lesion" in line
     assert not (tmp_path / "found").exists()
+
+
+def test_images_are_labelled_by_diagnosis_where_the_model_has_another_name_for_it(
+    trained, make_images, tmp_path, capfd
+):
+    other = make_images({"mel": 6, "NV": 5, "Vascular-Lesions": 4}, name="codes")
+    words = ["--model", str(trained[0]), "--evaluate", str(tmp_path / "found"), "--device", "cpu"]
+    assert predict_main([*words, str(other)]) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("that the model has by another name: NV as nevus, mel as melanoma")
+    predictions = pd.read_csv(tmp_path / "found/simple_cnn/predictions.csv")
+    assert predictions["true_class"].value_counts().to_dict() == {
+        "melanoma": 6, "nevus": 5, "vascular lesion": 4,
+    }  # fmt: skip
+
+
+def test_a_class_of_the_images_that_may_be_several_of_the_model_is_refused():
+    classes = ["melanoma in situ", "Melanoma Invasive", "nevus"]
+    with pytest.raises(ValueError, match="class mel, which may be several .* in situ, Melanoma"):
+        _label_of("mel", classes)
+    assert _label_of("Melanoma, invasive", classes) == 1
+    assert _label_of("melanoma", ["melanoma in situ", "melanoma"]) == 1
+    assert _label_of("melanoma (in situ)", ["melanoma", "nevus"]) == 0
+
+
+def test_what_an_earlier_model_took_for_benign_counts_as_benign_only_if_it_is_known_to_be():
+    classes = ["bcc", "melanoma in situ", "UNK", "nevus"]
+    earlier = {"classes": classes, "malignant_classes": ["bcc"]}
+    assert _counting(earlier) == (["bcc"], ["melanoma in situ", "UNK"])
+    assert _counting(earlier | {"unknown_classes": ["UNK"]}) == (["bcc"], ["UNK"])
+    assert _counting({"classes": classes}) == (MALIGNANT, None)
 
 
 def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):

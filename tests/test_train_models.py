@@ -63,6 +63,12 @@ def digest(folder):
     return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
 
 
+def errors(text):
+    """The lines of stderr but for warnings."""
+    lines = text.splitlines()
+    return [line for line in lines if not line.startswith("train_models.py: warning: ")]
+
+
 # ---------------------------------------------------------------------------- a run
 
 
@@ -295,6 +301,82 @@ def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd
     assert "warning: not every split has every class: lonely" in capfd.readouterr().err
 
 
+# ---------------------------------------------------------------------------- screening
+
+
+@pytest.fixture
+def quick(arguments):
+    """Flags of a run of one small model on another folder, given as a function of the folder."""
+    at = arguments.index("--layers")
+    return lambda root: ["--data_dir", str(root), *arguments[2:at], "--models", "simple_cnn",
+                         "--num_steps", "2", "--batch_size", "8", "--device", "cpu"]  # fmt: skip
+
+
+def test_the_codes_of_ham10000_are_screened_without_a_warning(quick, make_images, tmp_path, capfd):
+    counts = dict.fromkeys(["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"], 12)
+    root = make_images({"all": sum(counts.values())}, name="ham", size=32)
+    stems = sorted(path.stem for path in root.rglob("*.png"))
+    table = pd.DataFrame({"image_id": stems, "dx": np.repeat(list(counts), 12)})
+    table.to_csv(tmp_path / "HAM10000_metadata.csv", index=False)
+    labels = ["--labels_csv", str(tmp_path / "HAM10000_metadata.csv"), "--label_column", "dx"]
+    assert main([*quick(root), *labels]) == 0
+    printed = capfd.readouterr()
+    assert "counted as malignant: akiec, bcc, mel; benign: bkl, df, nv, vasc\n" in printed.out
+    assert printed.err == ""
+    metrics = json.loads((tmp_path / "out/simple_cnn/metrics.json").read_text())
+    screening = metrics["screening"]
+    assert screening["malignant"]["classes"] == ["akiec", "bcc", "mel"]
+    assert screening["melanoma"]["classes"] == ["mel"]
+    assert screening["malignant"]["classes_left_out"] == metrics["counted_as"]["unknown"] == []
+
+
+def test_a_run_says_when_screening_is_off_and_the_report_does(quick, make_images, tmp_path, capfd):
+    root = make_images({"cat": 14, "dog": 14}, name="pets")
+    assert main(quick(root)) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    off = "none of the classes cat, dog is known as malignant; name those that are malignant"
+    assert f"warning: screening is off: {off} with --malignant_classes" in line
+    assert f"Screening is off: {off}" in (tmp_path / "out/report.html").read_text()
+    assert json.loads((tmp_path / "out/simple_cnn/metrics.json").read_text())["screening"] == {}
+
+
+def test_images_of_a_class_that_is_not_known_are_no_negatives(quick, make_images, tmp_path, capfd):
+    root = make_images({"melanoma (in situ)": 14, "nevus": 14, "UNK": 14}, name="unknown")
+    assert main(quick(root)) == 0
+    printed = capfd.readouterr()
+    assert "counted as malignant: melanoma (in situ); benign: nevus; not known: 1" in printed.out
+    assert "left out of the screening figures: UNK;" in printed.err
+    metrics = json.loads((tmp_path / "out/simple_cnn/metrics.json").read_text())
+    for target in ("malignant", "melanoma"):
+        found = metrics["screening"][target]
+        assert found["classes"] == ["melanoma (in situ)"] and found["classes_left_out"] == ["UNK"]
+        assert found["negatives"] == metrics["test"]["per_class"]["nevus"]["support"]
+    assert "left out of the screening figures: UNK." in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_malignant_class_that_there_is_not_is_named_with_the_nearest_before_any_training(
+    quick, make_images, tmp_path, capfd
+):
+    root = make_images({"melanoma": 14, "basal cell carcinoma": 12, "nevus": 12}, name="three")
+    wanted = ["--malignant_classes", "melanoma", "bsal cell carcinoma"]
+    assert main([*quick(root), *wanted]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "is called like bsal cell carcinoma; the nearest: basal cell carcinoma" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_of_a_table_that_are_not_used_are_said(quick, make_images, tmp_path, capfd):
+    root = make_images({"melanoma": 14, "nevus": 14}, name="two")
+    assert main(quick(root)) == 0
+    table = pd.read_csv(tmp_path / "out/splits.csv")
+    table.loc[table.index[table["split"] == "train"][:2], "split"] = "trian"
+    table.to_csv(tmp_path / "splits.csv", index=False)
+    more = ["--splits_csv", str(tmp_path / "splits.csv"), "--save_dir", str(tmp_path / "again")]
+    assert main([*quick(root), *more]) == 0
+    said = "2 images are in splits that are not train, valid, test and are not used: trian"
+    assert said in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------------------- several processes
 
 
@@ -468,8 +550,7 @@ def test_mistakes_are_one_line_and_touch_nothing(
             status = main([*arguments, *flags])
         except SystemExit as stop:  # argparse leaves by itself
             status = stop.code
-        lines = capfd.readouterr().err.splitlines()
-        (message,) = [line for line in lines if not line.startswith("train_models.py: warning: ")]
+        (message,) = errors(capfd.readouterr().err)
         assert status == 2, flags
         assert all(part in message for part in expected), message
         assert digest(out) == before, flags
@@ -481,7 +562,7 @@ def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeyp
 
     monkeypatch.setattr("training.train", fails)
     assert main([*arguments, "--batch_size", "16", "--accumulate", "2"]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = errors(capfd.readouterr().err)
     assert "out of memory with --batch_size 16; try --batch_size 8 --accumulate 4" in line
 
 
@@ -490,7 +571,7 @@ def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
     own = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     result = subprocess.run(words, capture_output=True, text=True, env=os.environ | own)
     assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    (line,) = errors(result.stderr)
     assert "--compile does not work here (" in line and "run without it" in line
 
 

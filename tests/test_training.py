@@ -17,6 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from dataset import DatasetBuilder, create_dataloaders
+from evaluation import choose_thresholds
 from models import get_model, load_model
 from training import (
     evaluate,
@@ -53,6 +54,36 @@ def run(loaders, num_steps=6, name="simple_cnn", learning_rate=1e-3, model=None,
 def same_weights(first, second):
     first, second = first.state_dict(), second.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# ---------------------------------------------------------------------------- screening
+
+
+def test_thresholds_are_chosen_on_the_images_that_are_known(make_images, tmp_path, monkeypatch):
+    chosen = []
+
+    def choose(is_positive, score):
+        chosen.append((is_positive.sum(), len(is_positive)))
+        return choose_thresholds(is_positive, score)
+
+    monkeypatch.setattr("training.choose_thresholds", choose)
+    root = make_images({"mel": 20, "nv": 15, "UNK": 30})
+    splits, _ = DatasetBuilder(root, image_size=32).build()
+    loaders = create_dataloaders(splits, batch_size=8, device="cpu")
+    run(loaders, num_steps=2, save_path=tmp_path / "m")
+    _, info = load_model(tmp_path / "m/model.pth")
+    assert (info["malignant_classes"], info["unknown_classes"]) == (["mel"], ["UNK"])
+    assert set(info["thresholds"]) == {"malignant", "melanoma"}
+    counts = splits["valid"].metadata["class"].value_counts()
+    assert set(chosen) == {(counts["mel"], counts["mel"] + counts["nv"])}
+
+
+def test_a_malignant_class_that_there_is_not_ends_the_training_before_its_first_step(
+    loaders, tmp_path
+):
+    with pytest.raises(ValueError, match="is called like bb; the nearest: b"):
+        run(loaders, save_path=tmp_path / "m", malignant_classes=["a", "bb"])
+    assert not (tmp_path / "m").exists()
 
 
 # ---------------------------------------------------------------------------- schedule, optimizer
