@@ -18,7 +18,7 @@ import dataset
 import models
 from dataset import DatasetBuilder, LesionLoader, fingerprint, normalize, resize
 from evaluation import Calibration
-from files import save_tensors
+from files import read_csv, save_tensors
 from models import MODELS, get_model
 from predict import Ensemble, export_onnx, find_files, gradcam, main, predict
 from training import evaluate
@@ -408,9 +408,9 @@ def test_any_name_comes_back_from_the_files_as_it_was(images, tmp_path, save_mod
     model = save_model()
     table = predict(model, names, output=tmp_path / "out.csv", device="cpu")
     assert table["path"].tolist() == names
-    read = pd.read_csv(tmp_path / "out.csv", encoding_errors="surrogateescape")
+    read = read_csv(tmp_path / "out.csv")
     assert read["path"].tolist() == names
-    assert np.allclose(read[PROBABILITIES], table[PROBABILITIES], rtol=1e-12)
+    assert np.allclose(read[PROBABILITIES].astype(float), table[PROBABILITIES], rtol=1e-12)
     predict(model, names, output=tmp_path / "out.json", device="cpu")
     rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert [row["path"] for row in rows] == names

@@ -121,7 +121,7 @@ def raw(tmp_path_factory):
     (first, second) = (folder / "raw" / rows[i][0] for i in (0, 7))
     shutil.copy(first, second)  # one picture under two classes
     columns = ["path", "class", "patient", "camera"]
-    write_csv(pd.DataFrame(rows, columns=columns), folder / "table.csv")
+    write_csv(pd.DataFrame(rows, columns=columns, dtype=object), folder / "table.csv")
     return folder / "raw"
 
 
