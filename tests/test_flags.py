@@ -130,6 +130,7 @@ def outcome(workplace, monkeypatch, capfd):
         return call
 
     def begin(*args, **kwargs):
+        record["deterministic"] = training.torch.are_deterministic_algorithms_enabled()
         raise TrainingBegins
 
     make = dataset.DatasetBuilder.__init__
@@ -144,7 +145,6 @@ def outcome(workplace, monkeypatch, capfd):
         (training, "choose_device", None),
         (training, "train", begin),
         (results, "claim", None),
-        (training.torch, "use_deterministic_algorithms", lambda on: None),
     ):
         monkeypatch.setattr(module, name, recorded(getattr(module, name), stand_in))
 
