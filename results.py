@@ -40,7 +40,7 @@ from evaluation import (
     most_confident_mistakes,
     typical_examples,
 )
-from files import join_names, lock, read_csv, write_csv, write_json, write_text
+from files import join_names, lock, name_column, read_csv, write_csv, write_json, write_text
 from models import LesionClassifier, count_parameters, load_model
 from predict import calibration_of, gradcam
 from report import write_report
@@ -145,7 +145,7 @@ def _predictions(
     classes: Sequence[str],
 ) -> pd.DataFrame:
     columns: dict[str, Any] = {
-        "path": pd.Series(paths.to_numpy(), dtype=object),  # of any bytes, unlike a str
+        "path": name_column(paths.tolist()),
         "true_class": [classes[label] for label in y_true],
         "predicted_class": [classes[label] for label in y_pred],
     }
