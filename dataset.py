@@ -1390,7 +1390,8 @@ class DatasetBuilder:
 
 def _split_of_folder(source_split: pd.Series) -> pd.Series:
     """The split that a folder's name says, missing where it says none."""
-    return source_split.str.split("/").str[0].str.casefold().map(SPLIT_FOLDERS)
+    splits = [SPLIT_FOLDERS.get(folder.split("/")[0].casefold()) for folder in source_split]
+    return pd.Series(splits, index=source_split.index, dtype=object)
 
 
 def has_folder_of_split(data_dir: str | Path, split: str) -> bool:

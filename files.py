@@ -11,7 +11,7 @@ import pickletools
 import re
 import secrets
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -145,6 +145,17 @@ def write_csv(table: "pd.DataFrame", file: str | Path | TextIO, *, header: bool 
 def open_csv(path: str | Path) -> TextIO:
     """Opens a file for writing a table in CSV in parts."""
     return open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def name_column(names: Sequence[str]) -> "pd.Series":
+    """Returns names of files as a column of a table, whatever bytes they have."""
+    import pandas as pd
+
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:  # which pandas' own strings do not hold where pyarrow is installed
+        return pd.Series(names, dtype=object)
+    return pd.Series(names)
 
 
 def join_names(names: Iterable[str]) -> str:

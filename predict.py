@@ -399,7 +399,9 @@ def _table(
 ) -> "pd.DataFrame":
     import pandas as pd
 
-    columns: dict[str, Any] = {"path": pd.Series(paths, dtype=object)}  # any bytes, unlike a str
+    from files import name_column
+
+    columns: dict[str, Any] = {"path": name_column(paths)}
     columns["class"] = [classes[label] for label in labels]
     for label, name in enumerate(classes):
         columns[f"prob_{name}"] = probabilities[:, label]

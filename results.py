@@ -44,7 +44,16 @@ from evaluation import (
     screening_warnings,
     typical_examples,
 )
-from files import join_names, lock, read_csv, remove_leftovers, write_csv, write_json, write_text
+from files import (
+    join_names,
+    lock,
+    name_column,
+    read_csv,
+    remove_leftovers,
+    write_csv,
+    write_json,
+    write_text,
+)
 from lesions import normalize_name
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from predict import gradcam
@@ -194,7 +203,7 @@ def _predictions(
     classes: Sequence[str],
 ) -> pd.DataFrame:
     columns: dict[str, Any] = {
-        "path": pd.Series(paths.to_numpy(), dtype=object),  # of any bytes, unlike a str
+        "path": name_column(paths.tolist()),
         "true_class": [classes[label] for label in y_true],
         "predicted_class": [classes[label] for label in y_pred],
     }
