@@ -143,7 +143,9 @@ def compute_intervals(
     groups = _group_numbers(groups, len(y_true))
     figures, *resampled = _bootstrap(y_true[:, None], y_pred[:, None], num_classes, groups, seed)
     intervals: dict[str, Any] = {
-        name: _interval(*(values[name][:, 0] for values in resampled), figures[name][0])
+        name: _interval(
+            *(values[name][:, 0] for values in resampled), figures[name][0], groups.max() + 1
+        )
         for name in HEADLINES
     }
     is_right = y_true == y_pred
@@ -177,11 +179,12 @@ def compare(
     num_classes = max(int(highest) + 1, 2)  # where all is one class, another could have been called
     for y_pred in predicted:
         _checked(y_true, np.zeros((len(y_pred), num_classes)), num_classes)
+    groups = _group_numbers(groups, len(y_true))
     figures, drawn, smoothed = _bootstrap(
         np.stack([y_true, y_true], axis=1),
         np.stack(predicted, axis=1),
         num_classes,
-        _group_numbers(groups, len(y_true)),
+        groups,
         seed,
         are_opposed=True,
     )
@@ -192,7 +195,9 @@ def compare(
         )
         compared[name] = {
             "difference": float(difference),
-            "interval": _interval(differences, smoothed_ones, difference),
+            "interval": _interval(
+                differences, smoothed_ones, difference, groups.max() + 1, lowest=-1.0
+            ),
             "probability": float(np.mean((differences > 0) + 0.5 * (differences == 0))),
         }
     return compared
@@ -634,7 +639,7 @@ def _separation(
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
     weights = np.where(is_positive, 1 / positives, 1 / negatives)
     size = effective_sample_size(groups, weights)
-    ends = _interval(areas, areas, roc_auc), wilson_interval(roc_auc * size, size)
+    ends = _interval(areas, areas, roc_auc, size), wilson_interval(roc_auc * size, size)
     return {
         "roc_auc": roc_auc,
         "roc_auc_interval": [min(low for low, _ in ends), max(high for _, high in ends)],
@@ -737,7 +742,7 @@ def compute_subgroups(
                 value = float(figures[figure][kind])
                 found[name][figure] = value
                 found[name][f"{figure}_interval"] = _interval(
-                    *(values[figure][:, kind] for values in resampled), value
+                    *(values[figure][:, kind] for values in resampled), value, counts[kind]
                 )
         subgroups[str(column)] = {
             "groups": found,
@@ -839,7 +844,9 @@ def _widest_gap(
             drawn[:, highest] - drawn[:, lowest],
             smoothed[:, highest] - smoothed[:, lowest],
             difference,
-            _simultaneous_z(smoothed[:, one] - smoothed[:, other]),
+            min(found[names[kind]]["images"] for kind in (highest, lowest)),
+            lowest=-1.0,
+            z=_simultaneous_z(smoothed[:, one] - smoothed[:, other]),
         ),
     }
 
@@ -944,7 +951,13 @@ def _unseen_groups(
 
 
 def _interval(
-    resampled: np.ndarray, smoothed: np.ndarray, observed: float, z: float = Z
+    resampled: np.ndarray,
+    smoothed: np.ndarray,
+    observed: float,
+    sample_size: float,
+    *,
+    lowest: float = 0.0,
+    z: float = Z,
 ) -> list[float]:
     """The 95 % interval of a figure, [low, high], from what it is in resamples, NaN left out.
 
@@ -959,6 +972,9 @@ def _interval(
     where the figure observed lies among the plain resamples, which exaggerate weighted precision.
     The whole correction, Phi(2 z0 ± z), overshoots near the border. The figure observed is always
     inside.
+
+    Weighted precision of images of one class is 1 or 0 in any resample. What never differs gets a
+    width by as much as an outcome not seen in `sample_size` could move it, in [`lowest`, 1].
     """
     is_known = np.isfinite(resampled)
     resampled, smoothed = resampled[is_known], smoothed[is_known]
@@ -966,7 +982,11 @@ def _interval(
     share_below = np.mean(((resampled < observed) & ~is_tie) + 0.5 * is_tie)
     z0 = np.clip(norm.ppf(share_below), -Z, Z)
     low, high = np.quantile(smoothed, norm.cdf(z0 + np.array([-z, z])))
-    return [float(min(low, observed)), float(max(high, observed))]
+    low, high = min(low, observed), max(high, observed)
+    if high - low < 1e-9:
+        share_unseen = wilson_interval(0, sample_size)[1]
+        low, high = low - share_unseen * (low - lowest), high + share_unseen * (1 - high)
+    return [float(low), float(high)]
 
 
 def _headlines(confusions: np.ndarray) -> dict[str, np.ndarray]:
