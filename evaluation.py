@@ -629,6 +629,7 @@ def _separation(
     variance of Hanley and McNeil (1982) has.
     """
     values, rank = np.unique(score, return_inverse=True)
+    groups = _group_numbers(groups, len(groups))  # of these images alone
     areas = [
         _roc_auc(counts[:, 1::2], counts[:, ::2])
         for counts in _resampled_counts(

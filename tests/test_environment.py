@@ -37,7 +37,7 @@ def run(script, words, environment):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode("ascii")
+    return done.stdout.decode("utf-8")
 
 
 def test_a_run_is_the_same_without_home_in_ascii_and_in_folders_with_odd_names(
@@ -55,7 +55,7 @@ def test_a_run_is_the_same_without_home_in_ascii_and_in_folders_with_odd_names(
     words = ["--data_dir", odd / "roh & echt", "--save_dir", odd / "Läufe 1"]
     words += ["--cache_dir", odd / "vorbe reitet", "--num_workers", "2", *SETTINGS]
     printed = run("train_models.py", words, ASCII | {"PYTHONHASHSEED": "4711"})
-    assert "simple_cnn" in printed and "\x1b" not in printed
+    assert "simple_cnn" in printed and "\x1b" not in printed and printed.isascii()
     one, other = tmp_path / "out/simple_cnn", odd / "Läufe 1/simple_cnn"
     weights = load_model(one / "model.pth")[0].state_dict()
     again = load_model(other / "model.pth")[0].state_dict()

@@ -209,13 +209,13 @@ def test_a_file_is_no_folder(tmp_path, images):
 def test_the_same_evaluation_again_is_passed_over_and_its_report_drawn_anew(
     tmp_path, images, save_model, measured, capfd
 ):
-    out = tmp_path / "out"
-    assert command(save_model(), images, out) == 0
+    out, model = tmp_path / "out", save_model()
+    assert command(model, images, out) == 0
     printed, before = capfd.readouterr().out, contents(out)
     (out / "report.html").unlink()
     shutil.copytree(images, tmp_path / "moved")
     for where in (images, tmp_path / "moved"):  # it is the contents that count
-        assert command(save_model(), where, out, "--batch_size", "2") == 0
+        assert command(model, where, out, "--batch_size", "2") == 0
         captured = capfd.readouterr()
         assert "cnn measured on these images already and passed over" in captured.err
         assert captured.err.count("\n") == 1 and captured.out == printed

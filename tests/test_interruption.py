@@ -322,7 +322,7 @@ def test_a_prediction_that_is_stopped_ends_in_one_line_without_half_a_file(
     words = [sys.executable, str(ROOT / "predict.py"), *prediction, "--output", output]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(words, text=True, **pipes) as process:
-        while not list(tmp_path.glob(f".{output}.*")) and process.poll() is None:
+        while not list(tmp_path.glob(".out.*.tmp*")) and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signum)
         (line,) = process.communicate(timeout=60)[1].splitlines()

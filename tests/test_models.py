@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evaluation import Calibration
+from evaluation import Calibration, counted_as
 from files import save_tensors
 from models import (
     MODELS,
@@ -602,7 +602,10 @@ def test_what_earlier_versions_left_out_of_the_file_has_no_effect(tmp_path):
     _, info = load_model(tmp_path / "model.pth")
     assert (info.preprocessors, info.precision, info.metrics) == ("", "", {})
     assert (info.temperature, info.bias) == (1.0, [0.0, 0.0, 0.0])
-    assert (info.thresholds, info.malignant_classes) == ({}, [])
+    assert info.thresholds == {}
+    counted = counted_as(info.classes)  # what is not in the file is as by default
+    assert info.malignant_classes == counted["malignant"]
+    assert info.unknown_classes == counted["unknown"]
     assert info.calibration == Calibration(1.0, (0.0, 0.0, 0.0))
 
 

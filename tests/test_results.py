@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import recall_score
 
-from evaluation import MALIGNANT
 from files import load_tensors, save_tensors
+from models import ModelInfo
 from predict import main as predict_main
-from results import _counting, _label_of, evaluate_folder
+from results import _label_of, evaluate_folder
 from train_models import main as train_main
 
 
@@ -105,11 +105,15 @@ def test_a_class_of_the_images_that_may_be_several_of_the_model_is_refused():
 
 
 def test_what_an_earlier_model_took_for_benign_counts_as_benign_only_if_it_is_known_to_be():
-    classes = ["bcc", "melanoma in situ", "UNK", "nevus"]
-    earlier = {"classes": classes, "malignant_classes": ["bcc"]}
-    assert _counting(earlier) == (["bcc"], ["melanoma in situ", "UNK"])
-    assert _counting(earlier | {"unknown_classes": ["UNK"]}) == (["bcc"], ["UNK"])
-    assert _counting({"classes": classes}) == (MALIGNANT, None)
+    contents = {"config": {}, "classes": ["bcc", "melanoma in situ", "UNK", "nevus"]}
+
+    def kinds(**more):
+        info = ModelInfo(**contents, image_size=32, **more)
+        return info.malignant_classes, info.unknown_classes
+
+    assert kinds(malignant_classes=["bcc"]) == (["bcc"], ["melanoma in situ", "UNK"])
+    assert kinds(malignant_classes=["bcc"], unknown_classes=["UNK"]) == (["bcc"], ["UNK"])
+    assert kinds() == (["bcc", "melanoma in situ"], ["UNK"])
 
 
 def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):

@@ -437,9 +437,9 @@ MISTAKES = {
     "table": (["--labels_csv", "other.csv"], "other.csv: matches no image"),
     "classes": (["--malignant_classes", "bsal cell carcinoma"], "bsal cell carcinoma"),
     "batch size": (["--batch_size", "4096"], "--batch_size 4096 is more than the 34 images"),
-    "save_dir": (["--save_dir", "occupied"], "occupied holds what this run would replace"),
     "device": (["--device", "nonsense"], "device nonsense"),
     "precision": (["--precision", "fp16"], "precision fp16 needs CUDA"),
+    "save_dir": (["--save_dir", "occupied"], "occupied holds what this run would replace"),
     "weights": (["--weights", "gone.pth"], "gone.pth: no such file"),
 }
 

@@ -148,7 +148,8 @@ def test_deterministic_algorithms_are_those_of_the_run_alone(arguments, monkeypa
 
     monkeypatch.setattr("training.train", fails)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    assert main([*arguments, "--models", "simple_cnn", "--deterministic"]) == 2
+    words = [*arguments, "--models", "simple_cnn", "--device", "auto", "--deterministic"]
+    assert main(words) == 2
     assert seen == [True]
     assert not torch.are_deterministic_algorithms_enabled()
 
