@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 from scipy.special import log_softmax, softmax
-from scipy.stats import norm, rankdata
+from scipy.stats import norm
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -139,7 +139,9 @@ def compute_intervals(
     groups = _group_numbers(groups, len(y_true))
     figures, *resampled = _bootstrap(y_true[:, None], y_pred[:, None], num_classes, groups, seed)
     intervals: dict[str, Any] = {
-        name: _interval(*(values[name][:, 0] for values in resampled), figures[name][0])
+        name: _interval(
+            *(values[name][:, 0] for values in resampled), figures[name][0], groups.max() + 1
+        )
         for name in HEADLINES
     }
     is_right = y_true == y_pred
@@ -173,11 +175,12 @@ def compare(
     num_classes = max(int(highest) + 1, 2)  # where all is one class, another could have been called
     for y_pred in predicted:
         _checked(y_true, np.zeros((len(y_pred), num_classes)), num_classes)
+    groups = _group_numbers(groups, len(y_true))
     figures, drawn, smoothed = _bootstrap(
         np.stack([y_true, y_true], axis=1),
         np.stack(predicted, axis=1),
         num_classes,
-        _group_numbers(groups, len(y_true)),
+        groups,
         seed,
         are_opposed=True,
     )
@@ -188,7 +191,9 @@ def compare(
         )
         compared[name] = {
             "difference": float(difference),
-            "interval": _interval(differences, smoothed_ones, difference),
+            "interval": _interval(
+                differences, smoothed_ones, difference, groups.max() + 1, lowest=-1.0
+            ),
             "probability": float(np.mean((differences > 0) + 0.5 * (differences == 0))),
         }
     return compared
@@ -501,7 +506,7 @@ def _separation(
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
     weights = np.where(is_positive, 1 / positives, 1 / negatives)
     size = effective_sample_size(groups, weights)
-    ends = _interval(areas, areas, roc_auc), wilson_interval(roc_auc * size, size)
+    ends = _interval(areas, areas, roc_auc, size), wilson_interval(roc_auc * size, size)
     return {
         "roc_auc": roc_auc,
         "roc_auc_interval": [min(low for low, _ in ends), max(high for _, high in ends)],
@@ -572,7 +577,7 @@ def compute_subgroups(
     `lowest`, `difference` and its `interval`, or None where fewer than two are large enough. All
     images are resampled together and each resample is cut by column, so that images of one lesion
     are drawn together in whichever groups they are. The interval of the gap allows for the two
-    having been picked as the widest apart (see `_widest_gap`).
+    having been picked as the furthest apart (see `_z_of_widest_gap`).
 
     `targets` are what is screened for, by name, with `is_positive` and `score` as `screen` takes
     them. `screening` then has for each the `roc_auc_of_column`, which a guess by the share of
@@ -603,7 +608,7 @@ def compute_subgroups(
                 value = float(figures[figure][kind])
                 found[name][figure] = value
                 found[name][f"{figure}_interval"] = _interval(
-                    *(values[figure][:, kind] for values in resampled), value
+                    *(values[figure][:, kind] for values in resampled), value, counts[kind]
                 )
         subgroups[str(column)] = {
             "groups": found,
@@ -659,11 +664,7 @@ def _widest_gap(
 ) -> dict[str, Any] | None:
     """Gives the two subgroups that differ most in balanced accuracy, and the interval of their gap.
 
-    `drawn` and `smoothed` (R, K) are that figure of all K subgroups on the same resamples. Of
-    several subgroups the two furthest apart look further apart than they are. The interval is
-    therefore wide enough to hold, at once, for every pair of rivals: those that differ from the
-    highest, and from the lowest, by no more than 1.96 standard errors (moment selection, as Andrews
-    and Soares 2010; simultaneous intervals, as Beran 1988). Of two subgroups it is the plain one.
+    `drawn` and `smoothed` (R, K) are that figure of all K subgroups on the same resamples.
     """
     names, figure = list(found), "balanced_accuracy"
     large = [kind for kind, name in enumerate(names) if not found[name]["is_too_small"]]
@@ -672,13 +673,6 @@ def _widest_gap(
     values = np.array([found[name][figure] for name in names])
     ranked = sorted(large, key=lambda kind: values[kind])
     highest, lowest = ranked[-1], ranked[0]
-
-    def rivals(of: int) -> list[int]:
-        errors = np.nanstd(smoothed - smoothed[:, [of]], axis=0)
-        return [kind for kind in large if abs(values[kind] - values[of]) <= Z * errors[kind]]
-
-    pairs = [(high, low) for high in rivals(highest) for low in rivals(lowest) if high != low]
-    one, other = np.transpose([(highest, lowest), *pairs])
     difference = float(values[highest] - values[lowest])
     return {
         "figure": figure,
@@ -689,16 +683,32 @@ def _widest_gap(
             drawn[:, highest] - drawn[:, lowest],
             smoothed[:, highest] - smoothed[:, lowest],
             difference,
-            _simultaneous_z(smoothed[:, one] - smoothed[:, other]),
+            min(found[names[kind]]["images"] for kind in (highest, lowest)),
+            lowest=-1.0,
+            z=_z_of_widest_gap(values[large], smoothed[:, large]),
         ),
     }
 
 
-def _simultaneous_z(resampled: np.ndarray) -> float:
-    """The z of the intervals that hold for all P figures (R, P) at once in 95 % of resamples."""
-    ranks = rankdata(resampled, axis=0, nan_policy="omit")
-    scores = norm.ppf((ranks - 0.5) / np.isfinite(resampled).sum(axis=0))
-    return float(np.quantile(np.nan_to_num(np.abs(scores)).max(axis=1), 0.95))
+def _z_of_widest_gap(values: np.ndarray, resampled: np.ndarray) -> float:
+    """Gives the z with which the interval of a gap holds in 95 %, although the widest was picked.
+
+    Of several subgroups the two furthest apart look further apart than they are. Where it is known
+    what is true this can be measured: here true are the `values` (K,), drawn towards their mean by
+    the share of their variance that chance explains (empirical Bayes), and to them the errors of
+    the `resampled` ones (R, K) are added. In each resample the widest gap is picked, and z is what
+    its error, in standard errors, exceeds in 5 %. Of two subgroups nothing is picked.
+    """
+    if len(values) == 2:
+        return Z
+    errors = np.nan_to_num(resampled - np.nanmean(resampled, axis=0))
+    variances, spread = errors.var(axis=0), values.var(ddof=1)
+    kept = max(0.0, 1 - variances.mean() / spread) if spread > 0 else 0.0
+    seen = values.mean() + kept * (values - values.mean()) + errors
+    row, highest, lowest = np.arange(len(seen)), seen.argmax(axis=1), seen.argmin(axis=1)
+    error = errors[row, highest] - errors[row, lowest]
+    scores = _ratio(np.abs(error), np.sqrt(variances[highest] + variances[lowest]), 0.0)
+    return max(Z, float(np.quantile(scores, 0.95)))
 
 
 # ---------------------------------------------------------------------------- the bootstrap
@@ -794,7 +804,13 @@ def _unseen_groups(
 
 
 def _interval(
-    resampled: np.ndarray, smoothed: np.ndarray, observed: float, z: float = Z
+    resampled: np.ndarray,
+    smoothed: np.ndarray,
+    observed: float,
+    sample_size: float,
+    *,
+    lowest: float = 0.0,
+    z: float = Z,
 ) -> list[float]:
     """The 95 % interval of a figure, [low, high], from what it is in resamples, NaN left out.
 
@@ -809,6 +825,9 @@ def _interval(
     where the figure observed lies among the plain resamples, which exaggerate weighted precision.
     The whole correction, Phi(2 z0 ± z), overshoots near the border. The figure observed is always
     inside.
+
+    Weighted precision of images of one class is 1 or 0 in any resample. What never differs gets a
+    width by as much as an outcome not seen in `sample_size` could move it, in [`lowest`, 1].
     """
     is_known = np.isfinite(resampled)
     resampled, smoothed = resampled[is_known], smoothed[is_known]
@@ -816,7 +835,11 @@ def _interval(
     share_below = np.mean(((resampled < observed) & ~is_tie) + 0.5 * is_tie)
     z0 = np.clip(norm.ppf(share_below), -Z, Z)
     low, high = np.quantile(smoothed, norm.cdf(z0 + np.array([-z, z])))
-    return [float(min(low, observed)), float(max(high, observed))]
+    low, high = min(low, observed), max(high, observed)
+    if high - low < 1e-9:
+        share_unseen = wilson_interval(0, sample_size)[1]
+        low, high = low - share_unseen * (low - lowest), high + share_unseen * (1 - high)
+    return [float(low), float(high)]
 
 
 def _headlines(confusions: np.ndarray) -> dict[str, np.ndarray]:

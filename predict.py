@@ -76,7 +76,8 @@ def predict(
     gradcam : a folder for a picture of each image under its `gradcam` for the decided class
     thresholds : by name of a class, or `malignant` for those counted as such, the calibrated
         probability from which an image is flagged; None is those chosen in training for a
-        sensitivity of 95 %, in an ensemble their mean
+        sensitivity of 95 % of one model that sees each image as it is. For several models, of which
+        it is their mean, and for `tta` above 1 none are chosen: a warning says so
     preprocessors : those that the models were trained with
     device, precision : as in training; None is CUDA where there is one
     batch_size : images that the models see at once
@@ -146,6 +147,8 @@ def predict_batches(
         _check_folder_to_fill(Path(gradcam), images)
     ensemble = Ensemble(model, preprocessors=preprocessors, device=device, precision=precision)
     flags = ensemble.flags(thresholds)
+    if thresholds is None:
+        _warn_of_thresholds(flags, len(ensemble.models), tta)
     if gradcam is not None:
         Path(gradcam).mkdir(parents=True, exist_ok=True)
     batches = _prepared_batches(
@@ -203,7 +206,9 @@ class Ensemble:
     """One trained model or several, on a device, that give the mean of their probabilities.
 
     Attributes: `classes`, the names in label order; `image_size`; `malignant_classes`, the names of
-    those counted as malignant; `thresholds`, by name, the mean of those that all models bring.
+    those counted as malignant; `thresholds`, by name, the mean of those that all models bring. A
+    model's own were chosen on validation for that model and for images as they are; their mean, and
+    views by `tta`, need not reach the same sensitivity.
 
     Raises ValueError for models whose classes, image size, preprocessors or malignant classes
     differ, for preprocessors that are not those of the training, and for a device or precision that
@@ -496,6 +501,18 @@ def _mean_thresholds(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for name in brought[0]
         if all(name in thresholds for thresholds in brought)
     }
+
+
+def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> None:
+    """Warns when the thresholds that models bring are used for something else than one model."""
+    used_for = [f"{num_models} models"] * (num_models > 1) + [f"{tta} views"] * (tta > 1)
+    if flags and used_for:
+        warnings.warn(
+            f"the thresholds of {', '.join(flags)} were chosen for one model and one view; with "
+            f"{' and '.join(used_for)} they need not find 95 % of such lesions. Give others with "
+            "--threshold NAME=P (in Python thresholds={NAME: P})",
+            stacklevel=3,
+        )
 
 
 def _as_list(paths: Paths) -> list[str | os.PathLike]:

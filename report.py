@@ -31,7 +31,7 @@ LARGEST_PNG = 400_000  # bytes; more is a figure of photographs, a tenth as larg
 _FIGURES_OF_ALL_CLASSES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
-    "top_2_accuracy": "Class among the two most probable",
+    "top_2_accuracy": "Class decided for, or the most probable of the others",
     "precision": "Precision, weighted by class",
     "recall": "Recall, weighted by class",
     "f1": "F1, weighted by class",
@@ -375,6 +375,13 @@ def _about_test_size(run: Run) -> list[tuple[str, str]]:
     if run.splits is not None and len(run.splits) > images:
         text += f", of {len(run.splits):,} in all"
     text += ". Other images of the same kind would give other figures, as the intervals say."
+    groups = _number_of_test_groups(run.splits)
+    if groups is not None and groups < images:
+        text += (
+            f" Images that belong together, {groups:,} groups here, count as one observation in "
+            "them: the bootstrap draws them together, and Wilson's intervals, of single classes "
+            "and of sensitivity and specificity, are for the effective number of groups."
+        )
     points = [("Test split.", text)]
     few = {name: n for name, n in supports.items() if n < FEWEST_PICTURES}
     if few:
@@ -382,6 +389,12 @@ def _about_test_size(run: Run) -> list[tuple[str, str]]:
         text = f"{named}: fewer than {FEWEST_PICTURES} each, too few to say anything of the class."
         points.append(("Classes with too few test images.", text))
     return points
+
+
+def _number_of_test_groups(splits: pd.DataFrame | None) -> int | None:
+    if splits is None or not {"split", "group"} <= set(splits):
+        return None
+    return splits.loc[splits["split"] == "test", "group"].nunique()
 
 
 def _about_labels(run: Run) -> list[tuple[str, str]]:
@@ -579,7 +592,8 @@ def _calibration(metrics: dict[str, Any]) -> list[Block]:
             "How far probabilities can be taken at their word. A temperature of "
             f"{calibration['temperature']:.3g} and a bias for each class, fitted on the validation "
             "images, turn the model's probabilities into the calibrated ones that users are given. "
-            "What the model decides for stays the class of its own highest probability."
+            "What the model decides for stays the class of its own highest probability; the "
+            "calibration errors are of the probability of that class."
         )
     rows = [
         [words, _number(before.get(name)), _number(after.get(name))]
@@ -592,7 +606,7 @@ def _calibration(metrics: dict[str, Any]) -> list[Block]:
     errors = [_number(side.get("expected_calibration_error")) for side in (before, after)]
     blocks += _figure(
         metrics["folder"] / "reliability.png",
-        "Reliability: how often the model is right, over how sure it is",
+        "Reliability: how often decisions are right, over the probability of the class decided for",
         f"Accuracy over confidence. Expected calibration error {errors[0]} before calibration, "
         f"{errors[1]} after.",
     )
@@ -648,10 +662,14 @@ def _gap(found: dict[str, Any]) -> str:
     if gap is None:
         return "Too few groups are large enough for a gap between them to be measured."
     difference = _with_interval(gap["difference"], gap.get("interval"))
-    return (
+    text = (
         f"Widest gap in {_worded(gap['figure'])} between groups large enough: {difference}, "
         f"highest in “{gap['highest']}”, lowest in “{gap['lowest']}”."
     )
+    large = [group for group in found["groups"].values() if not group.get("is_too_small")]
+    if len(large) > 2:
+        text += " The interval allows for these two having been picked as the furthest apart."
+    return text
 
 
 def _pictures(metrics: dict[str, Any]) -> list[Block]:

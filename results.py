@@ -243,7 +243,9 @@ def compare_models(
         gap = compare(dataset.labels, *decisions, dataset.metadata["group"], seed=seed)
         gap = gap["balanced_accuracy"]
         row["behind_best"] = gap["difference"]
-        row["behind_best_low"], row["behind_best_high"] = gap["interval"]
+        # The best is not behind itself, whatever other images would show.
+        ends = [0.0, 0.0] if row["model"] == best else gap["interval"]
+        row["behind_best_low"], row["behind_best_high"] = ends
     comparison = pd.DataFrame(rows)
     with write_atomically(save_dir / "comparison.csv") as temporary:
         comparison.to_csv(temporary, index=False)

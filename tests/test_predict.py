@@ -303,6 +303,60 @@ def test_an_ensemble_flags_by_the_mean_of_its_thresholds(save_model):
 
 
 @pytest.mark.parametrize(
+    ("num_models", "tta", "words"),
+    [(2, 1, "with 2 models they"), (1, 4, "with 4 views they"), (2, 8, "2 models and 8 views")],
+)
+def test_thresholds_that_were_not_chosen_for_what_is_used_are_warned_of(
+    images, save_model, num_models, tta, words
+):
+    saved = [
+        save_model(f"{n}.pth", thresholds=STORED, malignant_classes=["nevus"])
+        for n in range(num_models)
+    ]
+    with pytest.warns(UserWarning, match=words) as warned:
+        table = predict(saved, images, tta=tta, device="cpu")
+    assert len(warned) == 1
+    message = str(warned[0].message)
+    assert "the thresholds of malignant, melanoma were chosen for one model and one view" in message
+    assert "need not find 95 %" in message and "--threshold" in message
+    assert "flag_melanoma" in table
+
+
+@pytest.mark.parametrize(
+    ("num_models", "options"),
+    [(1, {}), (2, {"thresholds": {"melanoma": 0.2}}), (1, {"tta": 8, "thresholds": {}})],
+)
+def test_thresholds_that_are_given_or_of_one_model_and_view_are_not_warned_of(
+    images, save_model, num_models, options
+):
+    saved = [
+        save_model(f"{n}.pth", thresholds=STORED, malignant_classes=["nevus"])
+        for n in range(num_models)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(saved, images, device="cpu", **options)
+
+
+def test_without_thresholds_an_ensemble_has_nothing_to_warn_of(images, save_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict([save_model("1.pth"), save_model("2.pth")], images, tta=2, device="cpu")
+
+
+def test_the_command_warns_of_thresholds_in_one_line_that_names_the_way_out(
+    images, save_model, capfd
+):
+    model = str(save_model(thresholds=STORED, malignant_classes=["nevus"]))
+    words = ["--model", model, "--device", "cpu", "--tta", "8", str(images)]
+    assert main(words) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("predict.py: warning: ") and "--threshold NAME=P" in line
+    assert main([*words, "--threshold", "melanoma=0.2"]) == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
     ("thresholds", "words"),
     [
         ({"dermatofibroma": 0.2}, "none of the classes .* is called like dermatofibroma"),

@@ -91,6 +91,9 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
     )
     assert comparison["model"].tolist() == ["simple_cnn", "simple_cnn (2)"]
     assert comparison["behind_best"].tolist() == [0, 0]
+    assert comparison.loc[0, ["behind_best_low", "behind_best_high"]].tolist() == [0, 0]
+    # A twin may be better or worse on other images, the best never than itself.
+    assert comparison["behind_best_low"][1] < 0 < comparison["behind_best_high"][1]
 
 
 def test_a_model_of_before_calibrations_is_measured_with_its_own_probabilities(trained, tmp_path):
