@@ -184,6 +184,9 @@ CASES: dict[str, dict[str, Callable[[int], Intervals]]] = {
         "0.8 and 0.7, the same 150 lesions": gap_of(_subgroups(0.8, 0.7), 150),
         "five of 0.8, 100 lesions each": gap_of(_subgroups(*[0.8] * 5), 500, [0.2] * 5),
         "0.9, 0.8 and 0.7, 100 lesions each": gap_of(_subgroups(0.9, 0.8, 0.7), 300, [1 / 3] * 3),
+        "0.85 to 0.7, 50 to 200 lesions": gap_of(
+            _subgroups(0.85, 0.8, 0.75, 0.7), 500, [0.1, 0.2, 0.3, 0.4]
+        ),
     },
     "differences": {
         f"{a} and {b} on {n} images": difference_of((a, b), n)
