@@ -969,7 +969,7 @@ def _interval(
     images are right or all are wrong, resamples of them are too, and say nothing of what a few more
     images could have shown. On average one group more that is right and one that is wrong gives
     about Wilson's interval there (Agresti and Coull 1998 and Price and Bonett 2004 add two of each,
-    which benchmarks/coverage.py found to be too many).
+    which benchmarks/RESULTS.md shows to be too many).
 
     The percentiles are Phi(z0 ± z), with Phi(z0) the share of the plain resamples below what was
     observed, ties counted half. That is half of Efron's bias correction (BC, 1981): the middle is
