@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -60,3 +61,17 @@ def drop_the_rights_of_root() -> Callable[[], None]:
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
     return drop
+
+
+@pytest.fixture
+def quick_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves figures as a few pixels, as drawing them takes most of the time of a short run.
+
+    Tests marked with `draws` have them drawn.
+    """
+
+    def save(figure: object, file: BinaryIO, *, format: str, **options: object) -> None:
+        Image.new("RGB", (8, 8)).save(file, format)
+
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)

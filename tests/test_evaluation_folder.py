@@ -17,6 +17,8 @@ from results import claim, evaluate_folder
 
 CLASSES = ["melanoma", "nevus", "vascular lesion"]
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):

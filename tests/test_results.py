@@ -15,6 +15,8 @@ from predict import main as predict_main
 from results import _label_of, evaluate_folder
 from train_models import main as train_main
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 
 @pytest.fixture
 def trained(make_images, tmp_path):
@@ -29,6 +31,7 @@ def trained(make_images, tmp_path):
     return tmp_path / "out/simple_cnn/model.pth", root
 
 
+@pytest.mark.draws
 def test_other_images_are_measured_as_the_test_split_was(
     auto_precision, trained, make_images, tmp_path
 ):
@@ -136,6 +139,7 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
     assert comparison["behind_best_low"][1] < 0 < comparison["behind_best_high"][1]
 
 
+@pytest.mark.draws
 def test_a_model_of_before_calibrations_is_measured_with_its_own_probabilities(trained, tmp_path):
     model, root = trained
     contents = load_tensors(model)

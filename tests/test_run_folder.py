@@ -188,6 +188,8 @@ def test_names_of_a_config_never_reach_other_folders(tmp_path):
 
 # ---------------------------------------------------------------------------- the command
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 
 @pytest.fixture
 def arguments(make_images, tmp_path):

@@ -30,6 +30,7 @@ from predict import predict
 from train_models import DEMO_SETTINGS, MODEL_NAMES, Settings, command, main, parse_arguments
 from training import evaluate
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
 ROOT = Path(__file__).parents[1]
 RUN_FILES = {
     "config.json", "audit.csv", "splits.csv", "comparison.csv", "comparison.png",
@@ -72,6 +73,7 @@ def errors(text):
 # ---------------------------------------------------------------------------- a run
 
 
+@pytest.mark.draws
 def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, capfd):
     assert main(arguments) == 0
     out = tmp_path / "out"
@@ -448,7 +450,7 @@ def test_of_two_processes_one_audits(arguments, tmp_path):
 def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(
     arguments, tmp_path, signum
 ):
-    steps = ["--num_steps", "500", "--eval_every", "500", "--checkpoint_every", "20"]
+    steps = ["--num_steps", "160", "--eval_every", "160", "--checkpoint_every", "10"]
     words = [*arguments, "--models", "simple_cnn", *steps]
     last = tmp_path / "out/simple_cnn/last.pth"
     with (tmp_path / "log").open("w+") as log:
@@ -467,7 +469,7 @@ def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(
         again = torchrun([*words, "--resume"], stdout=log, stderr=log)
         assert again.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     assert names(last.parent) - {"mistakes.png"} == MODEL_FILES
-    assert "500" in last.with_name("history.csv").read_text()
+    assert "160" in last.with_name("history.csv").read_text()
 
 
 NAN_IN_ONE = """
