@@ -14,8 +14,9 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dataset import LesionLoader
-from files import check_alike, is_number, load_tensors, save_tensors, write_csv
 from models import ModelInfo
+from storage.files import write_csv
+from storage.tensors import check_alike, is_number, load_tensors, save_tensors
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import audit
 from augmentation import Views, apply_views, draw_views
 from decoding import UnreadableImageError, decode, read_regular_file, scaled_size
-from files import lock, read_csv, remove_leftovers, write_text
+from storage.files import lock, read_csv, remove_leftovers, write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # named, as they are pictures too

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
 from evaluation import Calibration, counted_as
-from files import check_alike, is_number, load_tensors, lock
 from lesions import is_malignant
+from storage.files import lock
+from storage.tensors import check_alike, is_number, load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -404,7 +404,7 @@ def _table(
 ) -> "pd.DataFrame":
     import pandas as pd
 
-    from files import name_column
+    from storage.files import name_column
 
     columns: dict[str, Any] = {"path": name_column(paths)}
     columns["class"] = [classes[label] for label in labels]
@@ -418,7 +418,7 @@ def _table(
 @contextmanager
 def _rows_to(output: str | Path | None) -> "Iterator[Callable[[pd.DataFrame], None]]":
     """Gives a function that adds a table's rows to `output`, which appears when all are there."""
-    from files import write_atomically, write_csv
+    from storage.files import write_atomically, write_csv
 
     if output is None:
         yield lambda table: None
@@ -625,7 +625,7 @@ def _save_overlay(path: Path, image: "np.ndarray", heatmap: "np.ndarray") -> Non
     import numpy as np
     from PIL import Image
 
-    from files import write_atomically
+    from storage.files import write_atomically
 
     colours = 255 * matplotlib.colormaps["viridis"](heatmap)[..., :3]
     opacity = 0.6 * heatmap[..., None]
@@ -659,8 +659,8 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
     import onnx
 
     from dataset import _shorter_side
-    from files import write_atomically
     from models import load_model
+    from storage.files import write_atomically
 
     classifier, info = load_model(model)
     size = info.image_size

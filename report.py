@@ -22,8 +22,8 @@ from PIL import Image
 
 from audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
 from evaluation import counted_as, why_screening_is_off
-from files import read_csv, split_names, write_text
 from lesions import is_melanoma
+from storage.files import read_csv, split_names, write_text
 
 DASH = "–"
 PIXELS_AN_INCH = 140  # at which figures are shown, so that letters are as large in all

@@ -44,7 +44,12 @@ from evaluation import (
     screening_warnings,
     typical_examples,
 )
-from files import (
+from lesions import normalize_name
+from models import LesionClassifier, ModelInfo, count_parameters, load_model
+from predict import gradcam
+from report import write_report
+from run_folder import EVALUATION, TRAINING, kind_of_run, read_config
+from storage.files import (
     join_names,
     lock,
     name_column,
@@ -54,11 +59,6 @@ from files import (
     write_json,
     write_text,
 )
-from lesions import normalize_name
-from models import LesionClassifier, ModelInfo, count_parameters, load_model
-from predict import gradcam
-from report import write_report
-from run_folder import EVALUATION, TRAINING, kind_of_run, read_config
 from training import (
     Evaluation,
     choose_device,

@@ -65,7 +65,7 @@ def write_config(
     more: Mapping[str, Any],
 ) -> None:
     """Writes `config.json`: what was told of the run, its settings, which are not the defaults."""
-    from files import write_text
+    from storage.files import write_text
 
     changed = [name for name, value in settings.items() if value != defaults[name]]
     config = {**told, "settings": dict(settings), "not_default": changed, **more}

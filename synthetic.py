@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from files import lock
+from storage.files import lock
 
 Range = tuple[float, float]  # a number is drawn evenly between the two
 Colours = tuple[str, str]  # a colour is drawn on the line between the two

@@ -764,7 +764,7 @@ def _begin(
     is_demo: bool,
 ) -> None:
     """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
-    from files import write_csv
+    from storage.files import write_csv
 
     folder = TrainingFolder.read(settings.save_dir)
     run = _describe_run(settings, device, metadata)

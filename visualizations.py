@@ -33,7 +33,7 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from files import write_atomically
+from storage.files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
 _BLUE, _ORANGE, _GREEN = _COLOURS[:3]

@@ -134,8 +134,8 @@ def evaluation(model, loaders, data_dir: Path, seconds: float) -> float:
 
 
 def prediction(model, loaders, data_dir: Path, seconds: float) -> float:
-    from files import save_tensors
     from predict import predict_batches
+    from storage.tensors import save_tensors
 
     classes = [str(label) for label in range(NUM_CLASSES)]
     contents = {"config": model.config, "classes": classes, "image_size": 224,

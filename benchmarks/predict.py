@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from throughput import Speeds, bare_inference, describe
 
 from dataset import prepare_image, to_float
-from files import save_tensors
 from models import MODELS, LesionClassifier, get_model
 from predict import Ensemble, find_files, predict
+from storage.tensors import save_tensors
 from training import resolve_precision
 
 

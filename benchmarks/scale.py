@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from audit import find_near_duplicates
 from dataset import DatasetBuilder, find_images
-from files import write_csv
+from storage.files import write_csv
 
 SIDE, IMAGE_SIZE = 96, 32
 

@@ -38,8 +38,8 @@ from dataset import (
     resize,
     stratified_split,
 )
-from files import lock
 from models import get_model
+from storage.files import lock
 from synthetic import CLASSES, draw_lesion
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from files import load_tensors, save_tensors
+from storage.tensors import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 

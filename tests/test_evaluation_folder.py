@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import results
-from files import save_tensors
 from models import get_model
 from predict import main
 from results import claim, evaluate_folder
+from storage.tensors import save_tensors
 
 CLASSES = ["melanoma", "nevus", "vascular lesion"]
 

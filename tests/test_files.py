@@ -16,14 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from files import (
-    load_tensors,
-    lock,
-    remove_leftovers,
-    save_tensors,
-    write_atomically,
-    write_text,
-)
+from storage.files import lock, remove_leftovers, write_atomically, write_text
+from storage.tensors import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset import DatasetBuilder, create_dataloaders
-from files import load_tensors, save_tensors
 from models import get_model, load_model
 from predict import main as predict_main
+from storage.tensors import load_tensors, save_tensors
 from training import make_optimizer, train, warmup_cosine
 
 ROOT = Path(__file__).resolve().parent.parent

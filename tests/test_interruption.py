@@ -17,10 +17,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset import DatasetBuilder, create_dataloaders
-from files import save_tensors
 from models import get_model
 from predict import main as predict_main
 from results import claim, evaluate_folder
+from storage.tensors import save_tensors
 from train_models import main
 from training import NonFiniteLossError, make_optimizer, train, warmup_cosine
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evaluation import Calibration, counted_as
-from files import save_tensors
 from models import (
     MODELS,
     FinetunedHeadResNet,
@@ -26,6 +25,7 @@ from models import (
     is_pretrained,
     load_model,
 )
+from storage.tensors import save_tensors
 
 NAMES = ["simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned"]
 SCRATCH, PRETRAINED = NAMES[:2], NAMES[2:]

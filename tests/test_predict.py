@@ -18,9 +18,10 @@ import dataset
 import models
 from dataset import DatasetBuilder, LesionLoader, fingerprint, normalize, resize
 from evaluation import Calibration
-from files import read_csv, save_tensors
 from models import MODELS, get_model
 from predict import Ensemble, export_onnx, find_files, gradcam, main, predict
+from storage.files import read_csv
+from storage.tensors import save_tensors
 from training import evaluate
 
 ROOT = Path(__file__).parents[1]

@@ -16,9 +16,9 @@ import dataset
 import predict
 import results
 import training
-from files import save_tensors
 from models import get_model
 from predict import main
+from storage.tensors import save_tensors
 
 CLASSES = ["melanoma", "nevus", "other"]
 REFUSED = "refused"
