@@ -72,7 +72,7 @@ def run_in_turns(task: str, model: str, data_dir: str, cache_dir: str, seconds: 
 
 
 class Turns:
-    """Runs batches when told to (a line on the standard input) and prints the speed of each turn."""
+    """Runs batches when told to (a line on standard input); prints the speed of each turn."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
