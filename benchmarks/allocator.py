@@ -3,15 +3,15 @@
     python benchmarks/allocator.py --data_dir ../shared/data/isic9
 
 Each model trains, evaluates and predicts (`train`, `evaluate` with our loaders, `predict` on
-files) in processes of its own, without the setting and with it in turn. Prints the median images
-per second over the rounds, the median of the ratios of each round, and the largest peak of
-anonymous memory. EfficientNet-Lite0
-needs timm and is left out without it.
+files) in two processes, one without the setting and one with it, which run in turn while the other
+waits. Prints the median images per second over the turns, the median and quartiles of the ratios,
+and each process's peak of anonymous memory. EfficientNet-Lite0 needs timm and is left out without
+it.
 """
 
 import argparse
+import contextlib
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -29,6 +29,7 @@ MODELS = {
 }
 TASKS = ("training", "evaluation", "prediction")
 NUM_CLASSES = 9
+WARM_UP = 2  # batches before the first turn
 
 
 class PeakMemory:
@@ -60,65 +61,54 @@ def make_model(model: str):
     return get_model(num_classes=NUM_CLASSES, weights=None, seed=0, **MODELS[model])
 
 
-def measure(task: str, model: str, data_dir: str, cache_dir: str, seconds: float) -> float:
-    """Images per second of one task, after a warm-up."""
+def run_in_turns(task: str, model: str, data_dir: str, cache_dir: str, seconds: float) -> None:
     from dataset import DatasetBuilder, create_dataloaders
 
     datasets, _ = DatasetBuilder(data_dir, cache_dir=cache_dir).build()
     loaders = create_dataloaders(datasets, device="cpu")
     measured = {"training": training, "evaluation": evaluation, "prediction": prediction}[task]
-    return measured(make_model(model), loaders, Path(data_dir), seconds)
+    with contextlib.suppress(Enough):
+        measured(make_model(model), loaders, Path(data_dir), Turns(seconds))
 
 
-class Timer:
-    """Counts images from the moment the warm-up is over until enough time has passed."""
+class Turns:
+    """Runs batches when told to (a line on standard input); prints the speed of each turn."""
 
-    def __init__(self, seconds: float, warm_up: int = 2) -> None:
-        self.seconds, self.warm_up = seconds, warm_up
-        self.started, self.images, self.calls = 0.0, 0, 0
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.images, self.batches, self.started = 0, -WARM_UP, time.perf_counter()
 
-    def is_done(self, images: int) -> bool:
-        self.calls += 1
-        if self.calls <= self.warm_up:
-            self.started = time.perf_counter()
-            return False
-        self.images += images
-        # At least three batches, so that the slowest model is not measured by one alone.
-        return self.calls > self.warm_up + 2 and self.elapsed() > self.seconds
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    def speed(self) -> float:
-        return self.images / self.elapsed()
+    def count(self, images: int) -> None:
+        """To be called after each batch; waits for its turn, raises Enough after the last one."""
+        self.batches += 1
+        if self.batches > 0:
+            self.images += images
+            elapsed = time.perf_counter() - self.started
+            if self.batches < 2 or elapsed < self.seconds:
+                return
+            print(self.images / elapsed, flush=True)
+        elif self.batches < 0:
+            return
+        if not sys.stdin.readline():
+            raise Enough
+        self.images, self.batches, self.started = 0, 0, time.perf_counter()
 
 
 class Enough(Exception):
     """Raised to end a loop of the library's once it has run long enough."""
 
 
-def training(model, loaders, data_dir: Path, seconds: float) -> float:
+def training(model, loaders, data_dir: Path, turns: Turns) -> None:
     from training import make_optimizer, train
 
-    timer, optimizer = Timer(seconds), make_optimizer(model)
-
-    def count(*arguments: object) -> None:
-        if timer.is_done(32):
-            raise Enough
-
-    optimizer.register_step_post_hook(count)
-    try:
-        train(model, loaders["train"], loaders["valid"], NUM_CLASSES, 10_000, optimizer,
-              eval_every=10_000)  # fmt: skip
-    except Enough:
-        return timer.speed()
-    raise AssertionError("the training ended before it was measured")
+    optimizer = make_optimizer(model)
+    optimizer.register_step_post_hook(lambda *arguments: turns.count(32))
+    train(model, loaders["train"], loaders["valid"], NUM_CLASSES, 10_000, optimizer,
+          eval_every=10_000)  # fmt: skip
 
 
-def evaluation(model, loaders, data_dir: Path, seconds: float) -> float:
+def evaluation(model, loaders, data_dir: Path, turns: Turns) -> None:
     from training import evaluate
-
-    timer = Timer(seconds)
 
     def batches():
         while True:
@@ -126,27 +116,23 @@ def evaluation(model, loaders, data_dir: Path, seconds: float) -> float:
                 loaders["train"].dataset, loaders["valid"].batch_size, device="cpu"
             ):
                 yield images, labels
-                if timer.is_done(len(labels)):
-                    return
+                turns.count(len(labels))
 
     evaluate(model, batches())
-    return timer.speed()
 
 
-def prediction(model, loaders, data_dir: Path, seconds: float) -> float:
-    from predict import predict_batches
+def prediction(model, loaders, data_dir: Path, turns: Turns) -> None:
     from storage.tensors import save_tensors
+    from predict import predict_batches
 
     classes = [str(label) for label in range(NUM_CLASSES)]
     contents = {"config": model.config, "classes": classes, "image_size": 224,
                 "state_dict": model.state_dict()}  # fmt: skip
-    timer = Timer(seconds)
     with tempfile.TemporaryDirectory() as folder:
         save_tensors(Path(folder) / "model.pth", contents)
-        for table, _ in predict_batches(Path(folder) / "model.pth", data_dir, device="cpu"):
-            if timer.is_done(len(table)):
-                break
-    return timer.speed()
+        while True:
+            for table, _ in predict_batches(Path(folder) / "model.pth", data_dir, device="cpu"):
+                turns.count(len(table))
 
 
 def main() -> None:
@@ -154,13 +140,13 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seconds", type=float, default=10, help="measured in each process")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cache_dir", help=argparse.SUPPRESS)
     parser.add_argument("--keep", choices=("no", "yes"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.keep:
-        measure_here(arguments)
+        run_here(arguments)
         return
     if importlib.util.find_spec("timm") is None:
         arguments.models = [name for name in arguments.models if name != "efficientnet_lite0"]
@@ -170,33 +156,39 @@ def main() -> None:
                 compare(arguments, cache_dir, model, task)
 
 
-def measure_here(arguments: argparse.Namespace) -> None:
+def run_here(arguments: argparse.Namespace) -> None:
     from hardware import keep_freed_memory
 
     if arguments.keep == "yes" and not keep_freed_memory():
         raise SystemExit("this machine's C library does not take the setting")
     peak = PeakMemory()
     (task,), (model,) = arguments.tasks, arguments.models
-    speed = measure(task, model, arguments.data_dir, arguments.cache_dir, arguments.seconds)
-    print(json.dumps({"speed": speed, "peak": peak.bytes}))
+    run_in_turns(task, model, arguments.data_dir, arguments.cache_dir, arguments.seconds)
+    print(peak.bytes)
 
 
 def compare(arguments: argparse.Namespace, cache_dir: str, model: str, task: str) -> None:
-    found = {"no": [], "yes": []}
+    processes = {}
+    for keep in ("no", "yes"):
+        words = [sys.executable, __file__, "--keep", keep, "--data_dir", arguments.data_dir,
+                 "--cache_dir", cache_dir, "--models", model, "--tasks", task,
+                 "--seconds", str(arguments.seconds)]  # fmt: skip
+        processes[keep] = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    speeds = {keep: [] for keep in processes}
     for _ in range(arguments.rounds):
-        for keep in found:
-            words = [sys.executable, __file__, "--keep", keep, "--data_dir", arguments.data_dir,
-                     "--cache_dir", cache_dir, "--models", model, "--tasks", task,
-                     "--seconds", str(arguments.seconds)]  # fmt: skip
-            output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
-            found[keep].append(json.loads(output.splitlines()[-1]))
-    speeds = {keep: [one["speed"] for one in several] for keep, several in found.items()}
-    peaks = {keep: max(one["peak"] for one in several) for keep, several in found.items()}
-    ratio = statistics.median(b / a for a, b in zip(speeds["no"], speeds["yes"], strict=True))
+        for keep, process in processes.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            speeds[keep].append(float(process.stdout.readline()))
+    peaks = {keep: int(process.communicate()[0]) for keep, process in processes.items()}
+    ratios = [b / a for a, b in zip(speeds["no"], speeds["yes"], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios)
     print(
         f"{model}, {task}: {statistics.median(speeds['no']):.1f} images/s, with the setting "
-        f"{statistics.median(speeds['yes']):.1f}, ratio {ratio:.3f}; peak "
-        f"{peaks['no'] / 2**20:.0f} MiB, {peaks['yes'] / 2**20:.0f} MiB, "
+        f"{statistics.median(speeds['yes']):.1f}, ratio {ratio:.3f} (quartiles {low:.3f}, "
+        f"{high:.3f}); peak {peaks['no'] / 2**20:.0f} MiB, {peaks['yes'] / 2**20:.0f} MiB, "
         f"{peaks['yes'] / peaks['no'] - 1:+.1%}",
         flush=True,
     )

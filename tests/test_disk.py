@@ -34,7 +34,7 @@ def files_below(folder):
 
 SAVE = """
 import sys, torch
-from files import save_tensors
+from storage.tensors import save_tensors
 try:
     save_tensors(sys.argv[1], {"weights": torch.zeros(int(sys.argv[2]))})
 except OSError as error:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HALF_A_WRITE = """
 import sys
-from files import write_atomically
+from storage.files import write_atomically
 with write_atomically(sys.argv[1]) as temporary, temporary.open("w") as file:
     print("half of the new,", file=file, flush=True)
     print(temporary, flush=True)
@@ -32,7 +32,7 @@ with write_atomically(sys.argv[1]) as temporary, temporary.open("w") as file:
 """
 HOLD_THE_LOCK = """
 import sys
-from files import lock
+from storage.files import lock
 with lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()
@@ -40,7 +40,7 @@ with lock(sys.argv[1]):
 COUNT_UNDER_THE_LOCK = """
 import sys
 from pathlib import Path
-from files import lock
+from storage.files import lock
 counter = Path(sys.argv[1])
 for _ in range(100):
     with lock(sys.argv[1] + ".lock"):

@@ -58,7 +58,7 @@ def test_a_setting_that_is_refused_is_said_and_no_other_is_made(monkeypatch, ans
     monkeypatch.setattr(hardware.sys, "platform", "linux")
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: libc)
     assert hardware.keep_freed_memory() is bool(answer)
-    assert len(libc.asked) == (2 if answer else 1)
+    assert len(libc.asked) == (3 if answer else 1)
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])

@@ -432,7 +432,7 @@ def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, m
 LEFTOVER = ".metrics.0123456789abcdef.tmp.json"
 WRITE = """
 import sys
-from files import write_atomically
+from storage.files import write_atomically
 with write_atomically(sys.argv[1]) as temporary:
     temporary.write_text("whole")
     print(flush=True)
