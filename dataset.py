@@ -39,9 +39,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import audit
 from augmentation import Views, apply_views, draw_views
-from decoding import UnreadableImageError, decode, read_regular_file, scaled_size
+from imaging import audit
+from imaging.decode import UnreadableImageError, decode, read_regular_file, scaled_size
 from storage.files import lock, read_csv, remove_leftovers, write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}

@@ -27,7 +27,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from lesions import DIAGNOSES, find_diagnosis, is_malignant, is_melanoma, normalize_name
+from imaging.lesions import DIAGNOSES, find_diagnosis, is_malignant, is_melanoma, normalize_name
 
 # Those of `compute_metrics` that have an interval.
 HEADLINES = (

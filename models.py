@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
 from evaluation import Calibration, counted_as
-from lesions import is_malignant
+from imaging.lesions import is_malignant
 from storage.files import lock
 from storage.tensors import check_alike, is_number, load_tensors
 

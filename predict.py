@@ -329,7 +329,7 @@ class Ensemble:
         Raises ValueError for a name of no class or a threshold that is no probability.
         """
         from evaluation import match_classes
-        from lesions import is_melanoma, normalize_name
+        from imaging.lesions import is_melanoma, normalize_name
 
         targets = {
             "malignant": [self.classes.index(name) for name in self.malignant_classes],

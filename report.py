@@ -20,9 +20,9 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
 from evaluation import counted_as, why_screening_is_off
-from lesions import is_melanoma
+from imaging.audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
+from imaging.lesions import is_melanoma
 from storage.files import read_csv, split_names, write_text
 
 DASH = "–"

@@ -26,7 +26,6 @@ import torch
 import torchvision
 from filelock import Timeout
 
-from audit import worst_pairs
 from dataset import (
     METADATA_COLUMNS,
     DatasetBuilder,
@@ -44,7 +43,8 @@ from evaluation import (
     screening_warnings,
     typical_examples,
 )
-from lesions import normalize_name
+from imaging.audit import worst_pairs
+from imaging.lesions import normalize_name
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from predict import gradcam
 from report import write_report

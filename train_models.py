@@ -585,7 +585,7 @@ def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> Non
 
 
 def _audit(builder: "DatasetBuilder") -> "pd.DataFrame":
-    from audit import summarise
+    from imaging.audit import summarise
 
     findings = builder.audit()
     print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
@@ -593,7 +593,7 @@ def _audit(builder: "DatasetBuilder") -> "pd.DataFrame":
 
 
 def _say_unavoidable_errors(dataset: "LesionDataset") -> None:
-    from audit import unavoidable_errors
+    from imaging.audit import unavoidable_errors
 
     errors = unavoidable_errors(dataset.metadata)
     if errors > 0:
@@ -605,8 +605,8 @@ def _say_unavoidable_errors(dataset: "LesionDataset") -> None:
 
 def _prepare_demo(settings: Settings) -> Settings:
     """Draws the synthetic set if it is not there yet, and says what the demo runs."""
+    from imaging.synthetic import make_dataset
     from models import imagenet_weights
-    from synthetic import make_dataset
 
     if settings.weights == "imagenet" and not settings.audit_only:
         try:

@@ -122,8 +122,8 @@ def evaluation(model, loaders, data_dir: Path, turns: Turns) -> None:
 
 
 def prediction(model, loaders, data_dir: Path, turns: Turns) -> None:
-    from storage.tensors import save_tensors
     from predict import predict_batches
+    from storage.tensors import save_tensors
 
     classes = [str(label) for label in range(NUM_CLASSES)]
     contents = {"config": model.config, "classes": classes, "image_size": 224,

@@ -29,9 +29,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_models
+from imaging.synthetic import make_dataset
 from results import environment
 from storage.files import read_csv
-from synthetic import make_dataset
 
 
 class Trial:

@@ -2,14 +2,14 @@
 
     python benchmarks/fuzz.py --decodes 20000 --seed 0
 
-Starts from small files of each format and kind that `decoding.decode` knows, and flips, cuts,
+Starts from small files of each format and kind that `imaging.decode.decode` knows, and flips, cuts,
 inserts, doubles and exchanges bytes, chunks and segments. Batches run in a process of their own, so
 that a crash or a hang is found, named by its number, and the rest goes on. `--save DIR` keeps the
 files that were found; file number N of a seed is always the same.
 
     python benchmarks/fuzz.py --largest
 
-decodes instead the files that take longest of those within the limits of `decoding.py`.
+decodes instead the files that take longest of those within the limits of `imaging/decode.py`.
 """
 
 import argparse
@@ -35,7 +35,13 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from decoding import MAX_PIXELS, MAX_RLE_PIXELS, MAX_SCANNED_PIXELS, UnreadableImageError, decode
+from imaging.decode import (
+    MAX_PIXELS,
+    MAX_RLE_PIXELS,
+    MAX_SCANNED_PIXELS,
+    UnreadableImageError,
+    decode,
+)
 
 KINDS = ["read", "refused", "foreign exception", "crash", "hang"]
 NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)

@@ -19,9 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from audit import MAX_DISTANCE, find_near_duplicates
 from dataset import _thumbnail, find_images
-from decoding import decode
+from imaging.audit import MAX_DISTANCE, find_near_duplicates
+from imaging.decode import decode
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.1, 0.12, MAX_DISTANCE, 0.16, 0.18, 0.2, 0.22, 0.24)
 TURNS = [None, *Image.Transpose]

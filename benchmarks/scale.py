@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from audit import find_near_duplicates
 from dataset import DatasetBuilder, find_images
+from imaging.audit import find_near_duplicates
 from storage.files import write_csv
 
 SIDE, IMAGE_SIZE = 96, 32

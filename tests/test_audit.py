@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from audit import (
+from imaging.audit import (
     MAX_DISTANCE,
     THUMBNAIL_SIZE,
     audit,
@@ -15,7 +15,7 @@ from audit import (
     unavoidable_errors,
     worst_pairs,
 )
-from synthetic import CLASSES, draw_lesion
+from imaging.synthetic import CLASSES, draw_lesion
 
 TURNS = [None, *Image.Transpose]
 

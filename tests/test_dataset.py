@@ -38,9 +38,9 @@ from dataset import (
     resize,
     stratified_split,
 )
+from imaging.synthetic import CLASSES, draw_lesion
 from models import get_model
 from storage.files import lock
-from synthetic import CLASSES, draw_lesion
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import decoding
 from benchmarks.fuzz import make_files, mutate, outcome_of
 from dataset import DatasetBuilder, UnreadableImageError, find_images, prepare_image, read_image
-from decoding import decode
+from imaging.decode import MAX_BYTES, decode
 
 ROOT = Path(__file__).parents[1]
 ORIENTATION, STRIP_OFFSETS = 274, 273
@@ -311,7 +310,7 @@ def test_the_rest_is_refused_quickly_with_its_name_and_reason(tmp_path, name):
 
 def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path):
     with open(tmp_path / "large.tif", "wb") as file:
-        file.truncate(decoding.MAX_BYTES + 1)  # a hole, which takes no space
+        file.truncate(MAX_BYTES + 1)  # a hole, which takes no space
     with pytest.raises(UnreadableImageError, match="536,870,913 bytes are more than the limit"):
         read_image(tmp_path / "large.tif")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesions import (
+from imaging.lesions import (
     DIAGNOSES,
     Diagnosis,
     _all_qualifiers,

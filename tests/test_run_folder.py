@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import dataset
 import train_models
+from imaging.synthetic import make_dataset
 from results import evaluate_folder
 from run_folder import (
     AUDIT,
@@ -29,7 +30,6 @@ from run_folder import (
     kind_of_run,
     read_config,
 )
-from synthetic import make_dataset
 from train_models import DEMO_SETTINGS, main
 
 RUN = {"num_steps": 2, "seed": 42, DATA: "these", METADATA: None}
@@ -371,7 +371,7 @@ def demo(tmp_path, monkeypatch, quick):
     """The demo with few images and steps, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     draw_few = functools.partial(make_dataset, num_images=60, size=48)
-    monkeypatch.setattr("synthetic.make_dataset", draw_few)
+    monkeypatch.setattr("imaging.synthetic.make_dataset", draw_few)
     quick_settings = replace(DEMO_SETTINGS, num_steps=2, batch_size=8, models=("simple_cnn",))
     monkeypatch.setattr(train_models, "DEMO_SETTINGS", quick_settings)
     return ["--demo", "--weights", "none", "--device", "cpu"]
@@ -428,7 +428,7 @@ def no_image_is_read(monkeypatch):
 
     monkeypatch.setattr(dataset, "read_regular_file", fails)
     monkeypatch.setattr("torch.hub.download_url_to_file", fails)
-    monkeypatch.setattr("synthetic.make_dataset", fails)
+    monkeypatch.setattr("imaging.synthetic.make_dataset", fails)
 
 
 # A mistake of each kind and what is said of it, in the order in which they are looked for.

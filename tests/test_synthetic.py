@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import synthetic
-from synthetic import CLASSES, MIN_IMAGES, MIN_SIZE, draw_lesion, make_dataset
+from imaging import synthetic
+from imaging.synthetic import CLASSES, MIN_IMAGES, MIN_SIZE, draw_lesion, make_dataset
 
 ISIC_TRAIN = (114, 378, 95, 438, 357, 462, 77, 181, 139)
 ISIC_TEST = (16, 16, 16, 16, 16, 16, 3, 16, 3)
@@ -173,7 +173,7 @@ def test_a_size_too_small_is_an_error_and_leaves_no_folder(tmp_path):
 
 def test_a_killed_draw_leaves_no_set_and_does_not_stand_in_the_way_of_the_next(tmp_path):
     root = tmp_path / "raw"
-    script = f"import synthetic; synthetic.make_dataset({str(root)!r}, 20_000, seed=1)"
+    script = f"from imaging import synthetic; synthetic.make_dataset({str(root)!r}, 20_000, seed=1)"
     drawing = subprocess.Popen([sys.executable, "-c", script], cwd=Path(synthetic.__file__).parent)
     try:
         deadline = time.monotonic() + 30
