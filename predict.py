@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console import (
+from experiment.console import (
     Parser,
     check_flags_have_effect,
     given_flags,
@@ -34,7 +34,7 @@ from console import (
     stoppable,
     with_underscores,
 )
-from hardware import keep_freed_memory
+from learning.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -827,7 +827,7 @@ def _noting(what_now: str) -> Iterator[None]:
 
 
 def _evaluate_and_print(settings: Settings, command: str) -> int:
-    from results import evaluate_folder
+    from experiment.results import evaluate_folder
 
     comparison, unreadable = evaluate_folder(
         settings.model,

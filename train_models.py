@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console import (
+from experiment.console import (
     STOPPING,
     Parser,
     check_flags_have_effect,
@@ -37,9 +37,8 @@ from console import (
     stoppable,
     with_underscores,
 )
-from console import number_type as _number
-from hardware import keep_freed_memory
-from run_folder import (
+from experiment.console import number_type as _number
+from experiment.run_folder import (
     AUDIT,
     TRAINING,
     TrainingFolder,
@@ -48,6 +47,7 @@ from run_folder import (
     kind_of_run,
     write_config,
 )
+from learning.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -349,7 +349,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         return 0  # one process is enough, and the end of another one with status 1 would stop it
     _check_folders(settings, is_demo)
     # Not before the check above: torch comes with it.
-    from results import claim
+    from experiment.results import claim
 
     if _is_first() and (Path(settings.save_dir) / ".lock").exists():
         with claim(settings.save_dir):  # to say at once that it is in use, not after the images
@@ -377,7 +377,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 
 def _audit_alone(builder: "DatasetBuilder", settings: Settings, is_demo: bool) -> int:
     """Leaves the audit in `save_dir`, and gives the exit status: 1 when it found something."""
-    from results import claim, leave_audit, picture_audit
+    from experiment.results import claim, leave_audit, picture_audit
 
     save_dir = Path(settings.save_dir)
     images = digest_images(builder.list_images(content_hash=True))
@@ -403,8 +403,8 @@ def _train_and_compare(
 ) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from report import write_report
-    from results import compare_models, leave_audit, picture_audit
+    from experiment.report import write_report
+    from experiment.results import compare_models, leave_audit, picture_audit
 
     save_dir = Path(settings.save_dir)
     if _is_first():
@@ -783,7 +783,7 @@ def _begin(
 def _write_config(
     kind: str, settings: Settings, is_demo: bool, device: "torch.device | None", **more: Any
 ) -> None:
-    from results import environment
+    from experiment.results import environment
 
     told = {"kind": kind, "command": command(settings, is_demo)}
     defaults = asdict(Settings())
@@ -837,8 +837,8 @@ def _train_one(
 ) -> None:
     """Trains one model and fills its folder; `metrics.json`, written last, says that it is done."""
     from evaluation import MALIGNANT
+    from experiment.results import leave_results
     from models import count_parameters, load_model
-    from results import leave_results
     from training import (
         evaluate,
         make_optimizer,

@@ -22,7 +22,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from checkpoints import Batches, Checkpoint, Progress, describe_run
 from dataset import LesionLoader, check_seed, derive_seed
 from evaluation import (
     MALIGNANT,
@@ -33,6 +32,7 @@ from evaluation import (
     left_out_of_screening,
     screening_targets,
 )
+from learning.checkpoints import Batches, Checkpoint, Progress, describe_run
 from models import evaluation_mode
 
 logger = logging.getLogger(__name__)

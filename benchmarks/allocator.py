@@ -157,7 +157,7 @@ def main() -> None:
 
 
 def run_here(arguments: argparse.Namespace) -> None:
-    from hardware import keep_freed_memory
+    from learning.hardware import keep_freed_memory
 
     if arguments.keep == "yes" and not keep_freed_memory():
         raise SystemExit("this machine's C library does not take the setting")

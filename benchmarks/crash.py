@@ -29,8 +29,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_models
+from experiment.results import environment
 from imaging.synthetic import make_dataset
-from results import environment
 from storage.files import read_csv
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     if arguments.array:
         print(train_on(arguments.array, arguments.steps))
         return
-    from results import environment  # not above: it would take memory in the measured processes
+    from experiment.results import environment
 
     print(f"precision {environment()['precision']}")
     for count in arguments.images:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import results
+from experiment import results
+from experiment.results import claim, evaluate_folder
 from models import get_model
 from predict import main
-from results import claim, evaluate_folder
 from storage.tensors import save_tensors
 
 CLASSES = ["melanoma", "nevus", "vascular lesion"]

@@ -14,9 +14,9 @@ from PIL import Image
 
 import dataset
 import models
-import results
 import training
-from run_folder import TRAINING
+from experiment import results
+from experiment.run_folder import TRAINING
 from train_models import OF_AUDIT, PROGRAM, _make_parser, main
 
 # What is given to each flag, and before it what it needs to make sense.

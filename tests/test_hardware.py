@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import hardware
+from learning import hardware
 
 ROOT = Path(__file__).parents[1]
 FAULTS = """

@@ -17,9 +17,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset import DatasetBuilder, create_dataloaders
+from experiment.results import claim, evaluate_folder
 from models import get_model
 from predict import main as predict_main
-from results import claim, evaluate_folder
 from storage.tensors import save_tensors
 from train_models import main
 from training import NonFiniteLossError, make_optimizer, train, warmup_cosine
@@ -267,8 +267,8 @@ def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, 
 def test_a_signal_while_figures_are_drawn_leaves_none_half_written(
     arguments, tmp_path, monkeypatch, capfd, where
 ):
-    import results
     import visualizations
+    from experiment import results
 
     module = visualizations if where == "plot_samples" else results
 

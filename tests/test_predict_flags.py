@@ -14,8 +14,8 @@ from torch import nn
 
 import dataset
 import predict
-import results
 import training
+from experiment import results
 from models import get_model
 from predict import main
 from storage.tensors import save_tensors

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import recall_score
 
+from experiment.results import _label_of, evaluate_folder
 from models import ModelInfo
 from predict import main as predict_main
-from results import _label_of, evaluate_folder
 from storage.tensors import load_tensors, save_tensors
 from train_models import main as train_main
 

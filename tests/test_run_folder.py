@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 import dataset
 import train_models
-from imaging.synthetic import make_dataset
-from results import evaluate_folder
-from run_folder import (
+from experiment.results import evaluate_folder
+from experiment.run_folder import (
     AUDIT,
     DATA,
     EVALUATION,
@@ -30,6 +29,7 @@ from run_folder import (
     kind_of_run,
     read_config,
 )
+from imaging.synthetic import make_dataset
 from train_models import DEMO_SETTINGS, main
 
 RUN = {"num_steps": 2, "seed": 42, DATA: "these", METADATA: None}

@@ -43,12 +43,12 @@ from evaluation import (
     screening_warnings,
     typical_examples,
 )
+from experiment.report import write_report
+from experiment.run_folder import EVALUATION, TRAINING, kind_of_run, read_config
 from imaging.audit import worst_pairs
 from imaging.lesions import normalize_name
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from predict import gradcam
-from report import write_report
-from run_folder import EVALUATION, TRAINING, kind_of_run, read_config
 from storage.files import (
     join_names,
     lock,
