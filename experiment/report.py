@@ -1,6 +1,6 @@
 """The results of a run as one HTML page that needs no network and no file beside it.
 
-    python -c "from report import write_report; write_report('models')"
+    python -c "from experiment.report import write_report; write_report('models')"
 
 What is said is worked out here, as headings, texts, tables and figures; how it looks is in the
 template at the end. Jinja2 escapes all that comes out of files: class names, paths, the command.

@@ -153,6 +153,12 @@ def split_names(cell: str) -> tuple[str, ...]:
     return tuple(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL) for name in names)
 
 
+def printable(path: str | Path) -> str:
+    """A path as it fits into one line of a message."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
 def lock(path: str | Path) -> FileLock:
     """A lock between processes, held inside `with lock(path):`; it ends with its process."""
     return FileLock(path)

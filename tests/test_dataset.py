@@ -1322,7 +1322,7 @@ def test_an_older_file_is_not_hashed_again(make_images, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: now() + 10_000_000_000)
     _, expected = build(root)  # takes the new times into the index
     read = []
-    monkeypatch.setattr(dataset, "read_regular_file", read.append)
+    monkeypatch.setattr(cache, "read_regular_file", read.append)
     _, metadata = build(root)
     assert read == []
     assert metadata.equals(expected)

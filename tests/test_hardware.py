@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FAULTS = """
 import resource, sys
 import torch
-from hardware import keep_freed_memory
+from learning.hardware import keep_freed_memory
 
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(77)

@@ -404,11 +404,17 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been():
 # ---------------------------------------------------------------------------- two at once
 
 
-OWNER = "import sys; from results import claim\nwith claim(sys.argv[1]): print(flush=True); input()"
+OWNER = """
+import sys
+from experiment.results import claim
+with claim(sys.argv[1]):
+    print(flush=True)
+    input()
+"""
 
 
 def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("results.SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr("experiment.results.SECONDS_TO_WAIT", 0.1)
     out = tmp_path / "out"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -532,7 +538,7 @@ def test_checkpoints_take_a_hundredth_of_the_time_however_slow_the_disk(
         written.append(path.name)
 
     monkeypatch.setattr("training.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    monkeypatch.setattr("checkpoints.save_tensors", slow)
+    monkeypatch.setattr("learning.checkpoints.save_tensors", slow)
     run(loaders, tmp_path, checkpoint_every=None)
     assert written.count("last.pth") == 2  # after the first step and at the end
 

@@ -207,8 +207,8 @@ def quick(monkeypatch):
     """Has the command draw few figures: they take most of the time and none is looked at here."""
     for drawing in (
         "train_models._picture_data",
-        "results._picture_figures",
-        "results._picture_images",
+        "experiment.results._picture_figures",
+        "experiment.results._picture_images",
         "visualizations.plot_learning_curves",
     ):
         monkeypatch.setattr(drawing, lambda *args, **kwargs: None)
@@ -426,7 +426,7 @@ def no_image_is_read(monkeypatch):
     def fails(*args, **kwargs):
         pytest.fail("something expensive came before a cheap check")
 
-    monkeypatch.setattr(dataset, "read_regular_file", fails)
+    monkeypatch.setattr(cache, "read_regular_file", fails)
     monkeypatch.setattr("torch.hub.download_url_to_file", fails)
     monkeypatch.setattr("imaging.synthetic.make_dataset", fails)
 
