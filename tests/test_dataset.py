@@ -38,6 +38,7 @@ from dataset import (
     resize,
     stratified_split,
 )
+from imaging import cache, prepare
 from imaging.synthetic import CLASSES, draw_lesion
 from models import get_model
 from storage.files import lock
@@ -126,7 +127,7 @@ def test_resize_and_crop_are_those_of_torchvision(size):
     rng = np.random.default_rng(width)
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(image)
-    difference = np.abs(np.asarray(dataset._fit(image, 224)).astype(int) - np.asarray(expected))
+    difference = np.abs(np.asarray(prepare._fit(image, 224)).astype(int) - np.asarray(expected))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.3
     resized = resize(np.asarray(image), 64)

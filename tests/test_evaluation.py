@@ -26,7 +26,6 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-import evaluation
 from benchmarks.coverage import CASES, measure
 from evaluation import (
     HEADLINES,
@@ -41,6 +40,7 @@ from evaluation import (
     counted_as,
     effective_sample_size,
     fit_calibration,
+    intervals,
     left_out_of_screening,
     match_classes,
     most_confident_mistakes,
@@ -359,7 +359,7 @@ def test_every_interval_holds_its_figure_and_has_a_width(case, data):
     groups = data.draw(arrays(np.int64, len(y_true), elements=st.integers(0, 9)))
     metrics = compute_metrics(*case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "NUM_RESAMPLES", 200)
+        patch.setattr(intervals, "NUM_RESAMPLES", 200)
         intervals = compute_intervals(*case, groups)
     for name in HEADLINES:
         low, high = intervals[name]
@@ -383,7 +383,7 @@ def test_every_interval_holds_its_figure_and_has_a_width(case, data):
 )
 def test_intervals_near_the_border_hold_the_true_value(what, case, lowest, monkeypatch):
     """In 200 simulated sets; RESULTS.md has the shares of more sets and more cases."""
-    monkeypatch.setattr(evaluation, "NUM_RESAMPLES", 400)
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 400)
     for name, (share, _) in measure(CASES[what][case], 200).items():
         assert share >= lowest, name
 
@@ -504,7 +504,7 @@ def test_with_any_calibration_the_figures_of_decisions_agree_with_each_other(cas
     bias = [data.draw(st.floats(-5, 5)) for _ in names]
     calibration = Calibration(data.draw(st.floats(0.1, 10)), tuple(bias))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "NUM_RESAMPLES", 20)
+        patch.setattr(intervals, "NUM_RESAMPLES", 20)
         found = assess(y_true, y_prob, names, calibration, {})
     y_pred = y_prob.argmax(axis=1)
     confidence = calibration.apply(y_prob)[np.arange(len(y_pred)), y_pred]
@@ -778,7 +778,7 @@ def test_images_of_one_lesion_are_drawn_together_for_all_subgroups():
 )
 def test_the_interval_of_a_gap_holds_the_true_gap(case, monkeypatch):
     """In 200 simulated sets, so that a true share of 95 % is measured as 91 to 99 %."""
-    monkeypatch.setattr(evaluation, "NUM_RESAMPLES", 400)
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 400)
     share, _ = measure(CASES["gaps"][case], 200)["widest gap"]
     assert 0.91 <= share <= 0.99
 

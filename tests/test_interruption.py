@@ -244,9 +244,9 @@ def test_a_stopped_run_says_the_command_that_ends_it_as_if_it_had_not_been(
 
 
 def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, monkeypatch, capfd):
-    import dataset
+    from imaging import cache
 
-    make_thumbnail = dataset._thumbnail
+    make_thumbnail = cache.make_thumbnail
 
     def interrupted(image):
         os.kill(os.getpid(), signal.SIGINT)
@@ -254,7 +254,7 @@ def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, 
         return make_thumbnail(image)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_thumbnail", interrupted)
+        patch.setattr(cache, "make_thumbnail", interrupted)
         assert main(arguments) == 130
     (line,) = capfd.readouterr().err.splitlines()
     assert line == "train_models.py: stopped by SIGINT; nothing had been begun"

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dataset
 import train_models
 from experiment.results import evaluate_folder
 from experiment.run_folder import (
@@ -29,6 +28,7 @@ from experiment.run_folder import (
     kind_of_run,
     read_config,
 )
+from imaging import cache
 from imaging.synthetic import make_dataset
 from train_models import DEMO_SETTINGS, main
 

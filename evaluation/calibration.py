@@ -1,0 +1,104 @@
+"""How far probabilities can be trusted: temperature, bias, reliability."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+
+from evaluation.metrics import check_predictions, compute_metrics, decisions
+
+NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
+
+
+def trustworthiness(
+    y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str], y_pred: np.ndarray
+) -> dict[str, Any]:
+    metrics = compute_metrics(y_true, y_prob, class_names, y_pred)
+    return reliability(y_true, y_prob, y_pred) | {
+        n: metrics[n] for n in ("log_loss", "brier_score")
+    }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Turns a model's probabilities into calibrated ones: softmax(log(p) / temperature + bias).
+
+    A temperature above 1 makes them less sure (Guo et al. 2017); `bias` has a number for each
+    class, which undoes priors that balanced sampling has shifted (Alexandari et al. 2020).
+    """
+
+    temperature: float
+    bias: tuple[float, ...]
+
+    def apply(self, y_prob: np.ndarray) -> np.ndarray:
+        return softmax(_log(y_prob) / self.temperature + np.array(self.bias), axis=1)
+
+
+def fit_calibration(
+    y_true: np.ndarray, y_prob: np.ndarray, *, priors_shifted: bool = True
+) -> Calibration:
+    """The calibration that makes these images most likely, which are those of validation.
+
+    Never those of training, on which a model is surer than it should be. Without `priors_shifted`,
+    which balanced sampling and class weights do, the biases stay 0. A weak prior (standard
+    deviation 3) keeps the bias of a class without images finite.
+    """
+    y_true, y_prob = check_predictions(y_true, y_prob, np.asarray(y_prob).shape[-1])
+    log_prob, num_classes = _log(y_prob), y_prob.shape[1]
+    truth = np.eye(num_classes)[y_true]
+
+    def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        inverse, bias = np.exp(-parameters[0]), parameters[1:]
+        log_calibrated = log_softmax(log_prob * inverse + bias, axis=1)
+        loss = -(truth * log_calibrated).sum() + (bias**2).sum() / (2 * 3**2)
+        residual = np.exp(log_calibrated) - truth
+        of_temperature = -(residual * log_prob).sum() * inverse
+        of_bias = (residual.sum(axis=0) + bias / 3**2) * priors_shifted
+        return loss, np.concatenate([[of_temperature], of_bias])
+
+    start = np.zeros(num_classes + 1)
+    bounds = [(-3.0, 3.0), *[(None, None)] * num_classes]  # temperatures from 1/20 to 20
+    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    bias = found.x[1:] - found.x[1:].mean()
+    return Calibration(float(np.exp(found.x[0])), tuple(bias.tolist()))
+
+
+def reliability(
+    y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None = None
+) -> dict[str, Any]:
+    """How far the probability of the class decided for is from how often it is right.
+
+    In 15 equal bins of that probability (Guo et al. 2017): `confidence`, its mean in each bin,
+    `accuracy`, None for both in an empty one, and `count`; over the bins
+    `expected_calibration_error`, the mean of |accuracy - confidence| weighted by count, and
+    `maximum_calibration_error`, the largest.
+    """
+    y_true, y_prob = check_predictions(y_true, y_prob, np.asarray(y_prob).shape[-1])
+    y_pred = decisions(y_true, y_prob, y_pred)
+    confidence, is_right = y_prob[np.arange(len(y_pred)), y_pred], y_pred == y_true
+    # Bins are closed above, so that a probability of 1 is in the last.
+    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    count = np.bincount(bins, minlength=NUM_BINS)
+    means = [
+        np.bincount(bins, weights=values, minlength=NUM_BINS) / np.maximum(count, 1)
+        for values in (confidence, is_right)
+    ]
+    gaps = np.abs(means[0] - means[1])
+
+    def without_empty(values: np.ndarray) -> list[float | None]:
+        return [float(v) if n > 0 else None for v, n in zip(values, count, strict=True)]
+
+    return {
+        "confidence": without_empty(means[0]),
+        "accuracy": without_empty(means[1]),
+        "count": count.tolist(),
+        "expected_calibration_error": float(np.average(gaps, weights=count)),
+        "maximum_calibration_error": float(gaps.max()),
+    }
+
+
+def _log(y_prob: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(y_prob, 1e-12))

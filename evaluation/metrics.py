@@ -1,0 +1,209 @@
+"""Metrics of predictions, for unbalanced classes, and images to look at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    cohen_kappa_score,
+    confusion_matrix,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
+
+# Those of `compute_metrics` that have an interval.
+HEADLINES = (
+    "accuracy",
+    "balanced_accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "macro_recall",
+    "macro_f1",
+)
+
+
+def compute_metrics(
+    y_true: np.ndarray,
+    y_prob: np.ndarray,
+    class_names: Sequence[str],
+    y_pred: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The figures of a set of predictions, by name, as plain values.
+
+    Returns
+    -------
+    dict with `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images;
+    `top_2_accuracy`, the share of images whose class is the decided one or the most probable of
+    the others;
+    `precision`, `recall` and `f1`, weighted by the classes' numbers of images; `macro_precision`,
+    `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_average_precision`, plain means;
+    `cohen_kappa` and `matthews_corrcoef`, from -1 to 1; `log_loss`, the mean of
+    -log(probability of the true class); `brier_score`, the mean squared distance of the
+    probabilities from the truth, from 0 to 2 (Brier 1950); `per_class`, by class name `precision`,
+    `recall`, `specificity`, `f1`, `roc_auc`, `average_precision` (of the class against the rest)
+    and `support`; `confusion_matrix`, counts as lists, a row a true class.
+
+    A class that is never predicted has precision 0. A class without images has None for its figures
+    and is left out of the means, and so are areas of a class that all images have.
+    """
+    y_true, y_prob = check_predictions(y_true, y_prob, len(class_names))
+    y_pred = decisions(y_true, y_prob, y_pred)
+    labels = np.arange(len(class_names))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        y_true, y_pred, labels=labels, zero_division=0
+    )
+    present = support > 0
+    roc_auc, average_precision = _areas(y_true, y_prob)
+    per_class = {
+        "precision": precision,
+        "recall": recall,
+        "specificity": _specificity(y_true, y_pred, labels),
+        "f1": f1,
+        "roc_auc": roc_auc,
+        "average_precision": average_precision,
+    }
+    probability_of_truth = y_prob[np.arange(len(y_true)), y_true]
+    smallest = np.finfo(y_prob.dtype).eps  # log 0 would make one image decide all
+    metrics: dict[str, Any] = {
+        "accuracy": float(accuracy_score(y_true, y_pred)),
+        "balanced_accuracy": float(recall[present].mean()),
+        "top_2_accuracy": float(_is_among_top_2(y_true, y_prob, y_pred).mean()),
+        "cohen_kappa": _or_0(cohen_kappa_score, y_true, y_pred),
+        "matthews_corrcoef": _or_0(matthews_corrcoef, y_true, y_pred),
+        "log_loss": float(-np.log(np.maximum(probability_of_truth, smallest)).mean()),
+        "brier_score": float(((y_prob - np.eye(len(labels))[y_true]) ** 2).sum(axis=1).mean()),
+    }
+    for name in ("precision", "recall", "f1"):
+        metrics[name] = float(np.average(per_class[name], weights=support))
+    for name in ("precision", "recall", "f1", "roc_auc", "average_precision"):
+        known = per_class[name][present & np.isfinite(per_class[name])]
+        metrics[f"macro_{name}"] = float(known.mean()) if len(known) else None
+    metrics["per_class"] = {
+        class_name: {
+            name: float(values[label]) if present[label] and np.isfinite(values[label]) else None
+            for name, values in per_class.items()
+        }
+        | {"support": int(support[label])}
+        for label, class_name in enumerate(class_names)
+    }
+    metrics["confusion_matrix"] = confusion_matrix(y_true, y_pred, labels=labels).tolist()
+    return metrics
+
+
+def most_confident_mistakes(
+    y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray, count: int = 12
+) -> np.ndarray:
+    """The numbers of the images called wrong with the highest probability, that one first."""
+    confidence = y_prob[np.arange(len(y_pred)), y_pred]
+    ranked = np.argsort(-confidence, kind="stable")
+    return ranked[(y_true != y_pred)[ranked]][:count]
+
+
+def typical_examples(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) -> np.ndarray:
+    """For each class the number of an image called right and of one called wrong, where there are.
+
+    Of each kind the one whose decided class has the middle probability: neither the model's best
+    nor its worst.
+    """
+    confidence = y_prob[np.arange(len(y_pred)), y_pred]
+    chosen = []
+    for label in range(y_prob.shape[1]):
+        for is_right in (True, False):
+            of_kind = np.flatnonzero((y_true == label) & ((y_true == y_pred) == is_right))
+            ranked = of_kind[np.argsort(confidence[of_kind], kind="stable")]
+            chosen.extend(ranked[len(ranked) // 2 : len(ranked) // 2 + 1])
+    return np.array(chosen, dtype=np.int64)
+
+
+def headline_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
+    """The headline figures of confusion matrices (..., C, C), each (...,); NaN of no images."""
+    hits = np.diagonal(confusions, axis1=-2, axis2=-1)
+    support, predicted = confusions.sum(axis=-1), confusions.sum(axis=-2)
+    per_class = {
+        "precision": safe_ratio(hits, predicted, 0),
+        "recall": safe_ratio(hits, support, 0),
+        "f1": safe_ratio(2 * hits, support + predicted, 0),
+    }
+    total, present = support.sum(axis=-1), support > 0
+    headlines = {"accuracy": safe_ratio(hits.sum(axis=-1), total, np.nan)}
+    for name, values in per_class.items():
+        headlines[name] = safe_ratio((values * support).sum(axis=-1), total, np.nan)
+        headlines[f"macro_{name}"] = safe_ratio(
+            (values * present).sum(axis=-1), present.sum(axis=-1), np.nan
+        )
+    return headlines | {"balanced_accuracy": headlines["macro_recall"]}
+
+
+def safe_ratio(numerators: np.ndarray, denominators: np.ndarray, of_nothing: float) -> np.ndarray:
+    """The quotients, and `of_nothing` where the denominator is 0."""
+    quotients = np.full(np.shape(numerators), of_nothing, dtype=np.float64)
+    return np.divide(numerators, denominators, out=quotients, where=denominators > 0)
+
+
+def check_predictions(
+    y_true: np.ndarray, y_prob: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    y_true, y_prob = np.asarray(y_true), np.asarray(y_prob, dtype=np.float64)
+    if y_true.ndim != 1 or len(y_true) == 0:
+        raise ValueError(f"y_true has shape {y_true.shape}; it must be (N,) with N of 1 or more")
+    if y_prob.shape != (len(y_true), num_classes):
+        raise ValueError(
+            f"y_prob has shape {y_prob.shape}; for {len(y_true)} labels and {num_classes} classes "
+            f"it must be {(len(y_true), num_classes)}"
+        )
+    if not np.isin(y_true, np.arange(num_classes)).all():
+        raise ValueError(
+            f"y_true goes from {y_true.min()} to {y_true.max()}; labels of {num_classes} classes "
+            f"are whole numbers from 0 to {num_classes - 1}"
+        )
+    if not np.isfinite(y_prob).all():
+        raise ValueError("y_prob holds values that are not finite")
+    return y_true.astype(np.int64), y_prob
+
+
+def decisions(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None) -> np.ndarray:
+    if y_pred is None:
+        return y_prob.argmax(axis=1)
+    y_pred = np.asarray(y_pred)
+    if y_pred.shape != y_true.shape or not np.isin(y_pred, np.arange(y_prob.shape[1])).all():
+        raise ValueError(f"y_pred must be {y_true.shape}, labels of {y_prob.shape[1]} classes")
+    return y_pred
+
+
+def _areas(y_true: np.ndarray, y_prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each class against the rest under the ROC and precision-recall curves; NaN for none."""
+    areas = np.full((2, y_prob.shape[1]), np.nan)
+    for label, scores in enumerate(y_prob.T):
+        is_class = y_true == label
+        if 0 < is_class.sum() < len(is_class):
+            areas[:, label] = (
+                roc_auc_score(is_class, scores),
+                average_precision_score(is_class, scores),
+            )
+    return areas[0], areas[1]
+
+
+def _specificity(y_true: np.ndarray, y_pred: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The share of the images of other classes that are not called this one; NaN without others."""
+    others = y_true[:, None] != labels
+    rejected = others & (y_pred[:, None] != labels)
+    counts = others.sum(axis=0)
+    return np.where(counts > 0, rejected.sum(axis=0) / np.maximum(counts, 1), np.nan)
+
+
+def _is_among_top_2(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) -> np.ndarray:
+    """Of equal probabilities the first class counts as the higher, as with the decision."""
+    images = np.arange(len(y_true))
+    others = y_prob.copy()
+    others[images, y_pred] = -np.inf
+    return (y_pred == y_true) | (others.argmax(axis=1) == y_true)
+
+
+def _or_0(score, y_true: np.ndarray, y_pred: np.ndarray) -> float:
+    """An agreement beyond chance, 0 where all is one class and it is not defined."""
+    is_one_class = len(np.unique(np.concatenate([y_true, y_pred]))) == 1
+    return 0.0 if is_one_class else float(score(y_true, y_pred))
