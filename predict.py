@@ -34,7 +34,7 @@ from experiment.console import (
     stoppable,
     with_underscores,
 )
-from learning.hardware import keep_freed_memory
+from learning.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,15 +252,15 @@ class Ensemble:
         device: "torch.device | str | None" = None,
         precision: str = "auto",
     ) -> None:
+        from learning.hardware import choose_device, memory_format_for, resolve_precision
         from models import load_model
-        from training import _memory_format, choose_device, resolve_precision
 
         paths = _as_list(paths)
         if not paths:
             raise ValueError("no model is given; name one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        self.memory_format = _memory_format(self.device, self.dtype)
+        self.memory_format = memory_format_for(self.device, self.dtype)
         models, infos = zip(*map(load_model, paths), strict=True)
         for path, info in zip(paths, infos, strict=True):
             _check_alike(path, info, paths[0], infos[0])
@@ -300,12 +300,12 @@ class Ensemble:
     ) -> "np.ndarray":
         import torch
 
-        from training import _autocast
+        from learning.hardware import autocast
 
         with torch.inference_mode():
             logits = []
             for view in islice(_views(images), tta):
-                with _autocast(self.device, self.dtype):
+                with autocast(self.device, self.dtype):
                     logits.append(model(view.contiguous(memory_format=self.memory_format)).float())
             return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
 

@@ -47,7 +47,7 @@ from experiment.run_folder import (
     kind_of_run,
     write_config,
 )
-from learning.hardware import keep_freed_memory
+from learning.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,17 +4,13 @@ import contextlib
 import itertools
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,14 +29,46 @@ from evaluation import (
     screening_targets,
 )
 from learning.checkpoints import Batches, Checkpoint, Progress, describe_run
+from learning.distributed import (
+    Agreement,
+    Signals,
+    gather_batches,
+    get_rank,
+    get_world_size,
+    gradient_exchange,
+    is_progress_hidden,
+    mean_over_processes,
+    share_buffers,
+)
+from learning.hardware import (
+    PRECISIONS,
+    autocast,
+    choose_device,
+    fastest_convolutions,
+    memory_format_for,
+    move_images,
+    name_of_precision,
+    own_random_state,
+    resolve_precision,
+)
 from models import evaluation_mode
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "PRECISIONS",
+    "Evaluation",
+    "NonFiniteLossError",
+    "choose_device",
+    "compute_metrics",
+    "evaluate",
+    "make_optimizer",
+    "name_of_precision",
+    "resolve_precision",
+    "train",
+    "warmup_cosine",
+]
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
-SECONDS_OF_ONE_SIGNAL = 1.0
-SECONDS_BETWEEN_EXCHANGES = 0.5
 
 
 class NonFiniteLossError(ValueError):
@@ -104,52 +132,6 @@ def warmup_cosine(optimizer: Optimizer, num_steps: int, warmup_fraction: float =
     return LambdaLR(optimizer, share_of_peak)
 
 
-def choose_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of this name, once it has been seen to work; "auto" is CUDA where there is one.
-
-    Raises ValueError for a device that torch does not know or cannot use.
-    """
-    if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whichever torch raises
-        raise ValueError(f"device {name} cannot be used: {error}") from error
-    return device
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions and products run in on this device.
-
-    "auto" is bfloat16 where the hardware computes in it (CUDA from compute capability 8.0, CPUs
-    with AVX-512 bf16 or AMX), and float32 elsewhere. Raises ValueError for anything but "auto",
-    "fp32", "bf16" and "fp16", and for "fp16" without CUDA.
-    """
-    if precision == "auto":
-        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
-    if precision not in PRECISIONS:
-        names = ", ".join(("auto", *PRECISIONS))
-        raise ValueError(f"precision is {precision!r}; it must be one of {names}")
-    if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision fp16 needs CUDA, not {device.type}; use bf16 or fp32")
-    return PRECISIONS[precision]
-
-
-def name_of_precision(dtype: torch.dtype) -> str:
-    """Returns what `resolve_precision` takes for a dtype: "fp32", "bf16" or "fp16"."""
-    return next(name for name, each in PRECISIONS.items() if each is dtype)
-
-
-def _computes_in_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":  # torch has no public name for these yet
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-    return False
-
-
 def evaluate(
     model: nn.Module,
     loader: Batches,
@@ -170,12 +152,12 @@ def evaluate(
     model.to(device)
     all_logits, all_labels = [], []
     with evaluation_mode(model), torch.inference_mode():
-        for images, labels in tqdm(loader, "evaluating", disable=_is_hidden(), leave=False):
-            with _autocast(device, dtype):
-                all_logits.append(model(_move_images(images, device, dtype)).float())
+        for images, labels in tqdm(loader, "evaluating", disable=is_progress_hidden(), leave=False):
+            with autocast(device, dtype):
+                all_logits.append(model(move_images(images, device, dtype)).float())
             all_labels.append(labels)
     if isinstance(loader, LesionLoader) and loader.world_size > 1:
-        all_logits, all_labels = _from_all_processes(all_logits, all_labels)
+        all_logits, all_labels = gather_batches(all_logits, all_labels)
     if not all_labels:
         raise ValueError("the loader gave no batches to evaluate on")
     logits = torch.cat(all_logits).cpu().double()
@@ -253,12 +235,12 @@ def train(
     check_seed(seed)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
-    model.to(device, memory_format=_memory_format(device, dtype))
+    model.to(device, memory_format=memory_format_for(device, dtype))
     criterion = _make_criterion(class_weights, num_classes).to(device)
     class_names = _class_names(valid_loader, num_classes)
     counted = counted_as(class_names, malignant_classes)
     shifted = class_weights is not None or getattr(train_loader, "balanced", False)
-    rank, world_size = _rank(), _world_size()
+    rank, world_size = get_rank(), get_world_size()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     checkpoint = None
     progress = Progress()
@@ -282,14 +264,14 @@ def train(
     batches = _endless_batches(train_loader, progress.step * accumulate)
     model.train()
     forward = _make_forward(model, device, compile)
-    together = _Together()
+    together = Agreement()
     window, next_checkpoint = _Window(progress), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     with (
-        _own_random_state(device),
-        _fastest_convolutions(),
+        own_random_state(device),
+        fastest_convolutions(),
         _saying_what_is_kept(save_path, progress),
         _StepBar(num_steps, progress) as bar,
-        _Signals() as signals,
+        Signals() as signals,
     ):
         while not progress.is_over(num_steps, early_stopping_patience):
             if not progress.is_evaluation_due(eval_every, num_steps):
@@ -298,9 +280,9 @@ def train(
                 losses, num_images = [], 0
                 for images, labels in itertools.islice(batches, accumulate):
                     is_last = len(losses) == accumulate - 1
-                    with _exchange_of_gradients(forward, is_last):
-                        with _autocast(device, dtype):
-                            logits = forward(_move_images(images, device, dtype))
+                    with gradient_exchange(forward, is_last):
+                        with autocast(device, dtype):
+                            logits = forward(move_images(images, device, dtype))
                         loss = criterion(logits.float(), labels.to(device)) / accumulate
                         scaler.scale(loss).backward()
                     losses.append(loss.detach())
@@ -318,7 +300,7 @@ def train(
             if progress.is_evaluation_due(eval_every, num_steps):
                 train_loss, speed = window.mean_loss(), window.images_per_second()
                 _check_weights(model, progress)
-                _share_buffers(model)
+                share_buffers(model)
                 with signals.ending_this():
                     evaluation = evaluate(model, valid_loader, device=device, precision=precision)
             if evaluation is not None:
@@ -354,9 +336,6 @@ def train(
     return model.eval(), progress.history
 
 
-# ---------------------------------------------------------------------------- the loop's parts
-
-
 class _Window:
     """The training steps since the last evaluation, those of a run that is resumed among them."""
 
@@ -377,7 +356,7 @@ class _Window:
 
         All processes call this together, and all of them raise.
         """
-        losses = _mean_over_processes(torch.stack(self.losses)).tolist() if self.losses else []
+        losses = mean_over_processes(torch.stack(self.losses)).tolist() if self.losses else []
         for (step, learning_rate), loss in zip(self.steps, losses, strict=True):
             if not math.isfinite(loss):
                 raise _diverged(f"the training loss is {loss}", step, learning_rate)
@@ -406,7 +385,7 @@ class _StepBar:
             initial=progress.step,
             desc="training",
             unit="step",
-            disable=_is_hidden(),
+            disable=is_progress_hidden(),
             leave=False,
         )
         self._shown = time.monotonic()
@@ -442,70 +421,6 @@ class _StepBar:
             last["images_per_second"],
             " (best)" if progress.evaluations_since_best == 0 else "",
         )
-
-
-class _Signals:
-    """Holds SIGINT and SIGTERM back while it is entered; a second one acts at once.
-
-    On leaving, the handlers are what they were before, and get the signal that was held back.
-    """
-
-    def __init__(self) -> None:
-        self.noted = 0  # the number of the signal, 0 for none
-        self._noted_at = 0.0
-        self._is_raised = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                # None is a handler that is not Python's, and whoever ignores a signal means it.
-                if signal.getsignal(signum) not in (None, signal.SIG_IGN):
-                    self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._restore()
-        if self.noted and kind is None:
-            self._deliver(self.noted)
-
-    @contextlib.contextmanager
-    def ending_this(self) -> Iterator[None]:
-        """A block that can be done again, and that a signal therefore ends at once.
-
-        Not in one process of several: the others would wait for it in theirs.
-        """
-        self._is_raised = _world_size() == 1
-        try:
-            yield
-        except KeyboardInterrupt:
-            if not self.noted:
-                raise
-        finally:
-            self._is_raised = False
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        # timeout(1) and torchrun send a signal to the process that its group has had already.
-        if self.noted and time.monotonic() - self._noted_at > SECONDS_OF_ONE_SIGNAL:
-            self._restore()
-            self._deliver(signum)
-        if not self.noted:
-            self.noted, self._noted_at = signum, time.monotonic()
-        if self._is_raised:
-            self._is_raised = False
-            raise KeyboardInterrupt
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _deliver(self, signum: int) -> None:
-        handler = self._before.get(signum)
-        if callable(handler):
-            handler(signum, None)
-        elif handler is signal.SIG_DFL:
-            signal.raise_signal(signum)
-        raise KeyboardInterrupt  # the training ends, whatever a handler of the user's makes of it
 
 
 @contextlib.contextmanager
@@ -616,38 +531,6 @@ def _repeat(loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
             raise ValueError("the training loader gave no batches (any more)")
 
 
-def _memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Channels last is the fast way for convolutions, but for those of CUDA in float32."""
-    if device.type == "cpu" or dtype is not torch.float32:
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _move_images(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return images.to(device, memory_format=_memory_format(device, dtype), non_blocking=True)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    is_on = dtype is not torch.float32
-    return torch.autocast(device.type, dtype if is_on else None, enabled=is_on)
-
-
-def _own_random_state(device: torch.device) -> Any:
-    """A context after which the random state of the CPU and this device is what it was before."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-@contextlib.contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """Lets cuDNN try its algorithms: the batches are all of one size, so it is soon done."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Callable:
     """The model as the training steps call it."""
     forward = model
@@ -655,7 +538,7 @@ def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Call
         # On a GPU a small batch's kernels are done before the next is launched, so that launching
         # is what takes the time: "reduce-overhead" records them as CUDA graphs.
         forward = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
-    if _world_size() > 1:  # last, as `_exchange_of_gradients` must see it
+    if get_world_size() > 1:  # last, as `gradient_exchange` must see it
         devices = [device] if device.type == "cuda" else None
         forward = DistributedDataParallel(forward, devices, gradient_as_bucket_view=True)
     return forward
@@ -702,87 +585,3 @@ def _fit_outputs(
 
 def _copy_to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-
-
-# ---------------------------------------------------------------------------- several processes
-
-
-def _rank() -> int:
-    return dist.get_rank() if _is_one_of_several() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if _is_one_of_several() else 1
-
-
-def _is_one_of_several() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _is_hidden() -> bool | None:
-    """What tqdm's `disable` is to be: no bars but those of the first process, on a terminal."""
-    return True if _rank() > 0 else None
-
-
-def _exchange_of_gradients(forward: Callable, is_due: bool) -> contextlib.AbstractContextManager:
-    """Processes exchange their gradients once a step, not after each of its batches."""
-    if is_due or not isinstance(forward, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return forward.no_sync()
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Gives all processes the batch-norm statistics of the first."""
-    if _world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
-def _mean_over_processes(values: Tensor) -> Tensor:
-    if _world_size() == 1:
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / _world_size()
-
-
-class _Together:
-    """Lets all processes stop or write after the same step.
-
-    They ask each other every so many steps, as asking takes time, and agree on how many: those of
-    the slowest in half a second. They do it with gloo, which never waits for a GPU.
-    """
-
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if _world_size() > 1 else None
-        self._steps_left = self._steps = 1
-        self._asked = time.monotonic()
-
-    def largest(self, *numbers: int) -> list[int]:
-        """The largest of each number over the processes; zeros after a step without asking."""
-        if self._group is None:
-            return list(numbers)
-        self._steps_left -= 1
-        if self._steps_left > 0:
-            return [0] * len(numbers)
-        microseconds = int(1e6 * (time.monotonic() - self._asked) / self._steps)
-        shared = torch.tensor([*numbers, microseconds])
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
-        *largest, microseconds = shared.tolist()
-        self._steps = max(int(1e6 * SECONDS_BETWEEN_EXCHANGES / max(microseconds, 1)), 1)
-        self._steps_left, self._asked = self._steps, time.monotonic()
-        return largest
-
-    def wait(self) -> None:
-        if self._group is not None:
-            dist.barrier(group=self._group)
-
-
-def _from_all_processes(
-    logits: list[Tensor], labels: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The batches of all processes, in the order of their ranks."""
-    own = ([batch.cpu() for batch in logits], [batch.cpu() for batch in labels])
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return [b for part in parts for b in part[0]], [b for part in parts for b in part[1]]

@@ -1,4 +1,4 @@
-"""What keeping freed memory (`hardware.keep_freed_memory`) does for speed and memory on the CPU.
+"""What keeping freed memory (`learning.allocator.keep_freed_memory`) does for speed and memory on the CPU.
 
     python benchmarks/allocator.py --data_dir ../shared/data/isic9
 
@@ -157,7 +157,7 @@ def main() -> None:
 
 
 def run_here(arguments: argparse.Namespace) -> None:
-    from learning.hardware import keep_freed_memory
+    from learning.allocator import keep_freed_memory
 
     if arguments.keep == "yes" and not keep_freed_memory():
         raise SystemExit("this machine's C library does not take the setting")

@@ -30,10 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from loader import TRANSFORMS, endless
 
 from dataset import DatasetBuilder, LesionLoader, create_dataloaders
+from learning.hardware import autocast, memory_format_for
 from models import MODELS, get_model
 from training import (
-    _autocast,
-    _memory_format,
     evaluate,
     make_optimizer,
     resolve_precision,
@@ -85,7 +84,7 @@ def bare_steps(
     model: nn.Module, batch: tuple[Tensor, Tensor], device: torch.device
 ) -> Callable[[int], float]:
     dtype = resolve_precision("auto", device)
-    layout = _memory_format(device, dtype)
+    layout = memory_format_for(device, dtype)
     model.to(device, memory_format=layout).train()
     optimizer = make_optimizer(model)
     images, labels = batch[0].to(device, memory_format=layout), batch[1].to(device)
@@ -94,7 +93,7 @@ def bare_steps(
         _wait_for(device)
         started = time.perf_counter()
         for _ in range(num_steps):
-            with _autocast(device, dtype):
+            with autocast(device, dtype):
                 logits = model(images)
             cross_entropy(logits.float(), labels).backward()
             optimizer.step()
@@ -136,14 +135,14 @@ def bare_inference(
     model: nn.Module, images: Tensor, device: torch.device
 ) -> Callable[[int], float]:
     dtype = resolve_precision("auto", device)
-    layout = _memory_format(device, dtype)
+    layout = memory_format_for(device, dtype)
     model.to(device, memory_format=layout).eval()
     images = images.to(device, memory_format=layout)
 
     def run(num_batches: int) -> float:
         _wait_for(device)
         started = time.perf_counter()
-        with torch.inference_mode(), _autocast(device, dtype):
+        with torch.inference_mode(), autocast(device, dtype):
             for _ in range(num_batches):
                 model(images)
         _wait_for(device)

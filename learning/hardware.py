@@ -1,28 +1,88 @@
-"""What training and prediction ask of the machine: so far the memory allocator."""
+"""What training and prediction ask of the machine: device, precision, memory layout."""
 
-import ctypes
-import sys
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
-# <malloc.h> of glibc
-M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 1, -1, -3
+import torch
+from torch import Tensor
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def keep_freed_memory() -> bool:
-    """Lets the process keep the memory that it frees, for the next tensors; returns whether it did.
+def choose_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of this name, once it has been seen to work; "auto" is CUDA where there is one.
 
-    By default glibc gives every block above 32 MiB back to the system as soon as it is freed, and
-    the next tensor of that size takes page faults again, which on CPUs is up to half of the time of
-    an evaluation. From this call on blocks below 1 GiB are kept. It holds for the whole process and
-    cannot be undone, so the library never calls it; both commands do, and a notebook may, before
-    its first tensor. Where the C library is not glibc, or refuses, nothing changes and the result
-    is False.
+    Raises ValueError for a device that torch does not know or cannot use.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return False
-    # The first is refused by versions of glibc that map every block above 32 MiB. Without the last,
-    # remainders of aligned blocks (glibc before 2.38) stay between free blocks and keep them apart.
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_MXFAST: 0}
-    return all(libc.mallopt(name, value) == 1 for name, value in settings.items())
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whichever torch raises
+        raise ValueError(f"device {name} cannot be used: {error}") from error
+    return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that convolutions and products run in on this device.
+
+    "auto" is bfloat16 where the hardware computes in it (CUDA from compute capability 8.0, CPUs
+    with AVX-512 bf16 or AMX), and float32 elsewhere. Raises ValueError for anything but "auto",
+    "fp32", "bf16" and "fp16", and for "fp16" without CUDA.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+    if precision not in PRECISIONS:
+        names = ", ".join(("auto", *PRECISIONS))
+        raise ValueError(f"precision is {precision!r}; it must be one of {names}")
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 needs CUDA, not {device.type}; use bf16 or fp32")
+    return PRECISIONS[precision]
+
+
+def name_of_precision(dtype: torch.dtype) -> str:
+    """Returns what `resolve_precision` takes for a dtype: "fp32", "bf16" or "fp16"."""
+    return next(name for name, each in PRECISIONS.items() if each is dtype)
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":  # torch has no public name for these yet
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return False
+
+
+def memory_format_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Channels last is the fast way for convolutions, but for those of CUDA in float32."""
+    if device.type == "cpu" or dtype is not torch.float32:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def move_images(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return images.to(device, memory_format=memory_format_for(device, dtype), non_blocking=True)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    is_on = dtype is not torch.float32
+    return torch.autocast(device.type, dtype if is_on else None, enabled=is_on)
+
+
+def own_random_state(device: torch.device) -> Any:
+    """A context after which the random state of the CPU and this device is what it was before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Lets cuDNN try its algorithms: the batches are all of one size, so it is soon done."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

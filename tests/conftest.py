@@ -46,7 +46,7 @@ def auto_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     torch computes in bf16 everywhere, if slowly.
     """
     is_bf16 = request.param == "bf16"
-    monkeypatch.setattr("training._computes_in_bfloat16", lambda device: is_bf16)
+    monkeypatch.setattr("learning.hardware.computes_in_bfloat16", lambda device: is_bf16)
     return request.param
 
 

@@ -360,13 +360,13 @@ def test_every_interval_holds_its_figure_and_has_a_width(case, data):
     metrics = compute_metrics(*case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intervals, "NUM_RESAMPLES", 200)
-        intervals = compute_intervals(*case, groups)
+        found = compute_intervals(*case, groups)
     for name in HEADLINES:
-        low, high = intervals[name]
+        low, high = found[name]
         assert 0 <= low <= metrics[name] <= high <= 1 and low < high
     for name in names:
         for figure in ("precision", "recall"):
-            interval = intervals["per_class"][name][figure]
+            interval = found["per_class"][name][figure]
             value = metrics["per_class"][name][figure]
             assert value is None or interval is None or interval[0] <= value <= interval[1]
             assert interval is None or interval[0] < interval[1]

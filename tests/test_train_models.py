@@ -130,10 +130,10 @@ def test_a_run_says_in_which_precision_it_was_computed(arguments, tmp_path, auto
 
 def test_a_run_is_never_gone_on_with_in_another_precision(arguments, tmp_path, monkeypatch, capfd):
     words = [*arguments, "--models", "simple_cnn"]
-    monkeypatch.setattr("training._computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("learning.hardware.computes_in_bfloat16", lambda device: True)
     assert main(words) == 0
     (tmp_path / "out/simple_cnn/metrics.json").unlink()
-    monkeypatch.setattr("training._computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr("learning.hardware.computes_in_bfloat16", lambda device: False)
     before = digest(tmp_path / "out")
     assert main([*words, "--resume"]) == 2
     assert "precision was bf16, is fp32" in capfd.readouterr().err

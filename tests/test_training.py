@@ -437,7 +437,7 @@ def exchanges(monkeypatch):
             return future
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr("training._world_size", lambda: 2)
+    monkeypatch.setattr("training.get_world_size", lambda: 2)
     monkeypatch.setattr("training.DistributedDataParallel", Watched)
     yield noted
     dist.destroy_process_group()

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from learning import hardware
+from learning import allocator
 
 ROOT = Path(__file__).parents[1]
 FAULTS = """
 import resource, sys
 import torch
-from learning.hardware import keep_freed_memory
+from learning.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(77)
@@ -55,14 +55,14 @@ class Libc:
 @pytest.mark.parametrize("answer", [0, 1])
 def test_a_setting_that_is_refused_is_said_and_no_other_is_made(monkeypatch, answer):
     libc = Libc(answer)
-    monkeypatch.setattr(hardware.sys, "platform", "linux")
-    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: libc)
-    assert hardware.keep_freed_memory() is bool(answer)
+    monkeypatch.setattr(allocator.sys, "platform", "linux")
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: libc)
+    assert allocator.keep_freed_memory() is bool(answer)
     assert len(libc.asked) == (3 if answer else 1)
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 def test_other_c_libraries_are_left_alone(monkeypatch, platform):
-    monkeypatch.setattr(hardware.sys, "platform", platform)
-    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: object())  # no function at all
-    assert hardware.keep_freed_memory() is False
+    monkeypatch.setattr(allocator.sys, "platform", platform)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())  # no function at all
+    assert allocator.keep_freed_memory() is False
