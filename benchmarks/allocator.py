@@ -1,4 +1,4 @@
-"""What keeping freed memory (`learning.allocator.keep_freed_memory`) does for speed and memory on the CPU.
+"""What keeping freed memory (`learning.allocator`) does for speed and memory on the CPU.
 
     python benchmarks/allocator.py --data_dir ../shared/data/isic9
 

@@ -47,8 +47,8 @@ from experiment.report import write_report
 from experiment.run_folder import EVALUATION, TRAINING, kind_of_run, read_config
 from imaging.audit import worst_pairs
 from imaging.lesions import normalize_name
+from inference.explain import gradcam
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
-from predict import gradcam
 from storage.files import (
     join_names,
     lock,

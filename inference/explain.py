@@ -1,0 +1,105 @@
+"""Grad-CAM: what a model looked at."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from models import LesionClassifier
+
+
+SMALLEST_MAP = 4  # on a side; the one place of a 1 x 1 map would explain nothing
+
+
+def gradcam(
+    model: "LesionClassifier", images: "Tensor | np.ndarray", labels: "Sequence[int] | np.ndarray"
+) -> "np.ndarray":
+    """Where a model saw what speaks for a class, float32 `(N, H, W)` in [0, 1].
+
+    `images` are float `(N, 3, H, W)` in [0, 1], `labels` int `(N,)` the classes to explain. With
+    A_k the maps that the last convolution stage gives (of images below 128 pixels an earlier one of
+    a ResNet, with maps of 4 x 4 or more) and y the class's logit, it is ReLU(sum_k a_k
+    A_k), where a_k is the mean of dy/dA_k over the map (Selvaraju et al. 2017), scaled up
+    bilinearly to the image and divided by its maximum; where nothing speaks for the class it is 0.
+    Computed in float32. The model is left as it was, on its device. Raises ValueError for labels
+    that do not fit.
+    """
+    import torch
+    from torch.func import functional_call
+    from torch.nn.functional import interpolate, relu
+
+    from models import evaluation_mode
+
+    images = torch.as_tensor(images, dtype=torch.float32, device=model.mean.device)
+    labels = torch.as_tensor(labels, dtype=torch.int64, device=model.mean.device)
+    num_classes = model.config["num_classes"]
+    if labels.shape != images.shape[:1] or ((labels < 0) | (labels >= num_classes)).any():
+        raise ValueError(f"labels must be {len(images)} numbers from 0 to {num_classes - 1}")
+    activations: list[Tensor] = []
+
+    def start_graph_here(module: "nn.Module", inputs: Any, output: "Tensor") -> "Tensor":
+        activations.append(output.detach().requires_grad_())
+        return activations[0]
+
+    # Detached, the parameters get no gradient, and what leads to the activations is not recorded.
+    def apply(module: "nn.Module", values: "Tensor") -> "Tensor":
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        return functional_call(module, parameters, values)
+
+    hook = _last_stage(model, min(images.shape[2:])).register_forward_hook(start_graph_here)
+    try:
+        with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+            # Not model(images): a frozen backbone switches gradients off in there.
+            features = apply(model.backbone, (images - model.mean) / model.std)
+            logits = apply(model.head, features.float())
+            # A copy, as one made in inference mode cannot be part of a graph.
+            score = logits.gather(1, labels.clone()[:, None]).sum()
+            (gradients,) = torch.autograd.grad(score, activations)
+    finally:
+        hook.remove()
+    weights = gradients.mean(dim=(2, 3), keepdim=True)
+    maps = relu((weights * activations[0].detach()).sum(dim=1, keepdim=True))
+    maps = interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    highest = maps.amax(dim=(1, 2), keepdim=True)
+    return (maps / highest.clamp_min(torch.finfo(maps.dtype).tiny)).cpu().numpy()
+
+
+def _last_stage(model: "LesionClassifier", image_size: int) -> "nn.Module":
+    """The last convolution stage; of a ResNet, the last whose maps still tell places apart."""
+    from torch import nn
+
+    from models import SimpleCNN
+
+    if isinstance(model, SimpleCNN):
+        layers = list(model.backbone)
+        last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
+        return layers[last + 1]  # the ReLU after it
+    strides = {"layer4": 32, "layer3": 16, "layer2": 8, "layer1": 4}
+    large = [name for name, stride in strides.items() if image_size / stride >= SMALLEST_MAP]
+    return getattr(model.backbone, large[0] if large else "layer1")
+
+
+def overlay_name(path: str) -> str:
+    """A file name that tells the image, and its path from all others with the same name."""
+    stem = "".join(c if c.isprintable() and c not in '\\:*?"<>|' else "_" for c in Path(path).stem)
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{stem[:48]}-{digest[:12]}.png"  # the longest name that file systems take has 255 bytes
+
+
+def save_overlay(path: Path, image: "np.ndarray", heatmap: "np.ndarray") -> None:
+    """Draws a heat map over an image uint8 `(H, W, 3)`, the more opaque the higher it is."""
+    import matplotlib
+    import numpy as np
+    from PIL import Image
+
+    from storage.files import write_atomically
+
+    colours = 255 * matplotlib.colormaps["viridis"](heatmap)[..., :3]
+    opacity = 0.6 * heatmap[..., None]
+    mixed = np.round((1 - opacity) * image + opacity * colours).astype(np.uint8)
+    with write_atomically(path) as temporary:
+        Image.fromarray(mixed).save(temporary)
