@@ -17,7 +17,8 @@ import models
 import training
 from experiment import results
 from experiment.run_folder import TRAINING
-from train_models import OF_AUDIT, PROGRAM, _make_parser, main
+from experiment.settings import OF_AUDIT, PROGRAM, make_parser
+from train_models import main
 
 # What is given to each flag, and before it what it needs to make sense.
 FLAGS = {
@@ -174,7 +175,7 @@ def _plain(value):
 
 
 def test_every_flag_is_looked_at_here():
-    flags = {a.dest for a in _make_parser()._actions} - {"help"}
+    flags = {a.dest for a in make_parser()._actions} - {"help"}
     assert flags == set(FLAGS)
 
 
@@ -238,7 +239,7 @@ def test_a_flag_of_other_models_than_the_chosen_ones_is_warned_of(
     outcome, capfd, monkeypatch, flag, value, models
 ):
     warned = []
-    monkeypatch.setattr("train_models.say", lambda *words: warned.append(words))
+    monkeypatch.setattr("experiment.settings.say", lambda *words: warned.append(words))
     base = ["--data_dir", "raw", "--models", *models]
     outcome(base)
     assert warned == []

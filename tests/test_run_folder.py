@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train_models
+from experiment import settings
 from experiment.results import evaluate_folder
 from experiment.run_folder import (
     AUDIT,
@@ -206,7 +206,7 @@ def arguments(make_images, tmp_path):
 def quick(monkeypatch):
     """Has the command draw few figures: they take most of the time and none is looked at here."""
     for drawing in (
-        "train_models._picture_data",
+        "experiment.pipeline._picture_data",
         "experiment.results._picture_figures",
         "experiment.results._picture_images",
         "visualizations.plot_learning_curves",
@@ -373,7 +373,7 @@ def demo(tmp_path, monkeypatch, quick):
     draw_few = functools.partial(make_dataset, num_images=60, size=48)
     monkeypatch.setattr("imaging.synthetic.make_dataset", draw_few)
     quick_settings = replace(DEMO_SETTINGS, num_steps=2, batch_size=8, models=("simple_cnn",))
-    monkeypatch.setattr(train_models, "DEMO_SETTINGS", quick_settings)
+    monkeypatch.setattr(settings, "DEMO_SETTINGS", quick_settings)
     return ["--demo", "--weights", "none", "--device", "cpu"]
 
 
