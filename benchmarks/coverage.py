@@ -25,7 +25,8 @@ import pandas as pd
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evaluation import HEADLINES, _headlines, compare, compute_intervals, compute_subgroups, screen
+from evaluation import HEADLINES, compare, compute_intervals, compute_subgroups, screen
+from evaluation.metrics import headline_metrics
 
 # Shares of the classes in the ISIC set, and how often each is called right.
 SHARES = np.array([130, 392, 111, 454, 373, 478, 80, 197, 142]) / 2357
@@ -58,7 +59,7 @@ def _generator(seed: int) -> np.random.Generator:
 
 
 def headlines_of(cells: np.ndarray, num_pictures: int) -> Callable[[int], Intervals]:
-    truth = _headlines(cells[None] * 1e6)
+    truth = headline_metrics(cells[None] * 1e6)
     names = [str(label) for label in range(len(cells))]
 
     def one_set(seed: int) -> Iterator[tuple[str, float, list[float]]]:

@@ -19,9 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dataset import _thumbnail, find_images
+from dataset import find_images
 from imaging.audit import MAX_DISTANCE, find_near_duplicates
 from imaging.decode import decode
+from imaging.prepare import make_thumbnail
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.1, 0.12, MAX_DISTANCE, 0.16, 0.18, 0.2, 0.22, 0.24)
 TURNS = [None, *Image.Transpose]
@@ -48,8 +49,8 @@ def main() -> None:
     originals, copies = [], []
     for contents in tqdm(files.values(), "copies", disable=None):
         image = decode(contents)[0]
-        originals.append(_thumbnail(image))
-        copies.append(_thumbnail(decode(changed_copy(image, rng))[0]))
+        originals.append(make_thumbnail(image))
+        copies.append(make_thumbnail(decode(changed_copy(image, rng))[0]))
     thumbnails, paths = np.stack(originals + copies), list(files)
     found = find_near_duplicates(thumbnails, range(len(thumbnails)), max(THRESHOLDS))
     num_images = len(paths)

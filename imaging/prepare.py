@@ -77,7 +77,7 @@ def normalize(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / 255
 
 
-def _shorter_side(image_size: int) -> int:
+def shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
@@ -88,7 +88,7 @@ def _fit(image: Image.Image, image_size: int) -> Image.Image:
     only the pixels that stay are computed.
     """
     width, height = image.size
-    scaled_width, scaled_height = scaled_size(width, height, _shorter_side(image_size))
+    scaled_width, scaled_height = scaled_size(width, height, shorter_side(image_size))
     left, top = round((scaled_width - image_size) / 2), round((scaled_height - image_size) / 2)
     x, y = width / scaled_width, height / scaled_height
     box = (left * x, top * y, (left + image_size) * x, (top + image_size) * y)
@@ -105,7 +105,7 @@ def decode_for(
     contents: bytes, image_size: int, preprocessors: Sequence[Preprocessor]
 ) -> tuple[Image.Image, tuple[int, int]]:
     """As `decode`: for a preprocessor the original, without one no more than is needed."""
-    needed = max(_shorter_side(image_size), 2 * audit.THUMBNAIL_SIZE)
+    needed = max(shorter_side(image_size), 2 * audit.THUMBNAIL_SIZE)
     return decode(contents, None if preprocessors else needed)
 
 

@@ -36,7 +36,7 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
         )
     import onnx
 
-    from dataset import _shorter_side
+    from imaging.prepare import shorter_side
     from models import load_model
     from storage.files import write_atomically
 
@@ -45,7 +45,7 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
     metadata = {
         "classes": info.classes,
         "image_size": size,
-        "shorter_side": _shorter_side(size),
+        "shorter_side": shorter_side(size),
         "preprocessors": info.preprocessors,
         "temperature": info.calibration.temperature,
         "bias": info.calibration.bias,

@@ -164,7 +164,7 @@ def lock(path: str | Path) -> FileLock:
     return FileLock(path)
 
 
-def _is_utf8(path: Path) -> bool:
+def is_utf8(path: Path) -> bool:
     try:
         str(path).encode()
     except UnicodeEncodeError:  # torch opens any name, but maps only files of these

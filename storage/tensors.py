@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.files import _is_utf8, write_atomically
+from storage.files import is_utf8, write_atomically
 
 # What torch.save names when it writes tensors and plain values. torch.load takes more, of which
 # some ask for memory that no byte of the file pays for, such as bytearray(10**12).
@@ -64,7 +64,7 @@ def load_tensors(path: str | Path) -> Any:
     try:
         _check_names(_pickled_in_zip(path) if is_zip else _start_of(path))
         # Mapped, a storage cannot be larger than the file; torch 2.6 would read beyond its end.
-        can_be_mapped = is_zip and _is_utf8(path)
+        can_be_mapped = is_zip and is_utf8(path)
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
         _check_values(contents, path.stat().st_size)
     except Exception as error:  # torch.load documents no closed set of errors for damaged files

@@ -130,7 +130,7 @@ def test_a_file_system_that_reserves_nothing_gets_zeros_written(tmp_path, monkey
 
     import numpy as np
 
-    from dataset import _NewArray
+    from imaging.cache import _NewArray
 
     def unsupported(*arguments):
         raise OSError(95, "Operation not supported")

@@ -23,6 +23,7 @@ from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from torchvision.models import resnet50
 
 import train_models
+from experiment import settings
 from dataset import DatasetBuilder, create_dataloaders
 from evaluation import Calibration
 from models import MODELS, load_model
@@ -589,7 +590,7 @@ def test_a_warning_and_an_error_have_no_traceback_in_a_real_process(tmp_path):
 
 
 def test_every_setting_is_a_flag_and_every_flag_a_setting():
-    flags = {a.dest for a in train_models._make_parser()._actions} - {"help", "demo"}
+    flags = {a.dest for a in settings.make_parser()._actions} - {"help", "demo"}
     assert flags == {field.name for field in fields(Settings)}
 
 
