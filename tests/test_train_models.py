@@ -22,10 +22,9 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from torchvision.models import resnet50
 
-import train_models
-from experiment import settings
 from dataset import DatasetBuilder, create_dataloaders
 from evaluation import Calibration
+from experiment import settings
 from models import MODELS, load_model
 from predict import predict
 from train_models import DEMO_SETTINGS, MODEL_NAMES, Settings, command, main, parse_arguments
