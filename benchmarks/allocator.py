@@ -86,7 +86,7 @@ class Turns:
             elapsed = time.perf_counter() - self.started
             if self.batches < 2 or elapsed < self.seconds:
                 return
-            print(self.images / elapsed, flush=True)
+            print(self.images / elapsed, file=sys.__stdout__, flush=True)
         elif self.batches < 0:
             return
         if not sys.stdin.readline():
@@ -163,8 +163,9 @@ def run_here(arguments: argparse.Namespace) -> None:
         raise SystemExit("this machine's C library does not take the setting")
     peak = PeakMemory()
     (task,), (model,) = arguments.tasks, arguments.models
-    run_in_turns(task, model, arguments.data_dir, arguments.cache_dir, arguments.seconds)
-    print(peak.bytes)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print there too
+        run_in_turns(task, model, arguments.data_dir, arguments.cache_dir, arguments.seconds)
+    print(peak.bytes, file=sys.__stdout__)
 
 
 def compare(arguments: argparse.Namespace, cache_dir: str, model: str, task: str) -> None:
