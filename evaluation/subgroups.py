@@ -66,7 +66,7 @@ def compute_subgroups(
             for figure in ("accuracy", "balanced_accuracy"):
                 value = float(figures[figure][kind])
                 found[name][figure] = value
-                found[name][f"{figure}basic_interval"] = basic_interval(
+                found[name][f"{figure}_interval"] = basic_interval(
                     *(values[figure][:, kind] for values in resampled), value, counts[kind]
                 )
         subgroups[str(column)] = {

@@ -180,11 +180,13 @@ CORES = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import dataset, predict
+from imaging import cache
+from inference import ensemble
 class Pool:
     def __init__(self, num_workers):
         print(num_workers)
         raise KeyboardInterrupt
-dataset.ThreadPoolExecutor = predict.ThreadPoolExecutor = Pool
+cache.ThreadPoolExecutor = ensemble.ThreadPoolExecutor = Pool
 model, images = sys.argv[1:]
 for work in (
     dataset.DatasetBuilder(images, image_size=16).build,

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-import dataset
 import predict
 import training
 from experiment import results
+from imaging import cache
+from inference import ensemble
+from learning import hardware
 from models import get_model
 from predict import main
 from storage.tensors import save_tensors
@@ -176,8 +178,9 @@ def observe(here, monkeypatch, capfd):
     monkeypatch.setattr(results, "leave_results", leave)
     monkeypatch.setattr(results, "compare_models", compare)
     monkeypatch.setattr(results, "write_report", lambda save_dir: None)
-    for module in (predict, dataset):
+    for module in (ensemble, cache):
         note(module, "ThreadPoolExecutor", lambda threads: threads)
+    note(hardware, "choose_device", str)
     note(training, "choose_device", str)
     note(results, "create_dataloaders", lambda _, batch_size, **options: batch_size)
     monkeypatch.setattr(predict, "export_onnx", lambda model, path: shutil.copy(model, path))

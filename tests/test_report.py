@@ -614,7 +614,7 @@ def test_headings_are_in_order_and_tables_and_links_say_what_they_are(page):
 
 
 def test_the_report_needs_no_torch():
-    code = "import sys, report; sys.exit('torch' in sys.modules)"
+    code = "import sys, experiment.report; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 

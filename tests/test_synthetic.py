@@ -174,7 +174,9 @@ def test_a_size_too_small_is_an_error_and_leaves_no_folder(tmp_path):
 def test_a_killed_draw_leaves_no_set_and_does_not_stand_in_the_way_of_the_next(tmp_path):
     root = tmp_path / "raw"
     script = f"from imaging import synthetic; synthetic.make_dataset({str(root)!r}, 20_000, seed=1)"
-    drawing = subprocess.Popen([sys.executable, "-c", script], cwd=Path(synthetic.__file__).parent)
+    drawing = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=Path(synthetic.__file__).parents[1]
+    )
     try:
         deadline = time.monotonic() + 30
         while not list(tmp_path.rglob("*.jpg")):

@@ -411,7 +411,8 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_p
 
 
 SMALL_DEMO = """
-import functools, sys, synthetic, train_models
+import functools, sys, train_models
+from imaging import synthetic
 synthetic.make_dataset = functools.partial(synthetic.make_dataset, num_images=60, size=48)
 sys.exit(train_models.main())
 """
