@@ -428,7 +428,9 @@ def test_two_processes_draw_the_demo_once_and_train_on_it(tmp_path):
     both = torchrun(words, script, cwd=tmp_path, env=path, **pipes)
     printed, errors = both.communicate(timeout=240)
     assert both.returncode == 0, errors
-    assert printed.count("drawing synthetic images in data/demo") == 1
+    # The second process may be quicker: it says nothing, and the first finds the images.
+    assert printed.count("drawing synthetic images in data/demo") <= 1
+    assert len(list((tmp_path / "data/demo").rglob("*.jpg"))) == 60
     out = tmp_path / "models/demo"
     assert names(out / "simple_cnn") - {"mistakes.png"} == MODEL_FILES
     said = json.loads((out / "config.json").read_text())["command"]
