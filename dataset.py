@@ -18,6 +18,8 @@ from imaging import audit
 from imaging.cache import ArrayCache, CacheIndex, FileRecord
 from imaging.decode import UnreadableImageError
 from imaging.prepare import (
+    MAX_REPETITIONS,
+    SECONDS_OF_PROBING,
     Preprocessor,
     center_crop,
     fingerprint,
@@ -29,6 +31,9 @@ from imaging.prepare import (
 from imaging.sources import (
     IMAGE_SUFFIXES,
     METADATA_COLUMNS,
+    SPLIT_FOLDERS,
+    STEM_COLUMNS,
+    UNSUPPORTED_SUFFIXES,
     check_unicode,
     find_images,
     given_name,
@@ -52,7 +57,12 @@ from storage.files import printable
 __all__ = [
     "DEFAULT_SPLITS",
     "IMAGE_SUFFIXES",
+    "MAX_REPETITIONS",
     "METADATA_COLUMNS",
+    "SECONDS_OF_PROBING",
+    "SPLIT_FOLDERS",
+    "STEM_COLUMNS",
+    "UNSUPPORTED_SUFFIXES",
     "DatasetBuilder",
     "LesionDataset",
     "LesionLoader",

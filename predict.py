@@ -30,6 +30,8 @@ from experiment.console import (
     with_underscores,
 )
 from inference.ensemble import (
+    AIM,
+    BATCHES_AHEAD,
     NUM_VIEWS,
     Ensemble,
     Paths,
@@ -37,8 +39,8 @@ from inference.ensemble import (
     find_files,
     predict_batches,
 )
-from inference.explain import gradcam, overlay_name
-from inference.export import export_onnx
+from inference.explain import SMALLEST_MAP, gradcam, overlay_name
+from inference.export import ONNX_PACKAGES, export_onnx
 from learning.allocator import keep_freed_memory
 from storage.files import printable
 
@@ -50,6 +52,10 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "AIM",
+    "BATCHES_AHEAD",
+    "ONNX_PACKAGES",
+    "SMALLEST_MAP",
     "Ensemble",
     "export_onnx",
     "find_files",

@@ -20,6 +20,8 @@ from experiment.pipeline import end_with_the_launcher, only_the_first_speaks, ru
 from experiment.settings import (
     DEMO_SETTINGS,
     MODEL_NAMES,
+    NOT_RESULTS,
+    OF_AUDIT,
     PROGRAM,
     Settings,
     command,
@@ -32,6 +34,8 @@ from learning.allocator import keep_freed_memory
 __all__ = [
     "DEMO_SETTINGS",
     "MODEL_NAMES",
+    "NOT_RESULTS",
+    "OF_AUDIT",
     "Settings",
     "command",
     "main",

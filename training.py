@@ -30,6 +30,8 @@ from evaluation import (
 )
 from learning.checkpoints import Batches, Checkpoint, Progress, describe_run
 from learning.distributed import (
+    SECONDS_BETWEEN_EXCHANGES,
+    SECONDS_OF_ONE_SIGNAL,
     Agreement,
     Signals,
     gather_batches,
@@ -55,6 +57,8 @@ from models import evaluation_mode
 
 __all__ = [
     "PRECISIONS",
+    "SECONDS_BETWEEN_EXCHANGES",
+    "SECONDS_OF_ONE_SIGNAL",
     "Evaluation",
     "NonFiniteLossError",
     "choose_device",

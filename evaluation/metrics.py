@@ -147,6 +147,7 @@ def safe_ratio(numerators: np.ndarray, denominators: np.ndarray, of_nothing: flo
 def check_predictions(
     y_true: np.ndarray, y_prob: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns labels int64 (N,) and probabilities float64 (N, C); ValueError if they do not fit."""
     y_true, y_prob = np.asarray(y_true), np.asarray(y_prob, dtype=np.float64)
     if y_true.ndim != 1 or len(y_true) == 0:
         raise ValueError(f"y_true has shape {y_true.shape}; it must be (N,) with N of 1 or more")
@@ -166,6 +167,7 @@ def check_predictions(
 
 
 def decisions(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None) -> np.ndarray:
+    """Returns the classes decided for, int (N,): `y_pred`, or those of the highest probability."""
     if y_pred is None:
         return y_prob.argmax(axis=1)
     y_pred = np.asarray(y_pred)

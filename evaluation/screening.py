@@ -248,6 +248,7 @@ def separation(
 
 
 def both_kinds(is_positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns both as arrays of bool and float; ValueError for images of one kind alone."""
     is_positive, score = np.asarray(is_positive, bool), np.asarray(score, float)
     if is_positive.all() or not is_positive.any():
         raise ValueError("the images are all of one kind; nothing can be told apart")

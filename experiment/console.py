@@ -131,6 +131,12 @@ def in_one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def format_duration(seconds: float) -> str:
+    """Returns whole minutes and seconds in words, such as "2 min 05 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
 def speak_utf8() -> None:
     """Lets file names be read as what they are, and any of them be printed; call it first of all.
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.console import STOPPING
+from experiment.console import STOPPING, format_duration
 from experiment.run_folder import (
     AUDIT,
     TRAINING,
@@ -604,7 +604,7 @@ def _say_comparison(comparison: "pd.DataFrame") -> None:
             "recall": _with_intervals(comparison, "recall"),
             "balanced accuracy": _with_intervals(comparison, "balanced_accuracy"),
             "behind the best": _with_intervals(comparison, "behind_best"),
-            "training time": comparison["training_time"].map(_duration),
+            "training time": comparison["training_time"].map(format_duration),
             "parameters": comparison["parameters"].map("{:,}".format),
         }
     )
@@ -618,11 +618,6 @@ def _with_intervals(comparison: "pd.DataFrame", name: str) -> list[str]:
     columns = (comparison[column] for column in (name, f"{name}_low", f"{name}_high"))
     values = zip(*columns, strict=True)
     return [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in values]
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 @contextlib.contextmanager

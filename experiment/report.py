@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from evaluation import counted_as, why_screening_is_off
+from experiment.console import format_duration
 from imaging.audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
 from imaging.lesions import is_melanoma
 from storage.files import read_csv, split_names, write_text
@@ -248,10 +249,7 @@ def _count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return DASH
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return DASH if seconds is None else format_duration(seconds)
 
 
 def _whole(number: int | None) -> str:

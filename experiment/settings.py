@@ -145,6 +145,7 @@ def _warn_of_unused_flags(given: set[str], arguments: dict[str, Any]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all flags, with the defaults of `Settings`."""
     parser = Parser(
         prog=PROGRAM,
         description="Trains, evaluates, pictures and compares models of skin lesions.",
@@ -217,7 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def command(settings: Settings, is_demo: bool = False) -> str:
     """The command that gives these settings, without those that are the defaults anyway."""
-    words = [*launcher(), "train_models.py", *(["--demo"] if is_demo else [])]
+    words = [*_launcher(), "train_models.py", *(["--demo"] if is_demo else [])]
     defaults = DEMO_SETTINGS if is_demo else Settings()
     for field in fields(Settings):
         value = getattr(settings, field.name)
@@ -238,14 +239,16 @@ def told_by_torchrun(name: str, default: int) -> int:
 
 
 def launched_processes() -> int:
+    """Returns the number of processes that torchrun started, 1 without it."""
     return told_by_torchrun("WORLD_SIZE", 1)
 
 
 def is_first_process() -> bool:
+    """Returns whether this process prints, draws and writes for all."""
     return told_by_torchrun("RANK", 0) == 0
 
 
-def launcher() -> list[str]:
+def _launcher() -> list[str]:
     """The words of the command before the script."""
     if launched_processes() == 1:
         return ["python"]
@@ -255,5 +258,6 @@ def launcher() -> list[str]:
 
 
 def show_warning(message: Warning | str, *details: Any) -> None:
+    """Prints a warning in one line, in the first process alone: for `warnings.showwarning`."""
     if is_first_process():
         say(PROGRAM, "warning", message)

@@ -11,6 +11,8 @@ import pandas as pd
 from scipy.fft import dctn
 from scipy.spatial import cKDTree
 
+from storage.files import printable
+
 THUMBNAIL_SIZE = 32
 # Chosen on the ISIC nine-class set from the curve that benchmarks/near_duplicates.py prints.
 MAX_DISTANCE = 0.14
@@ -165,7 +167,7 @@ def summarise(findings: pd.DataFrame) -> str:
         line = KINDS[kind].format(len(rows))
         if kind not in PAIRS:
             named = rows["classes"] if kind == "small class" else rows["images"]
-            names = [name if name.isprintable() else ascii(name) for name, *_ in named[:3]]
+            names = [printable(name) for name, *_ in named[:3]]
             line += f" ({', '.join(names)}{', …' if len(rows) > 3 else ''})"
         lines.append(line)
     return "\n".join(lines) if lines else "nothing found"

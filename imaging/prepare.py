@@ -78,6 +78,7 @@ def normalize(image: np.ndarray) -> np.ndarray:
 
 
 def shorter_side(image_size: int) -> int:
+    """Returns the pixels that the shorter side is scaled to before the crop of `image_size`."""
     return round(image_size * 256 / 224)
 
 
@@ -112,6 +113,7 @@ def decode_for(
 def prepare(
     image: Image.Image, image_size: int, preprocessors: Sequence[Preprocessor], path: str | Path
 ) -> np.ndarray:
+    """Returns a decoded image as the models see it; ValueError names `path`."""
     if preprocessors:
         try:
             image = Image.fromarray(_preprocess(np.array(image), preprocessors))

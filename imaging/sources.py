@@ -202,4 +202,5 @@ def has_folder_of_split(data_dir: str | Path, split: str) -> bool:
 
 
 def given_name(column: str) -> str:
+    """Returns what a user's column is called in the metadata, which has names of its own."""
     return f"{column}_given" if column in METADATA_COLUMNS else column

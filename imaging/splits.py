@@ -117,6 +117,7 @@ def _warn_of_classes_with_few_groups(metadata: pd.DataFrame, k: int) -> None:
 
 
 def check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
+    """Returns the names and fractions; ValueError for fractions that make no splits."""
     names, fractions = list(splits), np.array(list(splits.values()), dtype=np.float64)
     if not names:
         raise ValueError("splits is empty; give names and fractions, such as {'train': 0.8, ...}")
@@ -199,6 +200,7 @@ def _largest_remainder(total: int, fractions: np.ndarray) -> np.ndarray:
 
 
 def warn_of_missing_classes(metadata: pd.DataFrame, names: Sequence[str]) -> None:
+    """Warns of classes that have no image in one of the splits."""
     table = pd.crosstab(metadata["class"], metadata["split"]).reindex(columns=names, fill_value=0)
     lacks = [
         f"{printable(name)} ({row.sum()} images) is not in {', '.join(row.index[row == 0])}"

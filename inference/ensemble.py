@@ -51,13 +51,13 @@ def predict_batches(
     from joblib import cpu_count
     from tqdm import tqdm
 
-    images = as_list(images)
-    check_numbers(tta, batch_size, num_workers)
+    images = _as_list(images)
+    _check_numbers(tta, batch_size, num_workers)
     if output is not None:
         check_file_to_write(Path(output), (".csv", ".json"))
     paths = find_files(images)
     if gradcam is not None:
-        check_folder_to_fill(Path(gradcam), images)
+        _check_folder_to_fill(Path(gradcam), images)
         if output is not None and Path(gradcam).resolve().is_relative_to(Path(output).resolve()):
             raise ValueError(f"{gradcam} is to be a folder, and {output} a file; choose another")
     ensemble = Ensemble(model, preprocessors=preprocessors, device=device, precision=precision)
@@ -101,7 +101,7 @@ def find_files(images: Paths) -> list[str]:
     """
     from dataset import find_images
 
-    images = as_list(images)
+    images = _as_list(images)
     if not images:
         raise ValueError("no images are given; name files or folders")
     missing = [printable(str(path)) for path in images if not os.path.exists(path)]
@@ -141,7 +141,7 @@ class Ensemble:
         from learning.hardware import choose_device, memory_format_for, resolve_precision
         from models import load_model
 
-        paths = as_list(paths)
+        paths = _as_list(paths)
         if not paths:
             raise ValueError("no model is given; name one model.pth or several")
         self.device = choose_device(device)
@@ -333,7 +333,7 @@ def _rows_to(output: str | Path | None) -> "Iterator[Callable[[pd.DataFrame], No
             file.write("[]\n" if is_first else "\n]\n")
 
 
-def check_numbers(tta: int, batch_size: int, num_workers: int | None) -> None:
+def _check_numbers(tta: int, batch_size: int, num_workers: int | None) -> None:
     if not 1 <= tta <= NUM_VIEWS:
         raise ValueError(f"tta is {tta}; it must be from 1 to {NUM_VIEWS}")
     for name, number in {"batch_size": batch_size, "num_workers": num_workers}.items():
@@ -351,10 +351,10 @@ def check_file_to_write(path: Path, suffixes: Sequence[str]) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
 
 
-def check_folder_to_fill(folder: Path, images: Paths) -> None:
+def _check_folder_to_fill(folder: Path, images: Paths) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder for the overlays")
-    for path in as_list(images):
+    for path in _as_list(images):
         if Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(
                 f"{folder} lies in {path}, where the overlays would be taken for images the next "
@@ -420,5 +420,5 @@ def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> 
         )
 
 
-def as_list(paths: Paths) -> list[str | os.PathLike]:
+def _as_list(paths: Paths) -> list[str | os.PathLike]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)

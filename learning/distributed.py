@@ -82,14 +82,16 @@ class Signals:
 
 
 def get_rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
+    """Returns the number of this process, 0 where it is the only one."""
+    return dist.get_rank() if _is_distributed() else 0
 
 
 def get_world_size() -> int:
-    return dist.get_world_size() if is_distributed() else 1
+    """Returns the number of processes that train together."""
+    return dist.get_world_size() if _is_distributed() else 1
 
 
-def is_distributed() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
@@ -113,6 +115,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
+    """Returns the means of each value over all processes, which call it together."""
     if get_world_size() == 1:
         return values
     total = values.clone()

@@ -48,6 +48,7 @@ def name_of_precision(dtype: torch.dtype) -> str:
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
+    """Returns whether the hardware multiplies in bfloat16, rather than by way of float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":  # torch has no public name for these yet
@@ -64,10 +65,12 @@ def memory_format_for(device: torch.device, dtype: torch.dtype) -> torch.memory_
 
 
 def move_images(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns the images on the device, in the memory layout of `memory_format_for`."""
     return images.to(device, memory_format=memory_format_for(device, dtype), non_blocking=True)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Returns the context in which a model runs in this precision; none for float32."""
     is_on = dtype is not torch.float32
     return torch.autocast(device.type, dtype if is_on else None, enabled=is_on)
 

@@ -165,6 +165,7 @@ def lock(path: str | Path) -> FileLock:
 
 
 def is_utf8(path: Path) -> bool:
+    """Returns whether the name of a file can be written as UTF-8."""
     try:
         str(path).encode()
     except UnicodeEncodeError:  # torch opens any name, but maps only files of these
