@@ -110,7 +110,7 @@ def wilson_interval(successes: float, total: float) -> list[float] | None:
     centre = share + Z**2 / (2 * total)
     half = Z * np.sqrt(share * (1 - share) / total + (Z / (2 * total)) ** 2)
     low, high = (centre - half) / (1 + Z**2 / total), (centre + half) / (1 + Z**2 / total)
-    return [float(max(low, 0)), float(min(high, 1))]
+    return [float(max(min(low, share), 0)), float(min(max(high, share), 1))]  # despite rounding
 
 
 def effective_sample_size(groups: Sequence[Any], weights: np.ndarray | None = None) -> float:

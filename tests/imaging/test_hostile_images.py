@@ -19,7 +19,7 @@ from benchmarks.fuzz import make_files, mutate, outcome_of
 from dataset import DatasetBuilder, UnreadableImageError, find_images, prepare_image, read_image
 from imaging.decode import MAX_BYTES, decode
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ORIENTATION, STRIP_OFFSETS = 274, 273
 
 

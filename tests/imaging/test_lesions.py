@@ -19,7 +19,7 @@ from imaging.lesions import (
     normalize_name,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PUBLISHED = {  # by set, the malignant names, the benign ones, and those that tell neither
     "nine classes": (
         ["melanoma", "basal cell carcinoma", "squamous cell carcinoma", "actinic keratosis"],

@@ -24,7 +24,7 @@ from storage.tensors import save_tensors
 from train_models import main
 from training import NonFiniteLossError, make_optimizer, train, warmup_cosine
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from experiment.report import LARGEST_PNG, write_report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "<script>alert(1)</script>"
 FIGURES = (

@@ -12,7 +12,7 @@ import pytest
 
 from storage.tensors import load_tensors, save_tensors
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_limited(num_bytes, *words, script=None):

@@ -6,7 +6,7 @@ import pytest
 
 from learning import allocator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAULTS = """
 import resource, sys
 import torch

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from storage.files import lock, remove_leftovers, write_atomically, write_text
 from storage.tensors import load_tensors, save_tensors
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 HALF_A_WRITE = """
 import sys

@@ -22,7 +22,7 @@ from predict import main as predict_main
 from storage.tensors import load_tensors, save_tensors
 from training import make_optimizer, train, warmup_cosine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["melanoma", "nevus", "vascular lesion"]
 NAN, INF = float("nan"), float("inf")
 
