@@ -1,7 +1,8 @@
 # Each target sets up what it needs on a fresh machine: a virtual environment in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-TOOLS = pytest pytest-xdist hypothesis ruff playwright onnx onnxscript onnxruntime nbclient ipykernel
+TOOLS = pytest pytest-xdist hypothesis ruff mypy pandas-stubs types-tqdm playwright onnx onnxscript \
+	onnxruntime nbclient ipykernel
 
 .PHONY: demo test lint
 

@@ -23,10 +23,10 @@ from experiment.console import (
     given_flags,
     in_one_line,
     number_type,
-    say,
-    say_stopped,
-    speak_utf8,
+    print_message,
+    print_stopped,
     stoppable,
+    use_utf8,
     with_underscores,
 )
 from inference.ensemble import (
@@ -188,15 +188,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(settings, command=shlex.join(["python", PROGRAM, *argv]))
         except (ValueError, OSError, ModuleNotFoundError) as error:
-            return _say_error(error)
+            return _print_error(error)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # by name, as torch is not imported here
                 raise
-            return _say_error(
+            return _print_error(
                 f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
             )
         except KeyboardInterrupt as interruption:
-            return say_stopped(PROGRAM, interruption, "nothing was written")
+            return print_stopped(PROGRAM, interruption, "nothing was written")
 
 
 def run(settings: Settings, command: str = "") -> int:
@@ -274,7 +274,7 @@ def _evaluate_and_print(settings: Settings, command: str) -> int:
         command=command,
     )
     for problem in unreadable:
-        say(PROGRAM, "warning", problem)
+        print_message(PROGRAM, "warning", problem)
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
     print(f"\nEverything is in {settings.evaluate}; begin with {settings.evaluate}/report.html.")
@@ -508,15 +508,15 @@ def _not_empty(text: str) -> str:
 
 
 def _show_warning(message: Warning | str, *details: Any) -> None:
-    say(PROGRAM, "warning", message)
+    print_message(PROGRAM, "warning", message)
 
 
-def _say_error(message: object) -> int:
-    say(PROGRAM, "error", message)
+def _print_error(message: object) -> int:
+    print_message(PROGRAM, "error", message)
     return 2
 
 
 if __name__ == "__main__":
-    speak_utf8()
+    use_utf8()
     keep_freed_memory()
     sys.exit(main())

@@ -15,8 +15,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from experiment.console import say, say_stopped, speak_utf8, stoppable
-from experiment.pipeline import end_with_the_launcher, only_the_first_speaks, run
+from experiment.console import print_message, print_stopped, stoppable, use_utf8
+from experiment.pipeline import exit_with_launcher, run, silence_other_processes
 from experiment.settings import (
     DEMO_SETTINGS,
     MODEL_NAMES,
@@ -50,21 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     So does an interruption, with status 130 for SIGINT (Ctrl-C) and 143 for SIGTERM.
     """
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
-    with only_the_first_speaks(), warnings.catch_warnings(), stoppable(is_first_process()):
+    with silence_other_processes(), warnings.catch_warnings(), stoppable(is_first_process()):
         warnings.showwarning = show_warning
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        end_with_the_launcher()
+        exit_with_launcher()
         try:
             return run(settings, is_demo)
         except (ValueError, OSError) as error:
-            return _say_error(error)
+            return _print_error(error)
         except RuntimeError as error:
             advice = _advice(error, settings)
             if advice is None:
                 raise
-            return _say_error(advice)
+            return _print_error(advice)
         except KeyboardInterrupt as interruption:
-            return say_stopped(PROGRAM, interruption, "nothing had been begun")
+            return print_stopped(PROGRAM, interruption, "nothing had been begun")
 
 
 def _advice(error: RuntimeError, settings: Settings) -> str | None:
@@ -83,12 +83,12 @@ def _advice(error: RuntimeError, settings: Settings) -> str | None:
     return None
 
 
-def _say_error(message: object) -> int:
-    say(PROGRAM, "error", message)
+def _print_error(message: object) -> int:
+    print_message(PROGRAM, "error", message)
     return 2
 
 
 if __name__ == "__main__":
-    speak_utf8()
+    use_utf8()
     keep_freed_memory()
     sys.exit(main())

@@ -61,7 +61,6 @@ __all__ = [
     "SMALLEST_SUBGROUP",
     "Calibration",
     "Z",
-    "assess",
     "choose_thresholds",
     "compare",
     "compute_intervals",
@@ -69,6 +68,7 @@ __all__ = [
     "compute_subgroups",
     "counted_as",
     "effective_sample_size",
+    "evaluate_predictions",
     "fit_calibration",
     "left_out_of_screening",
     "match_classes",
@@ -83,7 +83,7 @@ __all__ = [
 ]
 
 
-def assess(
+def evaluate_predictions(
     y_true: np.ndarray,
     y_prob: np.ndarray,
     class_names: Sequence[str],
@@ -147,3 +147,6 @@ def assess(
         if columns is None
         else compute_subgroups(y_true, y_pred, columns, groups, targets=targets, seed=seed),
     }
+
+
+assess = evaluate_predictions  # its former name

@@ -111,7 +111,7 @@ def stoppable(in_order: bool = True) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def say_stopped(program: str, interruption: KeyboardInterrupt, what_now: str) -> int:
+def print_stopped(program: str, interruption: KeyboardInterrupt, what_now: str) -> int:
     """Prints in one line what stopped the command, and gives the exit status that says so too.
 
     `what_now` is how matters stand then, unless the interruption has a note that says it.
@@ -122,7 +122,7 @@ def say_stopped(program: str, interruption: KeyboardInterrupt, what_now: str) ->
     return 128 + signum
 
 
-def say(program: str, kind: str, message: object) -> None:
+def print_message(program: str, kind: str, message: object) -> None:
     """Prints an error or a warning, in one line, to stderr."""
     print(f"{program}: {kind}: {in_one_line(message)}", file=sys.stderr)
 
@@ -137,7 +137,7 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def speak_utf8() -> None:
+def use_utf8() -> None:
     """Lets file names be read as what they are, and any of them be printed; call it first of all.
 
     Where the locale is not UTF-8, Python reads names of files as other text, which no table could

@@ -29,7 +29,7 @@ from experiment.settings import (
     command,
     is_first_process,
     launched_processes,
-    told_by_torchrun,
+    torchrun_variable,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 
 def _audit_alone(builder: "DatasetBuilder", settings: Settings, is_demo: bool) -> int:
     """Leaves the audit in `save_dir`, and gives the exit status: 1 when it found something."""
-    from experiment.results import claim, leave_audit, picture_audit
+    from experiment.results import claim, plot_audit, save_audit
 
     save_dir = Path(settings.save_dir)
     images = digest_images(builder.list_images(content_hash=True))
@@ -90,8 +90,8 @@ def _audit_alone(builder: "DatasetBuilder", settings: Settings, is_demo: bool) -
         folder.check_audit(images)
         if kind_of_run(folder.config) != TRAINING:
             _write_config(AUDIT, settings, is_demo, None, images=images)
-        leave_audit(save_dir, findings)
-        picture_audit(save_dir, findings, settings.data_dir)
+        save_audit(save_dir, findings)
+        plot_audit(save_dir, findings, settings.data_dir)
     print(f"\nEverything is in {save_dir}.")
     return 1 if len(findings) > 0 else 0
 
@@ -106,11 +106,11 @@ def _train_and_compare(
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from experiment.report import write_report
-    from experiment.results import compare_models, leave_audit, picture_audit
+    from experiment.results import compare_models, plot_audit, save_audit
 
     save_dir = Path(settings.save_dir)
     if is_first_process():
-        leave_audit(save_dir, findings)
+        save_audit(save_dir, findings)
         _say_unavoidable_errors(loaders["test"].dataset)
     # What is finished in this folder now is of this run: all processes see the same.
     with _process_group(device):
@@ -123,7 +123,7 @@ def _train_and_compare(
                     _train_one(name, settings, loaders, device)
     if is_first_process():
         # Drawing takes seconds, for which the training should not wait.
-        picture_audit(save_dir, findings, settings.data_dir)
+        plot_audit(save_dir, findings, settings.data_dir)
         _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
         test = loaders["test"].dataset
         folder = TrainingFolder.read(save_dir)
@@ -134,7 +134,7 @@ def _train_and_compare(
 
 
 @contextlib.contextmanager
-def only_the_first_speaks() -> Iterator[None]:
+def silence_other_processes() -> Iterator[None]:
     """Keeps what the other processes print to themselves, but for errors."""
     if is_first_process():
         yield
@@ -165,7 +165,7 @@ def _process_group(device: "torch.device") -> Iterator[None]:
     dist.destroy_process_group()  # after an error torchrun ends the others instead
 
 
-def end_with_the_launcher() -> None:
+def exit_with_launcher() -> None:
     """Has Linux send SIGTERM when torchrun is killed, which cannot tell its processes then."""
     if launched_processes() > 1 and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
@@ -233,7 +233,7 @@ def _load_data(
         device=device,
         seed=settings.seed,
         num_workers=settings.num_workers or 0,
-        rank=told_by_torchrun("RANK", 0),
+        rank=torchrun_variable("RANK", 0),
         world_size=launched_processes(),
     )
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
@@ -414,7 +414,7 @@ def _choose_device(name: str) -> "torch.device":
     from training import choose_device
 
     if launched_processes() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{told_by_torchrun('LOCAL_RANK', 0)}"
+        name = f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
     device = choose_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -519,7 +519,7 @@ def _train_one(
 ) -> None:
     """Trains one model and fills its folder; `metrics.json`, written last, says that it is done."""
     from evaluation import MALIGNANT
-    from experiment.results import leave_results
+    from experiment.results import save_results
     from models import count_parameters, load_model
     from training import (
         evaluate,
@@ -574,7 +574,7 @@ def _train_one(
     }
     plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
     _, info = load_model(folder / "model.pth")
-    leave_results(folder, about, model, info, evaluation, test, seed=settings.seed)
+    save_results(folder, about, model, info, evaluation, test, seed=settings.seed)
 
 
 def _training_time(history: dict[str, list[float]], images_a_step: int) -> float:

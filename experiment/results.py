@@ -35,9 +35,9 @@ from dataset import (
     to_float,
 )
 from evaluation import (
-    assess,
     compare,
     counted_as,
+    evaluate_predictions,
     match_classes,
     most_confident_mistakes,
     screening_warnings,
@@ -153,7 +153,7 @@ def _describe_owner(owner: Path) -> str:
         return "another process"
 
 
-def leave_results(
+def save_results(
     folder: Path,
     about: dict[str, Any],
     model: LesionClassifier,
@@ -173,7 +173,7 @@ def leave_results(
     y_true, y_prob = evaluation.labels, evaluation.probabilities
     calibration = info.calibration
     own = [name for name in METADATA_COLUMNS if name != "source_split"]
-    found = assess(
+    found = evaluate_predictions(
         y_true,
         y_prob,
         classes,
@@ -282,7 +282,7 @@ def _picture_images(
 def compare_models(
     save_dir: Path, models: Sequence[str], dataset: LesionDataset, *, seed: int = 42
 ) -> pd.DataFrame:
-    """Writes `comparison.csv` and `comparison.png` from what `leave_results` left for each model.
+    """Writes `comparison.csv` and `comparison.png` from what `save_results` left for each model.
 
     `dataset` has the images that all of them were measured on. Beside each model's figures the
     table has how far its balanced accuracy is behind that of the best, by paired bootstrap.
@@ -322,7 +322,7 @@ def _read_decisions(folder: Path, classes: Sequence[str]) -> np.ndarray:
     return table["predicted_class"].map(labels).to_numpy()
 
 
-def leave_audit(save_dir: Path, findings: pd.DataFrame) -> None:
+def save_audit(save_dir: Path, findings: pd.DataFrame) -> None:
     """Writes `audit.csv`; a picture of an earlier audit goes."""
     save_dir.mkdir(parents=True, exist_ok=True)
     (save_dir / "audit.png").unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def leave_audit(save_dir: Path, findings: pd.DataFrame) -> None:
     write_csv(table, save_dir / "audit.csv")
 
 
-def picture_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) -> None:
+def plot_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) -> None:
     """Draws `audit.png`, if there are pairs to show."""
     pairs = worst_pairs(findings)
     if len(pairs) > 0:
@@ -450,8 +450,8 @@ def evaluate_folder(
                 stacklevel=2,
             )
         write_csv(metadata, save_dir / "splits.csv")
-        leave_audit(save_dir, findings)
-        picture_audit(save_dir, findings, data_dir)
+        save_audit(save_dir, findings)
+        plot_audit(save_dir, findings, data_dir)
         for name in left:
             model, info = loaded[name]
             evaluation = evaluate(model, loader, device=loader.device, precision=precision)
@@ -463,7 +463,7 @@ def evaluate_folder(
                 "parameters": count_parameters(model),
                 "trainable_parameters": count_parameters(model, trainable_only=True),
             }
-            leave_results(save_dir / name, about, model, info, evaluation, dataset, seed=seed)
+            save_results(save_dir / name, about, model, info, evaluation, dataset, seed=seed)
         comparison = compare_models(save_dir, list(measured | runs), dataset, seed=seed)
         write_report(save_dir)
     unreadable = findings["images"][findings["kind"] == "unreadable"]

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from experiment.console import Parser, check_flags_have_effect, given_flags, say, with_underscores
+from experiment.console import (
+    Parser,
+    check_flags_have_effect,
+    given_flags,
+    print_message,
+    with_underscores,
+)
 from experiment.console import number_type as _number
 
 PROGRAM = "train_models.py"
@@ -233,26 +239,26 @@ def command(settings: Settings, is_demo: bool = False) -> str:
     return shlex.join(words)
 
 
-def told_by_torchrun(name: str, default: int) -> int:
+def torchrun_variable(name: str, default: int) -> int:
     """RANK, WORLD_SIZE or LOCAL_RANK; the default when it is not torchrun that started this."""
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
 
 
 def launched_processes() -> int:
     """Returns the number of processes that torchrun started, 1 without it."""
-    return told_by_torchrun("WORLD_SIZE", 1)
+    return torchrun_variable("WORLD_SIZE", 1)
 
 
 def is_first_process() -> bool:
     """Returns whether this process prints, draws and writes for all."""
-    return told_by_torchrun("RANK", 0) == 0
+    return torchrun_variable("RANK", 0) == 0
 
 
 def _launcher() -> list[str]:
     """The words of the command before the script."""
     if launched_processes() == 1:
         return ["python"]
-    processes, nodes = os.environ["LOCAL_WORLD_SIZE"], told_by_torchrun("GROUP_WORLD_SIZE", 1)
+    processes, nodes = os.environ["LOCAL_WORLD_SIZE"], torchrun_variable("GROUP_WORLD_SIZE", 1)
     of_nodes = [f"--nnodes={nodes}"] if nodes > 1 else []
     return ["torchrun", *of_nodes, f"--nproc_per_node={processes}"]
 
@@ -260,4 +266,4 @@ def _launcher() -> list[str]:
 def show_warning(message: Warning | str, *details: Any) -> None:
     """Prints a warning in one line, in the first process alone: for `warnings.showwarning`."""
     if is_first_process():
-        say(PROGRAM, "warning", message)
+        print_message(PROGRAM, "warning", message)

@@ -175,7 +175,7 @@ def observe(here, monkeypatch, capfd):
 
     probabilities = predict.Ensemble.probabilities
     monkeypatch.setattr(predict.Ensemble, "probabilities", see)
-    monkeypatch.setattr(results, "leave_results", leave)
+    monkeypatch.setattr(results, "save_results", leave)
     monkeypatch.setattr(results, "compare_models", compare)
     monkeypatch.setattr(results, "write_report", lambda save_dir: None)
     for module in (ensemble, cache):

@@ -31,7 +31,6 @@ from evaluation import (
     HEADLINES,
     MALIGNANT,
     Calibration,
-    assess,
     choose_thresholds,
     compare,
     compute_intervals,
@@ -39,6 +38,7 @@ from evaluation import (
     compute_subgroups,
     counted_as,
     effective_sample_size,
+    evaluate_predictions,
     fit_calibration,
     intervals,
     left_out_of_screening,
@@ -507,7 +507,7 @@ def test_with_any_calibration_the_figures_of_decisions_agree_with_each_other(cas
     calibration = Calibration(data.draw(st.floats(0.1, 10)), tuple(bias))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intervals, "NUM_RESAMPLES", 20)
-        found = assess(y_true, y_prob, names, calibration, {})
+        found = evaluate_predictions(y_true, y_prob, names, calibration, {})
     y_pred = y_prob.argmax(axis=1)
     confidence = calibration.apply(y_prob)[np.arange(len(y_pred)), y_pred]
     test = found["test"]
@@ -619,7 +619,7 @@ def test_images_of_unknown_classes_change_no_figure_of_screening(seed):
     thresholds = {target: {"sensitivity 95%": 0.4} for target in ("malignant", "melanoma")}
     calibration = Calibration(1.0, (0.0,) * 4)
     whole, part = (
-        assess(
+        evaluate_predictions(
             y_true[kept], y_prob[kept], names, calibration, thresholds,
             groups=groups[kept], columns=columns[kept],
         )
@@ -883,7 +883,7 @@ def test_decisions_are_the_models_own_and_probabilities_the_calibrated_ones():
     calibrated, y_pred = calibration.apply(y_prob), y_prob.argmax(axis=1)
     assert (calibrated.argmax(axis=1) != y_pred).any()
     thresholds = {"melanoma": choose_thresholds(y_true == 0, calibrated[:, 0])}
-    found = assess(y_true, y_prob, names, calibration, thresholds)
+    found = evaluate_predictions(y_true, y_prob, names, calibration, thresholds)
     assert found["test"]["accuracy"] == accuracy_score(y_true, y_pred)
     assert found["test"]["log_loss"] == pytest.approx(log_loss(y_true, calibrated))
     assert found["calibration"]["before"]["log_loss"] == pytest.approx(log_loss(y_true, y_prob))

@@ -54,13 +54,13 @@ def images(make_images):
 @pytest.fixture
 def measured(monkeypatch):
     """The names of the models that are measured from now on."""
-    names, leave = [], results.leave_results
+    names, leave = [], results.save_results
 
     def leave_and_watch(folder, *rest, **options):
         names.append(folder.name)
         leave(folder, *rest, **options)
 
-    monkeypatch.setattr(results, "leave_results", leave_and_watch)
+    monkeypatch.setattr(results, "save_results", leave_and_watch)
     return names
 
 
@@ -346,7 +346,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_same_command(
         evaluate_folder([save_model("former", seed=2)], images, out)
         image_more(None, images)
         measured.clear()
-    leave = results.leave_results
+    leave = results.save_results
 
     def stop_at_two(folder, *rest, **options):
         if folder.name == "two":
@@ -355,7 +355,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_same_command(
 
     more = ["--overwrite"] if overwrite else []
     with monkeypatch.context() as patch:
-        patch.setattr(results, "leave_results", stop_at_two)
+        patch.setattr(results, "save_results", stop_at_two)
         assert command(models, images, out, *more) == 143
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("predict.py: stopped by SIGTERM; the same command goes on")
