@@ -67,17 +67,13 @@ def compute_metrics(
         "roc_auc": roc_auc,
         "average_precision": average_precision,
     }
-    probability_of_truth = y_prob[np.arange(len(y_true)), y_true]
-    smallest = np.finfo(y_prob.dtype).eps  # log 0 would make one image decide all
     metrics: dict[str, Any] = {
         "accuracy": float(accuracy_score(y_true, y_pred)),
         "balanced_accuracy": float(recall[present].mean()),
         "top_2_accuracy": float(_is_among_top_2(y_true, y_prob, y_pred).mean()),
         "cohen_kappa": _or_0(cohen_kappa_score, y_true, y_pred),
         "matthews_corrcoef": _or_0(matthews_corrcoef, y_true, y_pred),
-        "log_loss": float(-np.log(np.maximum(probability_of_truth, smallest)).mean()),
-        "brier_score": float(((y_prob - np.eye(len(labels))[y_true]) ** 2).sum(axis=1).mean()),
-    }
+    } | proper_scores(y_true, y_prob)
     for name in ("precision", "recall", "f1"):
         metrics[name] = float(np.average(per_class[name], weights=support))
     for name in ("precision", "recall", "f1", "roc_auc", "average_precision"):
@@ -93,6 +89,17 @@ def compute_metrics(
     }
     metrics["confusion_matrix"] = confusion_matrix(y_true, y_pred, labels=labels).tolist()
     return metrics
+
+
+def proper_scores(y_true: np.ndarray, y_prob: np.ndarray) -> dict[str, float]:
+    """Returns `log_loss` and `brier_score`, which judge probabilities rather than decisions."""
+    probability_of_truth = y_prob[np.arange(len(y_true)), y_true]
+    smallest = np.finfo(y_prob.dtype).eps  # log 0 would make one image decide all
+    truth = np.eye(y_prob.shape[1])[y_true]
+    return {
+        "log_loss": float(-np.log(np.maximum(probability_of_truth, smallest)).mean()),
+        "brier_score": float(((y_prob - truth) ** 2).sum(axis=1).mean()),
+    }
 
 
 class Curve(NamedTuple):
