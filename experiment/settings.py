@@ -43,7 +43,7 @@ def flag(
     audit: bool = False,
     result: bool = True,
     no_effect: Mapping[str, str] = MappingProxyType({}),
-    used_by: Callable[[str], bool] | None = None,
+    used_by: Callable[[str, Any], bool] | None = None,
     **options: Any,
 ) -> Any:
     """Returns a dataclass field that is a flag of the command.
@@ -54,7 +54,7 @@ def flag(
     result : whether a model's results depend on it, so that a run is resumed only with the same
     no_effect : flags, such as "--device cpu", beside which it has no effect, which is an error; for
         each what to do instead, which may be empty
-    used_by : whether the model of a name makes use of it; None: every model does
+    used_by : whether the model of a name makes use of a value; None: every model does
     options : more for `add_argument`, such as `type` and `choices`; what follows from a default
         that is a bool or a tuple is there already
     """
@@ -86,12 +86,15 @@ class Settings:
     models: tuple[str, ...] = flag(MODEL_NAMES, ", ".join(MODEL_NAMES), "NAME", result=False)
     layers: int = flag(
         50, "depth of the ResNets", type=int, choices=(18, 34, 50),
-        used_by=lambda model: model.startswith("resnet_"),
+        used_by=lambda model, _: model.startswith("resnet_"),
     )  # fmt: skip
     image_size: int = flag(224, "side of the square images", "PIXELS", type=_side, audit=True)
     weights: str = flag(
         "imagenet", "start of the two pretrained models", "imagenet|none|FILE",
-        used_by=lambda model: model.endswith(("_head", "_finetuned")),
+        # That no model starts from a file is an error, which comes later.
+        used_by=lambda model, weights: (
+            weights not in ("imagenet", "none") or model.endswith(("_head", "_finetuned"))
+        ),
     )  # fmt: skip
     labels_csv: str | None = flag(
         None, "classes that override the folders' names", "FILE", audit=True, result=False
@@ -233,8 +236,8 @@ def _check_effects(
             check_flags_have_effect(parser, given, mode, {"splits": ""})
     models = dict.fromkeys(arguments["models"])
     for each in fields(settings_class):
-        is_used = each.metadata["used_by"]
-        if each.name in given and is_used is not None and not any(map(is_used, models)):
+        is_used = each.metadata["used_by"] or (lambda model, value: True)
+        if each.name in given and not any(is_used(m, arguments[each.name]) for m in models):
             show_warning(f"--{each.name} has no effect with --models {' '.join(models)}")
 
 
