@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -620,3 +621,12 @@ def create_dataloaders(
 
 def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class PreparedImages(NamedTuple):
+    """The images of a folder as they were when `DatasetBuilder.prepare` read them."""
+
+    metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
+    given: pd.DataFrame  # the columns of metadata_csv
+    cache: ArrayCache
+    index: CacheIndex
