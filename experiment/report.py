@@ -148,6 +148,8 @@ def _read_run(save_dir: Path) -> Run:
         raise ValueError(f"{save_dir}: no model in it has a metrics.json; train one first")
     comparison = _read_numbers(save_dir / "comparison.csv")
     rows = [] if comparison is None else comparison.to_dict("records")
+    # Runs of earlier versions call the gap `behind_best`.
+    rows = [{n.replace("behind_best", "gap_to_best"): v for n, v in row.items()} for row in rows]
     behind = {row["model"]: row for row in rows}
     compared = [metrics for metrics in found if metrics["model"] in behind] or found
     return Run(
@@ -302,7 +304,7 @@ def _comparison(run: Run) -> Section:
 
     names = [metrics["model"] for metrics in run.models]
     columns = {"model": names, "balanced accuracy": of_all("balanced_accuracy")}
-    if any("behind_best" in gap for gap in run.behind.values()):
+    if any("gap_to_best" in gap for gap in run.behind.values()):
         columns["behind the best"] = [_behind(run, name) for name in names]
     columns["weighted precision"] = of_all("precision")
     columns["weighted recall (accuracy)"] = of_all("recall")
@@ -327,11 +329,11 @@ def _behind(run: Run, model: str) -> str:
     if model == run.models[0]["model"]:
         return "best"
     gap = run.behind.get(model, {})
-    return _with_interval(gap.get("behind_best"), _interval_of_gap(gap))
+    return _with_interval(gap.get("gap_to_best"), _interval_of_gap(gap))
 
 
 def _interval_of_gap(gap: Mapping[str, float]) -> tuple[float, float] | None:
-    names = ("behind_best_low", "behind_best_high")
+    names = ("gap_to_best_low", "gap_to_best_high")
     return tuple(gap[name] for name in names) if set(names) <= set(gap) else None
 
 
