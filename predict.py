@@ -25,7 +25,6 @@ from experiment.console import (
     number_type,
     print_message,
     print_stopped,
-    stoppable,
     use_utf8,
     with_underscores,
 )
@@ -42,6 +41,7 @@ from inference.ensemble import (
 from inference.explain import SMALLEST_MAP, gradcam, overlay_name
 from inference.export import ONNX_PACKAGES, export_onnx
 from learning.allocator import keep_freed_memory
+from learning.processes import StopSignals
 from storage.files import printable
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = parse_arguments(argv)
-    with warnings.catch_warnings(), stoppable():
+    with warnings.catch_warnings(), StopSignals(at_once=True):
         warnings.showwarning = _show_warning
         try:
             return run(settings, command=shlex.join(["python", PROGRAM, *argv]))

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from experiment.console import print_message, print_stopped, stoppable, use_utf8
+from experiment.console import print_message, print_stopped, use_utf8
 from experiment.pipeline import exit_with_launcher, run, silence_other_processes
 from experiment.settings import (
     DEMO_SETTINGS,
@@ -25,11 +25,11 @@ from experiment.settings import (
     PROGRAM,
     Settings,
     command,
-    is_first_process,
     parse_arguments,
     show_warning,
 )
 from learning.allocator import keep_freed_memory
+from learning.processes import StopSignals, default_signals, is_first_process
 
 __all__ = [
     "DEMO_SETTINGS",
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     So does an interruption, with status 130 for SIGINT (Ctrl-C) and 143 for SIGTERM.
     """
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
-    with silence_other_processes(), warnings.catch_warnings(), stoppable(is_first_process()):
+    stopping = StopSignals(at_once=True) if is_first_process() else default_signals()
+    with silence_other_processes(), warnings.catch_warnings(), stopping:
         warnings.showwarning = show_warning
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         exit_with_launcher()
