@@ -25,8 +25,7 @@ from evaluation import (
     compute_metrics,
     counted_as,
     fit_calibration,
-    left_out_of_screening,
-    screening_targets,
+    screening_scores,
 )
 from learning.checkpoints import Batches, Checkpoint, Progress, describe_run
 from learning.distributed import (
@@ -580,16 +579,11 @@ def _fit_outputs(
     calibration = fit_calibration(y_true, y_prob, priors_shifted=priors_shifted)
     calibrated = calibration.apply(y_prob)
     kinds = (class_names, counted["malignant"], counted["unknown"])
-    left_out, thresholds = left_out_of_screening(*kinds), {}
-    for name, labels in screening_targets(*kinds).items():
-        is_positive, is_known = np.isin(y_true, labels), ~np.isin(y_true, left_out[name])
-        if 0 < is_positive.sum() < is_known.sum():
-            score = calibrated[:, labels].sum(axis=1)
-            thresholds[name] = choose_thresholds(is_positive[is_known], score[is_known])
+    scores = screening_scores(y_true, calibrated, *kinds)
     return {
         "temperature": calibration.temperature,
         "bias": list(calibration.bias),
-        "thresholds": thresholds,
+        "thresholds": {name: choose_thresholds(*scores[name]) for name in scores},
         "malignant_classes": counted["malignant"],
         "unknown_classes": counted["unknown"],
     }
