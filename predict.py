@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from experiment.console import (
     Parser,
     check_flags_have_effect,
+    exit_status,
     given_flags,
     in_one_line,
+    is_out_of_memory,
     number_type,
     print_message,
-    print_stopped,
+    start,
     stoppable,
-    use_utf8,
     with_underscores,
 )
 from inference.ensemble import (
@@ -41,7 +42,6 @@ from inference.ensemble import (
 )
 from inference.explain import SMALLEST_MAP, gradcam, overlay_name
 from inference.export import ONNX_PACKAGES, export_onnx
-from learning.allocator import keep_freed_memory
 from storage.files import printable
 
 if TYPE_CHECKING:
@@ -183,20 +183,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = parse_arguments(argv)
-    with warnings.catch_warnings(), stoppable():
-        warnings.showwarning = _show_warning
-        try:
-            return run(settings, command=shlex.join(["python", PROGRAM, *argv]))
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            return _print_error(error)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # by name, as torch is not imported here
-                raise
-            return _print_error(
-                f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
-            )
-        except KeyboardInterrupt as interruption:
-            return print_stopped(PROGRAM, interruption, "nothing was written")
+
+    def advice(error: RuntimeError) -> str | None:
+        if is_out_of_memory(error):
+            return f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
+        return None
+
+    with stoppable():
+        return exit_status(
+            PROGRAM,
+            lambda: run(settings, command=shlex.join(["python", PROGRAM, *argv])),
+            advice=advice,
+            if_stopped="nothing was written",
+        )
 
 
 def run(settings: Settings, command: str = "") -> int:
@@ -507,16 +506,5 @@ def _not_empty(text: str) -> str:
     return text
 
 
-def _show_warning(message: Warning | str, *details: Any) -> None:
-    print_message(PROGRAM, "warning", message)
-
-
-def _print_error(message: object) -> int:
-    print_message(PROGRAM, "error", message)
-    return 2
-
-
 if __name__ == "__main__":
-    use_utf8()
-    keep_freed_memory()
-    sys.exit(main())
+    start(main)
