@@ -22,7 +22,7 @@ ORDER = (
     "models",
     "learning.allocator", "learning.hardware", "learning.distributed", "learning.checkpoints",
     "training", "visualizations",
-    "inference.explain", "inference.ensemble", "inference.export",
+    "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.report",
     "experiment.results", "experiment.pipeline",
     "train_models", "predict",
