@@ -12,10 +12,9 @@ trains with two processes, the first of which prints, draws and writes for both.
 
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 
-from experiment.console import print_message, print_stopped, use_utf8
+from experiment.console import exit_status, is_out_of_memory, start
 from experiment.pipeline import exit_with_launcher, run, silence_other_processes
 from experiment.settings import (
     DEMO_SETTINGS,
@@ -26,9 +25,7 @@ from experiment.settings import (
     Settings,
     command,
     parse_arguments,
-    show_warning,
 )
-from learning.allocator import keep_freed_memory
 from learning.processes import StopSignals, default_signals, is_first_process
 
 __all__ = [
@@ -51,45 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
     stopping = StopSignals(at_once=True) if is_first_process() else default_signals()
-    with silence_other_processes(), warnings.catch_warnings(), stopping:
-        warnings.showwarning = show_warning
+    with silence_other_processes(), stopping:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         exit_with_launcher()
-        try:
-            return run(settings, is_demo)
-        except (ValueError, OSError) as error:
-            return _print_error(error)
-        except RuntimeError as error:
-            advice = _advice(error, settings)
-            if advice is None:
-                raise
-            return _print_error(advice)
-        except KeyboardInterrupt as interruption:
-            return print_stopped(PROGRAM, interruption, "nothing had been begun")
+        return exit_status(
+            PROGRAM,
+            lambda: run(settings, is_demo),
+            advice=lambda error: _advice(error, settings),
+            if_stopped="nothing had been begun",
+            show_warnings=is_first_process(),
+        )
 
 
 def _advice(error: RuntimeError, settings: Settings) -> str | None:
     """What to do about an error of torch's that the user can do something about."""
-    kind = type(error)  # by name, as torch is not imported here
-    if kind.__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         half = max(settings.batch_size // 2, 1)
         twice = 2 * settings.accumulate
         return (
             f"out of memory with --batch_size {settings.batch_size}; try --batch_size {half} "
             f"--accumulate {twice}, or smaller --layers or --image_size"
         )
-    if settings.compile and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+    if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().split("\n")[0]
         return f"--compile does not work here ({reason}); run without it"
     return None
 
 
-def _print_error(message: object) -> int:
-    print_message(PROGRAM, "error", message)
-    return 2
-
-
 if __name__ == "__main__":
-    use_utf8()
-    keep_freed_memory()
-    sys.exit(main())
+    start(main)

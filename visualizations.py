@@ -483,7 +483,9 @@ def plot_gradcams(
         for true, predicted in zip(true_classes, predicted_classes, strict=True)
     ]
     gap = np.full((*images.shape[:2], max(1, images.shape[2] // 30), 3), 255, dtype=np.uint8)
-    pictures = np.concatenate([images, gap, _overlays(images, heatmaps)], axis=2)
+    # Grey images leave the colours of the map as they are on the scale.
+    overlays = _blend(images.mean(axis=-1, keepdims=True), heatmaps, _HEATMAP_OPACITY)
+    pictures = np.concatenate([images, gap, overlays], axis=2)
     width, height = _grid_size(pictures, captions, 3)
     with _figure((width, height + 0.5), title, save_path) as figure:
         _draw_grid(figure, pictures, captions, 3)
@@ -493,6 +495,19 @@ def plot_gradcams(
         scale.set_label("Grad-CAM")
         scale.outline.set_visible(False)
     return figure
+
+
+def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
+    """Returns an image uint8 (H, W, 3) under a heatmap in colour, the more opaque the higher it is.
+
+    `image` is (H, W, 3), uint8 or float in [0, 1], and `heatmap` (H, W) float in [0, 1]. Where the
+    heatmap is 0, the image stays as it is.
+
+    Raises ValueError for another shape or range.
+    """
+    image, heatmap = _checked_images(image, "image", ndim=3), np.asarray(heatmap)
+    _checked_shares(heatmap, "heatmap", image.shape[:2])
+    return _blend(image, heatmap, 0.6 * heatmap[..., None])
 
 
 def plot_model_comparison(
@@ -822,12 +837,9 @@ def _draw_grid(figure: Figure, pictures: np.ndarray, captions: Sequence[str], co
         _draw_captioned_image(ax, picture, caption)
 
 
-def _overlays(images: np.ndarray, heatmaps: np.ndarray) -> np.ndarray:
-    """Heatmaps in colour over grey images, whose own colours would change those of the map."""
-    grey = images.mean(axis=-1, keepdims=True)
-    heat = matplotlib.colormaps[_HEATMAP_COLOURS](heatmaps)[..., :3] * 255
-    mixed = (1 - _HEATMAP_OPACITY) * grey + _HEATMAP_OPACITY * heat
-    return mixed.round().astype(np.uint8)
+def _blend(images: np.ndarray, heatmaps: np.ndarray, opacity: np.ndarray | float) -> np.ndarray:
+    colours = 255 * matplotlib.colormaps[_HEATMAP_COLOURS](heatmaps)[..., :3]
+    return np.round((1 - opacity) * images + opacity * colours).astype(np.uint8)
 
 
 def _check_table(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:

@@ -4,8 +4,11 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
+
+from learning.allocator import keep_freed_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +67,58 @@ def check_flags_have_effect(
     for name in sorted(given & without_effect.keys()):
         advice = f"; {without_effect[name]}" if without_effect[name] else ""
         parser.error(f"--{name} has no effect with {mode}{advice}")
+
+
+def start(main: Callable[[], int]) -> NoReturn:
+    """Runs a command as a process of its own and ends the process with the command's exit status.
+
+    Call it before anything else, as both the encoding of file names and the memory allocator are
+    set for the whole process.
+    """
+    use_utf8()
+    keep_freed_memory()
+    sys.exit(main())
+
+
+def exit_status(
+    program: str,
+    run: Callable[[], int],
+    *,
+    advice: Callable[[RuntimeError], str | None],
+    if_stopped: str,
+    show_warnings: bool = True,
+) -> int:
+    """Runs a command and returns its exit status; what goes wrong is printed in one line.
+
+    The status is that of `run`, 2 after an error that the user can do something about, 130 or 143
+    after SIGINT or SIGTERM. For a RuntimeError, `advice` gives the message, or None when only a
+    traceback helps. `if_stopped` tells the state of things after a signal, unless the interruption
+    has a note on it. Warnings are printed in one line too, if `show_warnings`.
+    """
+
+    def show_warning(message: Warning | str, *details: Any) -> None:
+        if show_warnings:
+            print_message(program, "warning", message)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        try:
+            return run()
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            print_message(program, "error", error)
+        except RuntimeError as error:
+            message = advice(error)
+            if message is None:
+                raise
+            print_message(program, "error", message)
+        except KeyboardInterrupt as interruption:
+            return print_stopped(program, interruption, if_stopped)
+    return 2
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether this is torch's error for a GPU without memory left, without torch."""
+    return type(error).__name__ == "OutOfMemoryError"
 
 
 def print_stopped(program: str, interruption: KeyboardInterrupt, what_now: str) -> int:

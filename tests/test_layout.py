@@ -24,7 +24,7 @@ ORDER = (
     "learning.allocator", "learning.processes", "learning.hardware", "learning.distributed",
     "learning.checkpoints",
     "training", "visualizations",
-    "inference.explain", "inference.ensemble", "inference.export",
+    "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.report",
     "experiment.results", "experiment.pipeline",
     "train_models", "predict",
@@ -58,7 +58,7 @@ PUBLIC = {
         flip_batch_vertically rotate_batch
     """,
     "visualizations": """
-        plot_augmentations plot_class_distribution plot_class_metrics
+        overlay_heatmap plot_augmentations plot_class_distribution plot_class_metrics
         plot_confusion_matrix plot_gradcams plot_learning_curves plot_mistakes
         plot_model_comparison plot_pairs plot_reliability plot_roc_pr_curves plot_samples
     """,
