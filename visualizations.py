@@ -33,6 +33,7 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from evaluation import best_evaluation
 from storage.files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
@@ -569,12 +570,10 @@ def _history_table(history: Mapping[str, Sequence[float | None]] | pd.DataFrame)
 
 
 def _mark_best_evaluation(figure: Figure, table: pd.DataFrame) -> None:
-    ranked = table.dropna(subset="valid_balanced_accuracy").sort_values(
-        ["valid_balanced_accuracy", "valid_loss"], ascending=[False, True], kind="stable"
-    )
-    if ranked.empty:
+    number = best_evaluation(table.to_dict("list"))
+    if number is None:
         return
-    step, accuracy = ranked.iloc[0][["step", "valid_balanced_accuracy"]]
+    step, accuracy = table.iloc[number][["step", "valid_balanced_accuracy"]]
     for ax in figure.axes:
         line = ax.axvline(step, color=_DARK_GREY, linestyle="--", linewidth=0.8, zorder=0)
     text = f"best evaluation: step {step:,.0f}, balanced accuracy {accuracy:.3f}"

@@ -30,6 +30,7 @@ from evaluation.intervals import (
 )
 from evaluation.metrics import (
     HEADLINES,
+    best_evaluation,
     check_predictions,
     compute_metrics,
     most_confident_mistakes,
@@ -61,6 +62,7 @@ __all__ = [
     "SMALLEST_SUBGROUP",
     "Calibration",
     "Z",
+    "best_evaluation",
     "choose_thresholds",
     "compare",
     "compute_intervals",

@@ -1,6 +1,6 @@
 """Metrics of predictions, for unbalanced classes, and images to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,20 @@ def headline_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
             (values * present).sum(axis=-1), present.sum(axis=-1), np.nan
         )
     return headlines | {"balanced_accuracy": headlines["macro_recall"]}
+
+
+def best_evaluation(history: Mapping[Any, Sequence[float | None]]) -> int | None:
+    """Returns the number of the best evaluation in a training history, counted from 0.
+
+    The best has the highest `valid_balanced_accuracy`; of equal ones the lowest `valid_loss`, and
+    of those the first. None and NaN are missing values; without any balanced accuracy there is no
+    best.
+    """
+    accuracy = np.asarray(history.get("valid_balanced_accuracy", ()), dtype=np.float64)
+    loss = np.asarray(history.get("valid_loss", ()), dtype=np.float64)
+    if np.isnan(accuracy).all():
+        return None
+    return int(np.lexsort((loss, -accuracy))[0])  # stable, and NaN comes last
 
 
 def safe_ratio(numerators: np.ndarray, denominators: np.ndarray, of_nothing: float) -> np.ndarray:

@@ -20,7 +20,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from evaluation import counted_as, why_screening_is_off
+from evaluation import best_evaluation, counted_as, why_screening_is_off
 from experiment.console import format_duration
 from imaging.audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
 from imaging.lesions import is_melanoma
@@ -734,11 +734,14 @@ def _training(metrics: dict[str, Any]) -> list[Block]:
         blocks.append(f"{_whole(metrics['parameters'])} parameters, of which {trained} trained.")
     alt = "Losses, precision, recall and learning rate over the training steps."
     history = _read_numbers(metrics["folder"] / "history.csv")
-    ranks = ["valid_balanced_accuracy", "valid_loss"]
-    if history is not None and {"step", *ranks} <= set(history) and len(history):
-        best = history.sort_values(ranks, ascending=[True, False], na_position="first").iloc[-1]
+    columns = {"step", "valid_balanced_accuracy", "valid_loss"}
+    if history is None or not columns <= set(history):
+        history = pd.DataFrame(columns=sorted(columns))
+    number = best_evaluation(history.to_dict("list"))
+    if number is not None:
+        best = history.iloc[number]
         alt += (
-            f" Best balanced accuracy on validation: {best[ranks[0]]:.2f} at step "
+            f" Best balanced accuracy on validation: {best['valid_balanced_accuracy']:.2f} at step "
             f"{best['step']:,.0f} of {history['step'].max():,}."
         )
     return blocks + _figure(metrics["folder"] / "learning_curves.png", "Learning curves", alt)
