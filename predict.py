@@ -1,11 +1,5 @@
-"""Trained models on new images, and what they looked at: a command and a function.
-
-    python predict.py --model models/resnet_finetuned/model.pth IMAGE_OR_FOLDER...
-
-As in train_models.py, what imports torch is imported where it is needed.
-"""
-
 import argparse
+import importlib
 import os
 import shlex
 import sys
@@ -42,14 +36,8 @@ from inference.ensemble import (
 )
 from inference.explain import SMALLEST_MAP, gradcam, overlay_name
 from inference.export import ONNX_PACKAGES, export_onnx
+from inference.options import NUM_VIEWS, Paths, check_file_to_write
 from storage.files import printable
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-
-    from dataset import Preprocessor
-
 
 __all__ = [
     "AIM",
@@ -131,6 +119,8 @@ def predict(
     """
     import pandas as pd
 
+    from inference.ensemble import predict_batches
+
     tables, unreadable = [], []
     for table, problems in predict_batches(
         model,
@@ -202,6 +192,8 @@ def run(settings: Settings, command: str = "") -> int:
     """Exports the model, or predicts and prints; gives the exit status."""
     _check_nothing_is_lost(settings)
     if settings.export is not None:
+        from inference.export import export_onnx
+
         export_onnx(settings.model[0], settings.export)
         print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
         return 0
@@ -219,7 +211,7 @@ def _check_nothing_is_lost(settings: Settings) -> None:
     for path, suffixes in ((settings.output, (".csv", ".json")), (settings.export, (".onnx",))):
         if path is None:
             continue
-        check_file_to_write(Path(path), suffixes)
+        check_file_to_write(path, suffixes)
         if any(_is_same_file(path, other) for other in (*settings.model, *settings.images)):
             raise ValueError(f"{path} is to be read as well; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
@@ -231,6 +223,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
 
 
 def _check_no_overlay_is_lost(folder: str, images: Sequence[str]) -> None:
+    from inference.ensemble import find_files
+
     if not os.path.isdir(folder):
         return
     existing = set(os.listdir(folder))
@@ -283,7 +277,8 @@ def _evaluate_and_print(settings: Settings, command: str) -> int:
 def _predict_and_print(settings: Settings) -> int:
     from tqdm import tqdm
 
-    from training import choose_device, name_of_precision, resolve_precision
+    from inference.ensemble import predict_batches
+    from learning.hardware import choose_device, name_of_precision, resolve_precision
 
     printer = _Printer(settings.top_k, None if settings.output is None else MOST_ROWS_PRINTED)
     num_images, num_unreadable, num_flagged = 0, 0, Counter()
@@ -508,3 +503,39 @@ def _not_empty(text: str) -> str:
 
 if __name__ == "__main__":
     start(main)
+
+
+"""Trained models on new images, and what they looked at: a command and a function.
+
+    python predict.py --model models/resnet_finetuned/model.pth IMAGE_OR_FOLDER...
+
+As in train_models.py, what imports torch is imported where it is needed: `--help` and a mistyped
+flag should not wait for it.
+"""
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from imaging.prepare import Preprocessor
+    from inference.ensemble import AIM, BATCHES_AHEAD, Ensemble, find_files, predict_batches
+    from inference.explain import SMALLEST_MAP, gradcam
+    from inference.export import ONNX_PACKAGES, export_onnx
+
+
+# The names above that this module has from elsewhere: where they need torch, imported when first
+# asked for.
+LATE_NAMES = {
+    "inference.ensemble": {"AIM", "BATCHES_AHEAD", "Ensemble", "find_files", "predict_batches"},
+    "inference.explain": {"SMALLEST_MAP", "gradcam"},
+    "inference.export": {"ONNX_PACKAGES", "export_onnx"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a name of `LATE_NAMES`; Python calls it for what the module does not have."""
+    for module, names in LATE_NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,7 @@ from experiment.settings import (
     is_first_process,
     parse_arguments,
 )
+from learning.processes import is_first_process
 
 __all__ = [
     "DEMO_SETTINGS",

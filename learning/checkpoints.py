@@ -111,7 +111,7 @@ class Checkpoint:
             metrics=progress.best_metrics,
             **fitted,
         )
-        save_tensors(self.folder / "model.pth", {**info, "state_dict": progress.best_state})
+        info.save(self.folder / "model.pth", progress.best_state)
 
     def save_last(self, progress: Progress) -> None:
         """Writes `last.pth`, all that is needed to go on from this step."""

@@ -18,6 +18,7 @@ import dataset
 import models
 from dataset import DatasetBuilder, LesionLoader, fingerprint, normalize, resize
 from evaluation import Calibration
+from inference import ensemble
 from models import MODELS, get_model
 from predict import Ensemble, export_onnx, find_files, gradcam, main, predict
 from storage.files import read_csv
@@ -78,14 +79,14 @@ def break_files(folder):
 
 def seen_by_model(monkeypatch):
     """The batches that models loaded from now on are given."""
-    seen, load = [], models.load_model
+    seen, load = [], ensemble.load_model
 
     def load_and_watch(path):
         model, info = load(path)
         model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
         return model, info
 
-    monkeypatch.setattr(models, "load_model", load_and_watch)
+    monkeypatch.setattr(ensemble, "load_model", load_and_watch)
     return seen
 
 
@@ -151,7 +152,7 @@ def test_no_more_than_two_batches_are_decoded_ahead_of_the_model(images, save_mo
     for path in paths:
         Path(path).write_bytes((images / "a/0000.png").read_bytes())
     decoded, decoded_before = [], []
-    prepare, see = dataset.prepare_image, Ensemble.probabilities
+    prepare, see = ensemble.prepare_image, Ensemble.probabilities
 
     def count(path, *rest):
         decoded.append(path)
@@ -163,7 +164,7 @@ def test_no_more_than_two_batches_are_decoded_ahead_of_the_model(images, save_mo
         decoded_before.append(len(decoded))
         return see(ensemble, pixels, tta)
 
-    monkeypatch.setattr(dataset, "prepare_image", count)
+    monkeypatch.setattr(ensemble, "prepare_image", count)
     monkeypatch.setattr(Ensemble, "probabilities", see_slowly)
     table = predict(save_model(), paths, batch_size=4, num_workers=3, device="cpu")
     assert table["path"].tolist() == paths
