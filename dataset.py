@@ -5,7 +5,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -92,6 +92,15 @@ DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
 SHARE_OF_GPU_FOR_IMAGES = 0.25  # of its free memory, for each split
 EVALUATION_BATCHES = 4  # times as many images a batch, on GPUs, where nothing is trained
 MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling may show an image
+
+
+class PreparedImages(NamedTuple):
+    """The images of a folder as they were when `DatasetBuilder.prepare` read them."""
+
+    metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
+    given: pd.DataFrame  # the columns of metadata_csv
+    cache: ArrayCache
+    index: CacheIndex
 
 
 class DatasetBuilder:
@@ -193,13 +202,16 @@ class DatasetBuilder:
         self,
         preprocessors: Sequence[Preprocessor] = (),
         splits: Mapping[str, float] | None = None,
+        *,
+        prepared: PreparedImages | None = None,
     ) -> tuple[dict[str, "LesionDataset"], pd.DataFrame]:
         """The data set of each split, and the metadata of all images.
 
         A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
         or float in [0, 1]; they run in the order given, before the images are scaled and cropped.
         `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Files of the
-        same picture, identical or nearly so, are never divided between splits.
+        same picture, identical or nearly so, are never divided between splits. `prepared` is what
+        `prepare` gave for these preprocessors, if the files are not to be looked at once more.
 
         The metadata has a row an image: `path`, `class`, `label`, `source_split`, `width`,
         `height`, `content_hash`, `picture`, `group`, `split`, and the columns of `metadata_csv`.
@@ -210,7 +222,7 @@ class DatasetBuilder:
         splits = DEFAULT_SPLITS if splits is None else splits
         check_splits(splits)
         # Until the end, the index of the table is the row of the image in the array.
-        metadata, given, cache, index = self._load(preprocessors)
+        metadata, given, cache, index = prepared or self.prepare(preprocessors)
         readable = self._check_readable(index.records)
         metadata = self._settle_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
@@ -241,7 +253,12 @@ class DatasetBuilder:
             )
         return datasets, metadata.reset_index(drop=True)
 
-    def audit(self, preprocessors: Sequence[Preprocessor] = ()) -> pd.DataFrame:
+    def audit(
+        self,
+        preprocessors: Sequence[Preprocessor] = (),
+        *,
+        prepared: PreparedImages | None = None,
+    ) -> pd.DataFrame:
         """What is wrong with the images, a row a finding, as `audit.audit` describes it.
 
         All images count, whatever `label_conflicts` and `skip_unreadable` say; one that cannot be
@@ -251,8 +268,8 @@ class DatasetBuilder:
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        metadata, given, cache, index = self._load(preprocessors)
-        metadata["error"] = [record.error for record in index.records]
+        metadata, given, cache, index = prepared or self.prepare(preprocessors)
+        metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
             table = read_table(self.splits_csv, ["split"])
             split = join_table(metadata["path"], table, self.splits_csv)["split"]
@@ -263,10 +280,11 @@ class DatasetBuilder:
         metadata["split"] = split.fillna("")
         return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
 
-    def _load(
-        self, preprocessors: Sequence[Preprocessor]
-    ) -> tuple[pd.DataFrame, pd.DataFrame, ArrayCache, CacheIndex]:
-        """Image by image what is known of the files, and the user's columns; the prepared array."""
+    def prepare(self, preprocessors: Sequence[Preprocessor] = ()) -> PreparedImages:
+        """Finds and reads all images, for `audit` and `build` to look at the files once for both.
+
+        Raises what `build` raises for a folder or tables that cannot be used.
+        """
         images = self._find_labelled_images()
         given = self._read_metadata(images)
         cache = self._cache(preprocessors)
@@ -275,7 +293,7 @@ class DatasetBuilder:
         metadata["picture"] = audit.number_pictures(
             metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
         )
-        return metadata, given, cache, index
+        return PreparedImages(metadata, given, cache, index)
 
     def _cache(self, preprocessors: Sequence[Preprocessor]) -> ArrayCache:
         return ArrayCache(

@@ -172,6 +172,12 @@ MODELS: dict[str, type[LesionClassifier]] = {
 }
 
 
+def check_model_name(name: str) -> None:
+    """Raises ValueError for a name that is not of a model."""
+    if name not in MODELS:
+        raise ValueError(f"no model is named {name!r}; the models are {', '.join(MODELS)}")
+
+
 def get_model(
     name: str,
     num_classes: int,
@@ -197,8 +203,7 @@ def get_model(
     >>> get_model("simple_cnn", num_classes=9)(torch.rand(2, 3, 224, 224)).shape
     torch.Size([2, 9])
     """
-    if name not in MODELS:
-        raise ValueError(f"no model is named {name!r}; the models are {', '.join(MODELS)}")
+    check_model_name(name)
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; a classifier needs two classes or more")
     if layers not in RESNETS:

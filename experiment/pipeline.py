@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from dataset import DatasetBuilder, LesionDataset, LesionLoader
+    from dataset import DatasetBuilder, LesionDataset, LesionLoader, PreparedImages
     from models import LesionClassifier
 
 
@@ -53,6 +53,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     # Not before the check above: torch comes with it.
     from experiment.results import claim
 
+    _check_models(settings.models)
     if is_first_process() and (Path(settings.save_dir) / ".lock").exists():
         with claim(settings.save_dir):  # to say at once that it is in use, not after the images
             pass
@@ -66,12 +67,13 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     if settings.audit_only:
         return _audit_alone(builder, settings, is_demo)
 
-    findings = _audit(builder)
-    loaders, metadata = _load_data(builder, settings, device)
+    prepared = builder.prepare()
+    findings = _audit(builder, prepared)
+    loaders, metadata = _load_data(builder, prepared, settings, device)
     _say_what_is_screened_for(loaders["train"].dataset.classes, settings)
     with claim(settings.save_dir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
-            _begin(settings, metadata, builder, device, is_demo)
+            _begin(settings, metadata, digest_images(prepared.metadata), device, is_demo)
         with _resumable(settings, is_demo), _deterministic(settings.deterministic):
             _train_and_compare(settings, loaders, metadata, findings, device)
     return 0
@@ -82,9 +84,10 @@ def _audit_alone(builder: "DatasetBuilder", settings: Settings, is_demo: bool) -
     from experiment.results import claim, plot_audit, save_audit
 
     save_dir = Path(settings.save_dir)
-    images = digest_images(builder.list_images(content_hash=True))
+    prepared = builder.prepare()
+    images = digest_images(prepared.metadata)
     TrainingFolder.read(save_dir).check_audit(images)
-    findings = _audit(builder)
+    findings = _audit(builder, prepared)
     with claim(save_dir):
         folder = TrainingFolder.read(save_dir)
         folder.check_audit(images)
@@ -209,12 +212,15 @@ def _deterministic(is_on: bool) -> Iterator[None]:
 
 
 def _load_data(
-    builder: "DatasetBuilder", settings: Settings, device: "torch.device"
+    builder: "DatasetBuilder",
+    prepared: "PreparedImages",
+    settings: Settings,
+    device: "torch.device",
 ) -> "tuple[dict[str, LesionLoader], pd.DataFrame]":
     from dataset import create_dataloaders
 
     splits = dict(zip(("train", "valid", "test"), settings.splits, strict=True))
-    datasets, metadata = builder.build(splits=splits)
+    datasets, metadata = builder.build(splits=splits, prepared=prepared)
     _check_given_splits(set(datasets), settings)
     _check_batch_size(len(datasets["train"]), "training images", settings)
     unused = [name for name in datasets if name not in splits]
@@ -261,10 +267,10 @@ def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> Non
         warnings.warn(message, stacklevel=2)
 
 
-def _audit(builder: "DatasetBuilder") -> "pd.DataFrame":
+def _audit(builder: "DatasetBuilder", prepared: "PreparedImages") -> "pd.DataFrame":
     from imaging.audit import summarise
 
-    findings = builder.audit()
+    findings = builder.audit(prepared=prepared)
     print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
     return findings
 
@@ -319,6 +325,17 @@ def _check_folders(settings: Settings, is_demo: bool) -> None:
         raise PermissionError(
             f"--save_dir {settings.save_dir}: no permission to write there; choose another folder"
         )
+
+
+def _check_models(names: Sequence[str]) -> None:
+    """Raises ValueError for a name of `--models` that is of no model."""
+    from models import check_model_name
+
+    for name in names:
+        try:
+            check_model_name(name)
+        except ValueError as error:
+            raise ValueError(f"--models {name}: {error}") from None
 
 
 def _check_images(images: "pd.DataFrame", settings: Settings) -> None:
@@ -439,7 +456,7 @@ def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClass
 def _begin(
     settings: Settings,
     metadata: "pd.DataFrame",
-    builder: "DatasetBuilder",
+    images: str,
     device: "torch.device",
     is_demo: bool,
 ) -> None:
@@ -455,7 +472,6 @@ def _begin(
     if not trained:
         return  # what stands in the folder is of the command that trained the models
     records |= dict.fromkeys(trained, run)
-    images = digest_images(builder.list_images(content_hash=True))
     _write_config(TRAINING, settings, is_demo, device, images=images, runs=records)
     write_csv(metadata, folder.save_dir / "splits.csv")
 

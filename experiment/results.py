@@ -421,8 +421,9 @@ def evaluate_folder(
         )
         runs = _describe_evaluation(named, first["classes"], dtype, seed)
         _measured_before(save_dir, runs, overwrite)  # to raise before the images are prepared
-        findings = builder.audit()
-        splits, metadata = builder.build(splits={"test": 1.0})
+        prepared = builder.prepare()
+        findings = builder.audit(prepared=prepared)
+        splits, metadata = builder.build(splits={"test": 1.0}, prepared=prepared)
         dataset = _with_labels_of(splits["test"], first.classes)
         _warn_of_screening(first)
         loader = create_dataloaders({"test": dataset}, batch_size, device=device)["test"]

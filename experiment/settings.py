@@ -1,80 +1,171 @@
-"""Every flag of `train_models.py` once: name, type, default, help."""
+"""The flags of `train_models.py`: each is one field of `Settings`.
+
+The parser, `config.json` and the printed command follow from the fields.
+"""
 
 import argparse
 import math
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from experiment.console import (
     Parser,
     check_flags_have_effect,
     given_flags,
+    number_type,
     print_message,
     with_underscores,
 )
-from experiment.console import number_type as _number
 
 PROGRAM = "train_models.py"
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
-# Settings on which no result depends: a run may be resumed with others.
-NOT_RESULTS = {
-    "data_dir", "save_dir", "cache_dir", "labels_csv", "metadata_csv", "splits_csv", "models",
-    "device", "num_workers", "checkpoint_every", "resume", "overwrite", "audit_only",
-}  # fmt: skip
-# The flags that have an effect with --audit_only, which neither splits nor trains.
-OF_AUDIT = {
-    "data_dir", "demo", "save_dir", "cache_dir", "image_size", "labels_csv", "label_column",
-    "metadata_csv", "split_by", "splits_csv", "num_workers", "audit_only",
-}  # fmt: skip
+
+_positive = number_type(int, lambda n: n >= 1, "1 or more")
+_natural = number_type(int, lambda n: n >= 0, "0 or more")
+_side = number_type(int, lambda n: n >= 16, "16 or more")
+_seed = number_type(int, lambda n: 0 <= n < 2**63, "0 or more and less than 2**63")
+_rate = number_type(float, lambda x: 0 < x < math.inf, "greater than 0")
+_decay = number_type(float, lambda x: 0 <= x < math.inf, "0 or more")
+_share = number_type(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+_part = number_type(float, lambda x: 0 < x < 1, "greater than 0 and less than 1")
+_dropout = number_type(float, lambda x: 0 <= x < 1, "0 or more and less than 1")
+
+
+def flag(
+    default: Any,
+    help: str,
+    metavar: str | tuple[str, ...] | None = None,
+    *,
+    audit: bool = False,
+    result: bool = True,
+    no_effect: Mapping[str, str] = MappingProxyType({}),
+    used_by: Callable[[str, Any], bool] | None = None,
+    **options: Any,
+) -> Any:
+    """Returns a dataclass field that is a flag of the command.
+
+    Parameters
+    ----------
+    audit : whether it has an effect with --audit_only, which neither splits nor trains
+    result : whether a model's results depend on it, so that a run is resumed only with the same
+    no_effect : flags, such as "--device cpu", beside which it has no effect, which is an error; for
+        each what to do instead, which may be empty
+    used_by : whether the model of a name makes use of a value; None: every model does
+    options : more for `add_argument`, such as `type` and `choices`; what follows from a default
+        that is a bool or a tuple is there already
+    """
+    if isinstance(default, bool):
+        options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+    else:
+        options["metavar"] = metavar
+    if isinstance(default, tuple):
+        options.setdefault("nargs", "+")
+    metadata = {
+        "result": result,
+        "no_effect": dict(no_effect) | ({} if audit else {"--audit_only": ""}),
+        "used_by": used_by,
+        "options": options | {"help": help},
+    }
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is told; each is a flag of the same name."""
+    """The settings of a run; each is a flag of the same name."""
 
-    data_dir: str | None = None
-    save_dir: str = "models"
-    cache_dir: str | None = None
-    models: tuple[str, ...] = MODEL_NAMES
-    layers: int = 50
-    image_size: int = 224
-    weights: str = "imagenet"
-    labels_csv: str | None = None
-    label_column: str | None = None
-    label_conflicts: str = "keep"
-    metadata_csv: str | None = None
-    group_by: tuple[str, ...] = ()
-    splits: tuple[float, ...] = (0.7, 0.2, 0.1)
-    split_by: str = "random"
-    splits_csv: str | None = None
-    batch_size: int = 32
-    accumulate: int = 1
-    num_steps: int = 2000
-    learning_rate: float = 0.001
-    weight_decay: float = 1e-4
-    dropout_rate: float = 0.7
-    warmup_fraction: float = 0.2
-    schedule: str = "cosine"
-    augmentation: bool = True
-    balanced: bool = True
-    class_weights: str = "none"
-    malignant_classes: tuple[str, ...] = ()
-    eval_every: int = 100
-    early_stopping_patience: int = 0
-    checkpoint_every: int | None = None
-    precision: str = "auto"
-    compile: bool = False
-    device: str = "auto"
-    deterministic: bool = False
-    num_workers: int | None = None
-    seed: int = 42
-    skip_unreadable: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    audit_only: bool = False
+    # No flag has the default None for data_dir: it is given, or that of the demo.
+    data_dir: str = flag(None, "images, one sub-folder a class", "DIR", audit=True, result=False)
+    save_dir: str = flag("models", "where results go", "DIR", audit=True, result=False)
+    cache_dir: str | None = flag(
+        None, "prepared images (None: processed/ beside data_dir)", "DIR", audit=True, result=False
+    )
+    models: tuple[str, ...] = flag(MODEL_NAMES, ", ".join(MODEL_NAMES), "NAME", result=False)
+    layers: int = flag(
+        50, "depth of the ResNets", type=int, choices=(18, 34, 50),
+        used_by=lambda model, _: model.startswith("resnet_"),
+    )  # fmt: skip
+    image_size: int = flag(224, "side of the square images", "PIXELS", type=_side, audit=True)
+    weights: str = flag(
+        "imagenet", "start of the two pretrained models", "imagenet|none|FILE",
+        # That no model starts from a file is an error, which comes later.
+        used_by=lambda model, weights: (
+            weights not in ("imagenet", "none") or model.endswith(("_head", "_finetuned"))
+        ),
+    )  # fmt: skip
+    labels_csv: str | None = flag(
+        None, "classes that override the folders' names", "FILE", audit=True, result=False
+    )
+    label_column: str | None = flag(
+        None, "the column that alone gives the classes", "NAME", audit=True
+    )
+    label_conflicts: str = flag(
+        "keep", "images of one group that have several classes", choices=("keep", "drop", "error")
+    )
+    metadata_csv: str | None = flag(
+        None, "a table to add, by path, image_id or isic_id", "FILE", audit=True, result=False
+    )
+    group_by: tuple[str, ...] = flag((), "its columns that keep images together", "NAME")
+    splits: tuple[float, ...] = flag(
+        (0.7, 0.2, 0.1), "fractions", ("TRAIN", "VALID", "TEST"), nargs=3, type=_part,
+        no_effect={"--splits_csv": ""},
+    )  # fmt: skip
+    split_by: str = flag(
+        "random", "folders: Train and Test as they are", choices=("random", "folders"),
+        audit=True, no_effect={"--splits_csv": ""},
+    )  # fmt: skip
+    splits_csv: str | None = flag(
+        None, "splits from a table, such as an earlier splits.csv", "FILE",
+        audit=True, result=False,
+    )  # fmt: skip
+    batch_size: int = flag(32, "images a batch", "N", type=_positive)
+    accumulate: int = flag(1, "batches a step, gradients averaged", "N", type=_positive)
+    num_steps: int = flag(2000, "training steps", "N", type=_positive)
+    learning_rate: float = flag(0.001, "the peak", "X", type=_rate)
+    weight_decay: float = flag(1e-4, "of AdamW", "X", type=_decay)
+    dropout_rate: float = flag(0.7, "of both dropout layers in the head", "P", type=_dropout)
+    warmup_fraction: float = flag(
+        0.2, "share of the steps", "X", type=_share, no_effect={"--schedule constant": ""}
+    )
+    schedule: str = flag(
+        "cosine", "warm-up and cosine, or the peak always", choices=("cosine", "constant")
+    )
+    augmentation: bool = flag(True, "vary the training images")
+    balanced: bool = flag(True, "draw the classes evenly")
+    class_weights: str = flag(
+        "none", "weigh the loss against imbalance", choices=("none", "balanced")
+    )
+    malignant_classes: tuple[str, ...] = flag(
+        (), "what is screened for (none given: the classes known as malignant)", "NAME"
+    )
+    eval_every: int = flag(100, "steps between evaluations", "N", type=_positive)
+    early_stopping_patience: int = flag(0, "evaluations; 0 is off", "N", type=_natural)
+    checkpoint_every: int | None = flag(
+        None, "steps (None: every five minutes)", "N", type=_positive, result=False
+    )
+    precision: str = flag(
+        "auto", "auto: bf16 where the hardware computes in it",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
+    compile: bool = flag(False, "run the training steps through torch.compile")
+    device: str = flag("auto", "auto: CUDA where there is one", "auto|cpu|cuda", result=False)
+    deterministic: bool = flag(
+        False, "the same weights on CUDA too, but slower",
+        no_effect={"--device cpu": "the weights are the same there without it"},
+    )  # fmt: skip
+    num_workers: int | None = flag(
+        None, "threads that build, workers that load", "N", type=_natural, audit=True, result=False
+    )
+    seed: int = flag(42, "decides all that is random", "N", type=_seed)
+    skip_unreadable: bool = flag(False, "go on without images that cannot be read")
+    resume: bool = flag(False, "go on with the run in save_dir", result=False)
+    overwrite: bool = flag(False, "start afresh, and replace what is in save_dir", result=False)
+    audit_only: bool = flag(
+        False, "look for faults in the images, train nothing", audit=True, result=False
+    )
 
 
 DEMO_SETTINGS = Settings(
@@ -87,155 +178,105 @@ DEMO_SETTINGS = Settings(
     learning_rate=0.003,
     dropout_rate=0.1,
 )
+# Settings on which no result depends: a run may be resumed with others.
+NOT_RESULTS = {each.name for each in fields(Settings) if not each.metadata["result"]}
+# The flags that have an effect with --audit_only, which neither splits nor trains.
+OF_AUDIT = {"demo"} | {
+    each.name for each in fields(Settings) if "--audit_only" not in each.metadata["no_effect"]
+}
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[Settings, bool]:
-    """The settings, and whether this is the demo; exits with status 2 for a flag that is wrong."""
+def parse_arguments(
+    argv: Sequence[str], settings_class: type[Settings] = Settings
+) -> tuple[Settings, bool]:
+    """Returns the settings and whether this is the demo; exits with status 2 for a wrong flag."""
     argv = [with_underscores(word) for word in argv]
-    parser = make_parser()
+    parser = make_parser(settings_class)
     arguments = vars(parser.parse_args(argv))
     if arguments["demo"]:
         parser.set_defaults(**asdict(DEMO_SETTINGS))
         arguments = vars(parser.parse_args(argv))
     elif arguments["data_dir"] is None:
         parser.error("give a folder of images with --data_dir, or try it without one with --demo")
-    _check_effects(parser, given_flags(parser, argv), arguments)
+    _check_effects(parser, settings_class, given_flags(parser, argv), arguments)
     is_demo = arguments.pop("demo")
-    arguments["models"] = tuple(dict.fromkeys(arguments["models"]))
-    arguments["splits"] = tuple(arguments["splits"])
-    arguments["group_by"] = tuple(arguments["group_by"])
-    arguments["malignant_classes"] = tuple(arguments["malignant_classes"])
-    if abs(sum(arguments["splits"]) - 1) > 1e-6:
-        shown = " ".join(f"{fraction:g}" for fraction in arguments["splits"])
-        parser.error(f"--splits {shown} sums to {sum(arguments['splits']):g}, not to 1")
-    return Settings(**arguments), is_demo
+    arguments["models"] = dict.fromkeys(arguments["models"])
+    for each in fields(settings_class):
+        if isinstance(each.default, tuple):
+            arguments[each.name] = tuple(arguments[each.name])
+    settings = settings_class(**arguments)
+    if abs(sum(settings.splits) - 1) > 1e-6:
+        shown = " ".join(f"{fraction:g}" for fraction in settings.splits)
+        parser.error(f"--splits {shown} sums to {sum(settings.splits):g}, not to 1")
+    return settings, is_demo
 
 
 def _check_effects(
-    parser: argparse.ArgumentParser, given: set[str], arguments: dict[str, Any]
+    parser: argparse.ArgumentParser,
+    settings_class: type[Settings],
+    given: set[str],
+    arguments: Mapping[str, Any],
 ) -> None:
-    """Ends with status 2 for a flag that has no effect beside the others that were given."""
-    if arguments["audit_only"]:
-        check_flags_have_effect(parser, given, "--audit_only", dict.fromkeys(given - OF_AUDIT, ""))
+    """Ends with status 2 for a flag that has no effect beside the others that were given.
+
+    For a flag that none of the chosen models uses it is a warning, as one command line may be meant
+    for any choice of models.
+    """
     if arguments["resume"] and arguments["overwrite"]:
         parser.error("--resume goes on with a run, --overwrite starts it afresh; give one of them")
-    if arguments["schedule"] == "constant":
-        check_flags_have_effect(parser, given, "--schedule constant", {"warmup_fraction": ""})
-    if arguments["splits_csv"] is not None:
-        unused = {"splits": "", "split_by": ""}
-        check_flags_have_effect(parser, given, "--splits_csv", unused)
-    if arguments["device"] == "cpu":
-        advice = "the weights are the same there without it"
-        check_flags_have_effect(parser, given, "--device cpu", {"deterministic": advice})
+    for each in fields(settings_class):
+        for mode, advice in each.metadata["no_effect"].items():
+            if _is_chosen(mode, arguments):
+                check_flags_have_effect(parser, given, mode, {each.name: advice})
     if "splits" in given and arguments["split_by"] == "folders":
-        from dataset import has_folder_of_split
+        from imaging.sources import has_folder_of_split
 
         if has_folder_of_split(arguments["data_dir"], "valid"):
             mode = "--split_by folders where there is a folder for validation"
             check_flags_have_effect(parser, given, mode, {"splits": ""})
-    _warn_of_unused_flags(given, arguments)
-
-
-def _warn_of_unused_flags(given: set[str], arguments: dict[str, Any]) -> None:
-    """Warns of flags that none of the chosen models uses.
-
-    That is no error, as one command line may be meant for any choice of models.
-    """
     models = dict.fromkeys(arguments["models"])
-    used_by = {"layers": set(MODEL_NAMES) - {"simple_cnn"}}
-    if arguments["weights"] in ("imagenet", "none"):  # of a file it is an error
-        used_by["weights"] = {"resnet_head", "resnet_finetuned"}
-    for name in sorted(given & used_by.keys()):
-        if not models.keys() & used_by[name]:
-            show_warning(f"--{name} has no effect with --models {' '.join(models)}")
+    for each in fields(settings_class):
+        is_used = each.metadata["used_by"] or (lambda model, value: True)
+        if each.name in given and not any(is_used(m, arguments[each.name]) for m in models):
+            show_warning(f"--{each.name} has no effect with --models {' '.join(models)}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _is_chosen(mode: str, arguments: Mapping[str, Any]) -> bool:
+    """Returns whether a mode such as "--audit_only" or "--device cpu" is among the arguments."""
+    name, _, value = mode.removeprefix("--").partition(" ")
+    return arguments[name] == value if value else arguments[name] not in (None, False)
+
+
+def make_parser(settings_class: type[Settings] = Settings) -> argparse.ArgumentParser:
     """Returns the parser of all flags, with the defaults of `Settings`."""
     parser = Parser(
         prog=PROGRAM,
-        description="Trains, evaluates, pictures and compares models of skin lesions.",
+        description="Trains, evaluates, plots and compares models of skin lesions.",
         epilog="For research and teaching, not for diagnosis.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    positive = _number(int, lambda n: n >= 1, "1 or more")
-    natural = _number(int, lambda n: n >= 0, "0 or more")
-    rate = _number(float, lambda x: 0 < x < math.inf, "greater than 0")
-    decay = _number(float, lambda x: 0 <= x < math.inf, "0 or more")
-    share = _number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
-    part = _number(float, lambda x: 0 < x < 1, "greater than 0 and less than 1")
-    dropout = _number(float, lambda x: 0 <= x < 1, "0 or more and less than 1")
-    side = _number(int, lambda n: n >= 16, "16 or more")
-    seed = _number(int, lambda n: 0 <= n < 2**63, "0 or more and less than 2**63")
-    add = parser.add_argument
-
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data_dir", metavar="DIR", help="images, one sub-folder a class")
     source.add_argument("--demo", action="store_true", help="draw a small set and train on it")
-    add("--save_dir", metavar="DIR", help="where results go")
-    add("--cache_dir", metavar="DIR", help="prepared images (None: processed/ beside data_dir)")
-    add("--skip_unreadable", action="store_true", help="go on without images that cannot be read")
-    add("--splits", nargs=3, type=part, metavar=("TRAIN", "VALID", "TEST"), help="fractions")
-    add("--split_by", choices=("random", "folders"), help="folders: Train and Test as they are")
-    add("--splits_csv", metavar="FILE", help="splits from a table, such as an earlier splits.csv")
-    add("--labels_csv", metavar="FILE", help="classes that override the folders' names")
-    add("--label_column", metavar="NAME", help="the column that alone gives the classes")
-    conflicts = ("keep", "drop", "error")
-    add("--label_conflicts", choices=conflicts, help="pictures that stand under several classes")
-    add("--metadata_csv", metavar="FILE", help="a table to add, by path, image_id or isic_id")
-    add("--group_by", nargs="+", metavar="NAME", help="its columns that keep images together")
-    add("--audit_only", action="store_true", help="look for faults in the images, train nothing")
-    add("--image_size", type=side, metavar="PIXELS", help="side of the square images")
-
-    add("--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", help=", ".join(MODEL_NAMES))
-    add("--layers", type=int, choices=(18, 34, 50), help="depth of the ResNets")
-    add("--weights", metavar="imagenet|none|FILE", help="start of the two pretrained models")
-    add("--dropout_rate", type=dropout, metavar="P", help="of both dropout layers in the head")
-
-    add("--batch_size", type=positive, metavar="N", help="images a batch")
-    add("--accumulate", type=positive, metavar="N", help="batches a step, gradients averaged")
-    add("--num_steps", type=positive, metavar="N", help="training steps")
-    add("--learning_rate", type=rate, metavar="X", help="the peak")
-    add("--weight_decay", type=decay, metavar="X", help="of AdamW")
-    add("--schedule", choices=("cosine", "constant"), help="warm-up and cosine, or the peak always")
-    add("--warmup_fraction", type=share, metavar="X", help="share of the steps")
-    add("--augmentation", action=argparse.BooleanOptionalAction, help="vary the training images")
-    add("--balanced", action=argparse.BooleanOptionalAction, help="draw the classes evenly")
-    add("--class_weights", choices=("none", "balanced"), help="weigh the loss against imbalance")
-    malignant = "what is screened for (none given: the classes known as malignant)"
-    add("--malignant_classes", nargs="+", metavar="NAME", help=malignant)
-    add("--eval_every", type=positive, metavar="N", help="steps between evaluations")
-    add("--early_stopping_patience", type=natural, metavar="N", help="evaluations; 0 is off")
-
-    precisions = ("auto", "fp32", "bf16", "fp16")
-    add("--precision", choices=precisions, help="auto: bf16 where the hardware computes in it")
-    add("--compile", action="store_true", help="run the training steps through torch.compile")
-    add("--device", metavar="auto|cpu|cuda", help="auto: CUDA where there is one")
-    add("--deterministic", action="store_true", help="the same weights on CUDA too, but slower")
-    add("--num_workers", type=natural, metavar="N", help="threads that build, workers that load")
-    add("--seed", type=seed, metavar="N", help="decides all that is random")
-    add("--checkpoint_every", type=positive, metavar="N", help="steps (None: every five minutes)")
-    add("--resume", action="store_true", help="go on with the run in save_dir")
-    add("--overwrite", action="store_true", help="start afresh, and replace what is in save_dir")
-    parser.set_defaults(**asdict(Settings()))
+    for each in fields(settings_class):
+        group = source if each.name == "data_dir" else parser
+        group.add_argument(f"--{each.name}", default=each.default, **each.metadata["options"])
     return parser
 
 
 def command(settings: Settings, is_demo: bool = False) -> str:
-    """The command that gives these settings, without those that are the defaults anyway."""
-    words = [*_launcher(), "train_models.py", *(["--demo"] if is_demo else [])]
-    defaults = DEMO_SETTINGS if is_demo else Settings()
-    for field in fields(Settings):
-        value = getattr(settings, field.name)
-        if value == getattr(defaults, field.name):
+    """Returns the command that gives these settings, without those that are the defaults."""
+    words = [*_launcher(), PROGRAM, *(["--demo"] if is_demo else [])]
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        default = getattr(DEMO_SETTINGS, each.name, each.default) if is_demo else each.default
+        if value == default:
             continue
         if isinstance(value, bool):
-            words.append(f"--{field.name}" if value else f"--no-{field.name}")
-        elif isinstance(value, tuple):
-            words += [f"--{field.name}", *map(str, value)]
+            words.append(f"--{each.name}" if value else f"--no-{each.name}")
         else:
-            words += [f"--{field.name}", str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{each.name}", *map(str, values)]
     return shlex.join(words)
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -24,7 +24,7 @@ from torchvision.models import resnet50
 
 from dataset import DatasetBuilder, create_dataloaders
 from evaluation import Calibration
-from experiment import settings
+from imaging.cache import ArrayCache
 from models import MODELS, load_model
 from predict import predict
 from train_models import DEMO_SETTINGS, MODEL_NAMES, Settings, command, main, parse_arguments
@@ -139,6 +139,18 @@ def test_a_run_is_never_gone_on_with_in_another_precision(arguments, tmp_path, m
     assert "precision was bf16, is fp32" in capfd.readouterr().err
     assert digest(tmp_path / "out") == before
     assert main([*words, "--resume", "--precision", "bf16"]) == 0
+
+
+def test_a_run_looks_at_the_images_once(arguments, monkeypatch):
+    loaded, load = [], ArrayCache.load
+
+    def count(cache, paths):
+        loaded.append(len(paths))
+        return load(cache, paths)
+
+    monkeypatch.setattr(ArrayCache, "load", count)
+    assert main([*arguments, "--models", "simple_cnn"]) == 0
+    assert loaded == [34]
 
 
 def test_deterministic_algorithms_are_those_of_the_run_alone(arguments, monkeypatch):
@@ -525,7 +537,7 @@ def mistakes(make_images, tmp_path):
         (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
         (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
         (["--learning_rate", "nan"], ["--learning_rate: nan"]),
-        (["--models", "nonsense"], ["--models", "nonsense", "resnet_head"]),
+        (["--models", "nonsense"], ["--models nonsense", "resnet_head"]),
         (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 sums to 0.9"]),
         (["--weights", "imagenet"], ["resnet18-f37072fd.pth", "--weights none"]),
         (["--weights", str(tmp_path / "gone.pth")], ["gone.pth: no such file"]),
@@ -589,11 +601,6 @@ def test_a_warning_and_an_error_have_no_traceback_in_a_real_process(tmp_path):
 
 
 # ---------------------------------------------------------------------------- flags
-
-
-def test_every_setting_is_a_flag_and_every_flag_a_setting():
-    flags = {a.dest for a in settings.make_parser()._actions} - {"help", "demo"}
-    assert flags == {field.name for field in fields(Settings)}
 
 
 def test_the_models_of_the_driver_are_those_of_the_library():

@@ -282,7 +282,7 @@ def test_what_can_be_told_without_the_images_is_told_before_they_are_prepared(
     tmp_path, images, save_model, monkeypatch
 ):
     evaluate_folder([save_model()], images, tmp_path / "out")
-    monkeypatch.setattr(results.DatasetBuilder, "audit", lambda self: pytest.fail("too late"))
+    monkeypatch.setattr(results.DatasetBuilder, "prepare", lambda self: pytest.fail("too late"))
     with pytest.raises(ValueError, match="with another model.pth, which would be lost"):
         evaluate_folder([save_model(seed=1)], images, tmp_path / "out")
 

@@ -5,6 +5,8 @@ compared with and without the flag; a flag that is not in `FLAGS` below fails th
 """
 
 import json
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import models
 import training
 from experiment import results
 from experiment.run_folder import TRAINING
-from experiment.settings import OF_AUDIT, PROGRAM, make_parser
+from experiment.settings import OF_AUDIT, PROGRAM, Settings, command, flag, parse_arguments
 from train_models import main
 
 # What is given to each flag, and before it what it needs to make sense.
@@ -175,8 +177,45 @@ def _plain(value):
 
 
 def test_every_flag_is_looked_at_here():
-    flags = {a.dest for a in make_parser()._actions} - {"help"}
-    assert flags == set(FLAGS)
+    assert {"demo"} | {field.name for field in fields(Settings)} == set(FLAGS)
+
+
+@dataclass(frozen=True)
+class MoreSettings(Settings):
+    """What somebody adds who adds three flags."""
+
+    momentum: float = flag(0.9, "of SGD", "X", type=float, no_effect={"--device cpu": "try CUDA"})
+    optimizers: tuple[str, ...] = flag(("adamw",), "one or several", "NAME", audit=True)
+    nesterov: bool = flag(False, "look ahead")
+
+
+def test_a_field_is_a_flag_with_its_default_its_help_and_its_place_in_the_command(capsys):
+    assert parse_arguments(["--data_dir", "x"], MoreSettings)[0].momentum == 0.9
+    words = ["--data_dir", "x", "--momentum", "0.5", "--optimizers", "sgd", "lion", "--nesterov"]
+    settings, _ = parse_arguments(words, MoreSettings)
+    assert settings == MoreSettings("x", momentum=0.5, optimizers=("sgd", "lion"), nesterov=True)
+    assert command(settings) == f"python train_models.py {' '.join(words)}"
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], MoreSettings)
+    assert re.search(r"--momentum X +of SGD \(default: 0.9\)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--device", "cpu"], "--momentum has no effect with --device cpu; try CUDA"),
+        (["--audit_only"], "--momentum has no effect with --audit_only"),
+        (["--device", "cuda"], None),
+    ],
+)
+def test_a_field_says_beside_which_flags_it_has_no_effect(capsys, more, said):
+    words = ["--data_dir", "x", "--momentum", "0.5", *more]
+    if said is None:
+        assert parse_arguments(words, MoreSettings)[0].momentum == 0.5
+        return
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(words, MoreSettings)
+    assert capsys.readouterr().err == f"{PROGRAM}: error: {said}\n"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -267,8 +306,6 @@ def test_the_command_recorded_is_the_one_that_was_run(outcome, workplace):
 
 
 def test_the_command_recorded_under_torchrun_starts_as_many_processes(monkeypatch):
-    from train_models import Settings, command
-
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
