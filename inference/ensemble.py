@@ -143,15 +143,20 @@ class Ensemble:
         self.malignant_classes: list[str] = infos[0].malignant_classes
         self.thresholds = _mean_thresholds(infos)
 
-    def probabilities(self, images: np.ndarray, tta: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def probabilities(
+        self, images: np.ndarray | Mapping[str, np.ndarray], tta: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the means of the raw and of the calibrated probabilities.
 
-        Both are float64 `(N, num_classes)`. `images` are uint8 `(N, H, W, 3)`, seen in `tta` views.
-        The predicted class is that of the highest raw probability. Raises ValueError when a model
-        gives probabilities that are not finite.
+        Both are float64 `(N, num_classes)`. `images` are uint8 `(N, H, W, 3)`, seen in `tta` views,
+        or a dict of them as `images` and of the models' further inputs by name. The predicted class
+        is that of the highest raw probability. Raises ValueError when a model gives probabilities
+        that are not finite.
         """
-        pixels = to_float(torch.from_numpy(images).to(self.device))
-        raw = [self._raw_probabilities(model, pixels, tta) for model in self.models]
+        named = images if isinstance(images, Mapping) else {"images": images}
+        inputs = {name: torch.from_numpy(values).to(self.device) for name, values in named.items()}
+        inputs["images"] = to_float(inputs["images"])
+        raw = [self._raw_probabilities(model, inputs, tta) for model in self.models]
         if not np.isfinite(raw).all():
             raise ValueError(
                 "a model gives something else than finite numbers; it is damaged, or needs "
@@ -160,12 +165,16 @@ class Ensemble:
         calibrated = [c.apply(p) for c, p in zip(self.calibrations, raw, strict=True)]
         return np.mean(raw, axis=0), np.mean(calibrated, axis=0)
 
-    def _raw_probabilities(self, model: LesionClassifier, images: Tensor, tta: int) -> np.ndarray:
+    def _raw_probabilities(
+        self, model: LesionClassifier, inputs: Mapping[str, Tensor], tta: int
+    ) -> np.ndarray:
         logits = []
         with torch.inference_mode():
-            for view in islice(_views(images), tta):
+            for view in islice(_views(inputs["images"]), tta):
+                view = view.contiguous(memory_format=self.memory_format)
                 with autocast(self.device, self.dtype):
-                    logits.append(model(view.contiguous(memory_format=self.memory_format)).float())
+                    given = view if len(inputs) == 1 else {**inputs, "images": view}
+                    logits.append(model(given).float())
             return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
 
     def heatmaps(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
