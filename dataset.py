@@ -106,6 +106,15 @@ SHARE_OF_GPU_FOR_IMAGES = MAX_GPU_FRACTION  # its former name
 MOST_REPEATS = MAX_REPEATS  # its former name
 
 
+class PreparedImages(NamedTuple):
+    """The images of a folder as they were when `DatasetBuilder.prepare` read them."""
+
+    metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
+    given: pd.DataFrame  # the columns of metadata_csv
+    cache: ArrayCache
+    index: CacheIndex
+
+
 class DatasetBuilder:
     """Makes stratified data sets from a folder of images, one sub-folder a class.
 
@@ -202,13 +211,16 @@ class DatasetBuilder:
         self,
         preprocessors: Sequence[Preprocessor] = (),
         splits: Mapping[str, float] | None = None,
+        *,
+        prepared: PreparedImages | None = None,
     ) -> tuple[dict[str, LesionDataset], pd.DataFrame]:
         """The data set of each split, and the metadata of all images.
 
         A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
         or float in [0, 1]; they run in the order given, before the images are scaled and cropped.
         `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Files of the
-        same picture, identical or nearly so, are never divided between splits.
+        same picture, identical or nearly so, are never divided between splits. `prepared` is what
+        `prepare` gave for these preprocessors, if the files are not to be looked at once more.
 
         The metadata has a row an image: `path`, `class`, `label`, `source_split`, `width`,
         `height`, `content_hash`, `picture`, `group`, `split`, and the columns of `metadata_csv`.
@@ -219,7 +231,7 @@ class DatasetBuilder:
         splits = DEFAULT_SPLITS if splits is None else splits
         check_splits(splits)
         # Until the end, the index of the table is the row of the image in the array.
-        metadata, given, cache, index = self._load(preprocessors)
+        metadata, given, cache, index = prepared or self.prepare(preprocessors)
         readable = self._check_readable(index.records)
         metadata = self._settle_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
@@ -250,7 +262,12 @@ class DatasetBuilder:
             )
         return datasets, metadata.reset_index(drop=True)
 
-    def audit(self, preprocessors: Sequence[Preprocessor] = ()) -> pd.DataFrame:
+    def audit(
+        self,
+        preprocessors: Sequence[Preprocessor] = (),
+        *,
+        prepared: PreparedImages | None = None,
+    ) -> pd.DataFrame:
         """What is wrong with the images, a row a finding, as `audit.audit` describes it.
 
         All images count, whatever `label_conflicts` and `skip_unreadable` say; one that cannot be
@@ -260,8 +277,8 @@ class DatasetBuilder:
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        metadata, given, cache, index = self._load(preprocessors)
-        metadata["error"] = [record.error for record in index.records]
+        metadata, given, cache, index = prepared or self.prepare(preprocessors)
+        metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
             table = read_table(self.splits_csv, ["split"])
             split = join_table(metadata["path"], table, self.splits_csv)["split"]
@@ -272,10 +289,11 @@ class DatasetBuilder:
         metadata["split"] = split.fillna("")
         return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
 
-    def _load(
-        self, preprocessors: Sequence[Preprocessor]
-    ) -> tuple[pd.DataFrame, pd.DataFrame, ArrayCache, CacheIndex]:
-        """Image by image what is known of the files, and the user's columns; the prepared array."""
+    def prepare(self, preprocessors: Sequence[Preprocessor] = ()) -> PreparedImages:
+        """Finds and reads all images, for `audit` and `build` to look at the files once for both.
+
+        Raises what `build` raises for a folder or tables that cannot be used.
+        """
         images, given = self._read_tables()
         cache = self._cache(preprocessors)
         index = cache.load(images["path"].tolist())
@@ -283,7 +301,7 @@ class DatasetBuilder:
         metadata["picture"] = audit.number_pictures(
             metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
         )
-        return metadata, given, cache, index
+        return PreparedImages(metadata, given, cache, index)
 
     def _cache(self, preprocessors: Sequence[Preprocessor]) -> ArrayCache:
         return ArrayCache(
@@ -621,12 +639,3 @@ def create_dataloaders(
 
 def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class PreparedImages(NamedTuple):
-    """The images of a folder as they were when `DatasetBuilder.prepare` read them."""
-
-    metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
-    given: pd.DataFrame  # the columns of metadata_csv
-    cache: ArrayCache
-    index: CacheIndex

@@ -261,12 +261,6 @@ MODELS: dict[str, Callable[..., LesionClassifier]] = {
 }
 
 
-def check_model_name(name: str) -> None:
-    """Raises ValueError for a name that is not of a model."""
-    if name not in MODELS:
-        raise ValueError(f"no model is named {name!r}; the models are {', '.join(MODELS)}")
-
-
 def get_model(
     name: str,
     num_classes: int,

@@ -1,3 +1,11 @@
+"""Trained models on new images, and what they looked at: a command and a function.
+
+    python predict.py --model models/resnet_finetuned/model.pth IMAGE_OR_FOLDER...
+
+As in train_models.py, what imports torch is imported where it is needed: `--help` and a mistyped
+flag should not wait for it.
+"""
+
 import argparse
 import importlib
 import os
@@ -21,23 +29,20 @@ from experiment.console import (
     number_type,
     print_message,
     start,
-    stoppable,
     with_underscores,
 )
-from inference.ensemble import (
-    AIM,
-    BATCHES_AHEAD,
-    NUM_VIEWS,
-    Ensemble,
-    Paths,
-    check_file_to_write,
-    find_files,
-    predict_batches,
-)
-from inference.explain import SMALLEST_MAP, gradcam, overlay_name
-from inference.export import ONNX_PACKAGES, export_onnx
 from inference.options import NUM_VIEWS, Paths, check_file_to_write
+from learning.processes import StopSignals
 from storage.files import printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from imaging.prepare import Preprocessor
+    from inference.ensemble import AIM, BATCHES_AHEAD, Ensemble, find_files, predict_batches
+    from inference.explain import SMALLEST_MAP, gradcam
+    from inference.export import ONNX_PACKAGES, export_onnx
 
 __all__ = [
     "AIM",
@@ -71,6 +76,21 @@ WITHOUT_EFFECT = {
         **dict.fromkeys(("labels_csv", "label_column"), ""),
     },
 }
+# The names above that this module has from elsewhere: where they need torch, imported when first
+# asked for.
+LATE_NAMES = {
+    "inference.ensemble": {"AIM", "BATCHES_AHEAD", "Ensemble", "find_files", "predict_batches"},
+    "inference.explain": {"SMALLEST_MAP", "gradcam"},
+    "inference.export": {"ONNX_PACKAGES", "export_onnx"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a name of `LATE_NAMES`; Python calls it for what the module does not have."""
+    for module, names in LATE_NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def predict(
@@ -179,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
         return None
 
-    with stoppable():
+    with StopSignals(at_once=True):
         return exit_status(
             PROGRAM,
             lambda: run(settings, command=shlex.join(["python", PROGRAM, *argv])),
@@ -224,6 +244,7 @@ def _check_nothing_is_lost(settings: Settings) -> None:
 
 def _check_no_overlay_is_lost(folder: str, images: Sequence[str]) -> None:
     from inference.ensemble import find_files
+    from inference.explain import overlay_name
 
     if not os.path.isdir(folder):
         return
@@ -503,39 +524,3 @@ def _not_empty(text: str) -> str:
 
 if __name__ == "__main__":
     start(main)
-
-
-"""Trained models on new images, and what they looked at: a command and a function.
-
-    python predict.py --model models/resnet_finetuned/model.pth IMAGE_OR_FOLDER...
-
-As in train_models.py, what imports torch is imported where it is needed: `--help` and a mistyped
-flag should not wait for it.
-"""
-
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-
-    from imaging.prepare import Preprocessor
-    from inference.ensemble import AIM, BATCHES_AHEAD, Ensemble, find_files, predict_batches
-    from inference.explain import SMALLEST_MAP, gradcam
-    from inference.export import ONNX_PACKAGES, export_onnx
-
-
-# The names above that this module has from elsewhere: where they need torch, imported when first
-# asked for.
-LATE_NAMES = {
-    "inference.ensemble": {"AIM", "BATCHES_AHEAD", "Ensemble", "find_files", "predict_batches"},
-    "inference.explain": {"SMALLEST_MAP", "gradcam"},
-    "inference.export": {"ONNX_PACKAGES", "export_onnx"},
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Returns a name of `LATE_NAMES`; Python calls it for what the module does not have."""
-    for module, names in LATE_NAMES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

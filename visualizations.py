@@ -506,7 +506,7 @@ def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
 
     Raises ValueError for another shape or range.
     """
-    image, heatmap = _checked_images(image, "image", ndim=3), np.asarray(heatmap)
+    image, heatmap = as_uint8(image, "image", ndim=3), np.asarray(heatmap)
     _checked_shares(heatmap, "heatmap", image.shape[:2])
     return _blend(image, heatmap, 0.6 * heatmap[..., None])
 

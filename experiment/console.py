@@ -1,3 +1,5 @@
+"""What the two commands have in common: how they take flags and what they print."""
+
 import argparse
 import os
 import signal
@@ -156,6 +158,3 @@ def use_utf8() -> None:
         os.execv(sys.executable, sys.orig_argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-
-
-"""What the two commands have in common: how they take flags and what they print."""
