@@ -23,7 +23,8 @@ ORDER = (
     "learning.allocator", "learning.hardware", "learning.distributed", "learning.checkpoints",
     "training", "visualizations",
     "inference.explain", "inference.ensemble", "inference.export",
-    "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.report",
+    "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.run_files",
+    "experiment.report",
     "experiment.results", "experiment.pipeline",
     "train_models", "predict",
 )  # fmt: skip

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiment.report import LARGEST_PNG, write_report
+from experiment.report import MAX_PNG_SIZE, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -448,7 +448,7 @@ def test_every_figure_is_inside_and_its_text_tells_what_it_shows(page):
 
 def test_photographs_are_embedded_smaller_and_figures_at_one_scale(save_dir):
     large = png((600, 400), noise=True)
-    assert len(large) > LARGEST_PNG
+    assert len(large) > MAX_PNG_SIZE
     (save_dir / "samples.png").write_bytes(large)
     images = Page(write_report(save_dir)).all("img")
     (photograph,) = [image for image in images if image["src"].startswith("data:image/jpeg")]
