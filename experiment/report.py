@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,15 +34,15 @@ _HERE = Path(__file__).parent
 _OVERALL = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
-    "top_2_accuracy": "Class decided for, or the most probable of the others",
-    "precision": "Precision, weighted by class",
-    "recall": "Recall, weighted by class",
-    "f1": "F1, weighted by class",
-    "macro_precision": "Precision, plain mean of the classes",
-    "macro_recall": "Recall, plain mean of the classes",
-    "macro_f1": "F1, plain mean of the classes",
-    "macro_roc_auc": "ROC AUC, plain mean of the classes",
-    "macro_average_precision": "Average precision, plain mean of the classes",
+    "top_2_accuracy": "Top-2 accuracy",
+    "precision": "Precision, weighted mean of the classes",
+    "recall": "Recall, weighted mean of the classes",
+    "f1": "F1, weighted mean of the classes",
+    "macro_precision": "Precision, unweighted mean of the classes",
+    "macro_recall": "Recall, unweighted mean of the classes",
+    "macro_f1": "F1, unweighted mean of the classes",
+    "macro_roc_auc": "ROC AUC, unweighted mean of the classes",
+    "macro_average_precision": "Average precision, unweighted mean of the classes",
     "cohen_kappa": "Cohen's kappa",
     "matthews_corrcoef": "Matthews' correlation coefficient",
     "log_loss": "Log loss",
@@ -70,16 +70,7 @@ def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
     Raises ValueError when no model has a `metrics.json`, or a file cannot be understood.
     """
     run = read_run(Path(save_dir))
-    page = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        extensions=["jinja2.ext.do"],
-    )
-    page.filters |= _FILTERS
-    page.globals |= _GLOBALS
-    text = page.get_template("report.html.j2").render(
+    text = _PAGES.get_template("report.html.j2").render(
         title=title or "Skin lesion classification",
         style=(_HERE / "report.css").read_text(encoding="utf-8"),
         run=run,
@@ -168,13 +159,15 @@ def _range_over_classes(model: Model, name: str) -> str:
 def _confusion_in_words(model: Model) -> str:
     counts, classes = np.array(model.test.get("confusion_matrix") or []), model.classes
     if counts.shape != (len(classes), len(classes)) or not counts.any():
-        return "Numbers of images of each true class that were called each class."
-    words = f"{np.trace(counts):,} of {_count(int(counts.sum()), 'image')} called right."
+        return "Numbers of images of each true class and each predicted class."
+    words = f"{np.trace(counts):,} of {_count(int(counts.sum()), 'image')} predicted correctly."
     mistakes = counts - np.diag(np.diag(counts))
     if mistakes.any():
-        true, called = np.unravel_index(mistakes.argmax(), mistakes.shape)
+        true, predicted = np.unravel_index(mistakes.argmax(), mistakes.shape)
         times = _count(int(mistakes.max()), "image")
-        words += f" Commonest mistake: {times} of {classes[true]} called {classes[called]}."
+        words += (
+            f" Most frequent mistake: {times} of {classes[true]} predicted as {classes[predicted]}."
+        )
     return words
 
 
@@ -205,14 +198,14 @@ def _comparison_table(run: Run) -> Table:
     }
     if any("gap_to_best" in model.gap for model in models):
         gaps = [_with_interval(m.gap.get("gap_to_best"), m.gap_interval) for m in models[1:]]
-        columns["behind the best"] = ["best", *gaps]
+        columns["gap to the best"] = ["best", *gaps]
     columns["weighted precision"] = [_headline(model, "precision") for model in models]
     columns["weighted recall (accuracy)"] = [_headline(model, "recall") for model in models]
     times = [model.metrics.get("training_time") for model in models]
     if any(time is not None for time in times):
         columns["training time"] = [_duration(time) for time in times]
     columns["parameters"] = [_whole(model.metrics.get("parameters")) for model in models]
-    caption = "On the test split, the best model first; in brackets the 95 % interval"
+    caption = "On the test split, the best model first, with the 95 % interval in brackets"
     return Table(caption, list(columns), list(zip(*columns.values(), strict=True)))
 
 
@@ -237,7 +230,7 @@ def _overall_table(model: Model) -> Table:
         for name, words in _OVERALL.items()
         if name in model.intervals or name in model.test
     ]
-    return Table(f"{model.name}: figures over all classes", ["figure", "value"], rows)
+    return Table(f"{model.name}: metrics over all classes", ["metric", "value"], rows)
 
 
 def _screening_table(model: Model, name: str, target: Mapping[str, Any]) -> Table:
@@ -268,20 +261,20 @@ def _calibration_table(model: Model) -> Table:
         if name in before or name in after
     ]
     caption = f"{model.name}: on the test split, lower is better"
-    return Table(caption, ["figure", "before", "after"], rows)
+    return Table(caption, ["metric", "before", "after"], rows)
 
 
 def _bias_table(model: Model) -> Table:
     biases = model.metrics.get("calibration", {}).get("bias", {})
     rows = [[name, _rounded(bias)] for name, bias in biases.items()]
-    return Table("What is added to the logarithm of each probability", ["class", "bias"], rows)
+    return Table("Added to the logarithm of each probability", ["class", "bias"], rows)
 
 
 def _subgroup_table(model: Model, column: str, found: Mapping[str, Any]) -> Table:
     rows = [
         [
             value,
-            f"{group['images']:,}{', too few to say' if group.get('is_too_small') else ''}",
+            f"{group['images']:,}{' (too few)' if group.get('is_too_small') else ''}",
             _beside_interval(group, "balanced_accuracy"),
             _beside_interval(group, "accuracy"),
         ]
@@ -359,33 +352,37 @@ def _machine_table(run: Run) -> Table:
     return Table("Packages, machine and processes", ["what", "which"], rows)
 
 
-def _by_name(functions: Iterable[Any]) -> dict[str, Any]:
+def _by_name(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {function.__name__.removeprefix("_"): function for function in functions}
 
 
-# What the template calls.
-_FILTERS = _by_name(
-    [_count, _duration, _embed, _one_line, _rounded, _whole, _with_interval, _worded]
+_PAGES = Environment(
+    loader=FileSystemLoader(_HERE),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    extensions=["jinja2.ext.do"],
 )
-_GLOBALS = {"DASH": DASH, "MIN_IMAGES": FEWEST_PICTURES} | _by_name(
-    [
-        _bias_table,
-        _calibration_table,
-        _class_table,
-        _comparison_table,
-        _confusion_in_words,
-        _data_table,
-        _headline,
-        _machine_table,
-        _of_class,
-        _overall_table,
-        _range_over_classes,
-        _screening_table,
-        _settings_by_model,
-        _settings_table,
-        _subgroup_screening_table,
-        _subgroup_table,
-        summarise,
-        why_screening_is_off,
-    ]
+_PAGES.filters |= _by_name(
+    _count, _duration, _embed, _one_line, _rounded, _whole, _with_interval, _worded
+)
+_PAGES.globals |= {"DASH": DASH, "MIN_IMAGES": FEWEST_PICTURES} | _by_name(
+    _bias_table,
+    _calibration_table,
+    _class_table,
+    _comparison_table,
+    _confusion_in_words,
+    _data_table,
+    _headline,
+    _machine_table,
+    _of_class,
+    _overall_table,
+    _range_over_classes,
+    _screening_table,
+    _settings_by_model,
+    _settings_table,
+    _subgroup_screening_table,
+    _subgroup_table,
+    summarise,
+    why_screening_is_off,
 )

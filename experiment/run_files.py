@@ -144,7 +144,7 @@ def read_run(folder: Path) -> Run:
     for model in found:
         # Runs of earlier versions call the gap `behind_best`.
         row = rows.get(model.name, {})
-        model.gap = {n.replace("behind_best", "gap_to_best"): value for n, value in row.items()}
+        model.gap = {str(n).replace("behind_best", "gap_to_best"): row[n] for n in row}
     compared = [model for model in found if model.name in rows] or found
     audit = folder / "audit.csv"
     return Run(
