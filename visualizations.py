@@ -26,14 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
-from sklearn.metrics import (
-    average_precision_score,
-    precision_recall_curve,
-    roc_auc_score,
-    roc_curve,
-)
 
 from evaluation import best_evaluation
+from evaluation.metrics import compute_precision_recall_curve, compute_roc_curve
 from storage.files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
@@ -679,10 +674,9 @@ def _draw_roc_curves(
     ax.set(xlabel="False positive rate", ylabel="True positive rate (recall)")
     areas = []
     for label, name in names.items():
-        is_class, scores = y_true == label, y_prob[:, label]
-        false_positive_rate, recall, _ = roc_curve(is_class, scores)
-        ax.plot(false_positive_rate, recall, **_line_style(label))
-        areas.append(f"{roc_auc_score(is_class, scores):.3f}  {name}")
+        curve = compute_roc_curve(y_true == label, y_prob[:, label])
+        ax.plot(curve.x, curve.y, **_line_style(label))
+        areas.append(f"{curve.area:.3f}  {name}")
     if areas:
         _put_legend_under(ax, areas, "Area under the curve")
         _draw_diagonal(ax)
@@ -694,16 +688,10 @@ def _draw_precision_recall_curves(
     ax.set(xlabel="Recall", ylabel="Precision")
     areas = []
     for label, name in names.items():
-        is_class, scores = y_true == label, y_prob[:, label]
-        precision, recall, _ = precision_recall_curve(is_class, scores)
-        # Drawn are the steps that make up the area. Of equal recalls these are the last, the most
-        # precise, and not the end at (0, 1), which is no measurement.
-        is_step = np.diff(recall) < 0
-        recall, precision = recall[:-1][is_step], precision[:-1][is_step]
-        recall, precision = np.append(recall, 0), np.append(precision, precision[-1])
-        ax.plot(recall, precision, drawstyle="steps-post", **_line_style(label))
-        area = average_precision_score(is_class, scores)
-        areas.append(f"{area:.3f}  {name} (n = {is_class.sum():,})")
+        is_class = y_true == label
+        curve = compute_precision_recall_curve(is_class, y_prob[:, label])
+        ax.plot(curve.x, curve.y, drawstyle="steps-post", **_line_style(label))
+        areas.append(f"{curve.area:.3f}  {name} (n = {is_class.sum():,})")
     if areas:
         _put_legend_under(ax, areas, "Average precision")
 

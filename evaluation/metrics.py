@@ -1,17 +1,18 @@
 """Metrics of predictions, for unbalanced classes, and images to look at."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import (
     accuracy_score,
-    average_precision_score,
+    auc,
     cohen_kappa_score,
     confusion_matrix,
     matthews_corrcoef,
+    precision_recall_curve,
     precision_recall_fscore_support,
-    roc_auc_score,
+    roc_curve,
 )
 
 # Those of `compute_metrics` that have an interval.
@@ -92,6 +93,33 @@ def compute_metrics(
     }
     metrics["confusion_matrix"] = confusion_matrix(y_true, y_pred, labels=labels).tolist()
     return metrics
+
+
+class Curve(NamedTuple):
+    """The points of a curve and the area under it."""
+
+    x: np.ndarray
+    y: np.ndarray
+    area: float
+
+
+def compute_roc_curve(is_positive: np.ndarray, score: np.ndarray) -> Curve:
+    """Returns the ROC curve of a score: true positive rate over false positive rate."""
+    false_positive_rate, recall, _ = roc_curve(is_positive, score)
+    return Curve(false_positive_rate, recall, float(auc(false_positive_rate, recall)))
+
+
+def compute_precision_recall_curve(is_positive: np.ndarray, score: np.ndarray) -> Curve:
+    """Returns precision over recall as steps, under which the area is the average precision.
+
+    Each step goes from its recall down to the next. Of points with the same recall it is the last,
+    most precise one; the end at (0, 1), which no threshold reaches, is left out.
+    """
+    precision, recall, _ = precision_recall_curve(is_positive, score)
+    area = float(-(np.diff(recall) * precision[:-1]).sum())
+    is_step = np.diff(recall) < 0
+    recall, precision = recall[:-1][is_step], precision[:-1][is_step]
+    return Curve(np.append(recall, 0), np.append(precision, precision[-1]), area)
 
 
 def most_confident_mistakes(
@@ -197,8 +225,8 @@ def _areas(y_true: np.ndarray, y_prob: np.ndarray) -> tuple[np.ndarray, np.ndarr
         is_class = y_true == label
         if 0 < is_class.sum() < len(is_class):
             areas[:, label] = (
-                roc_auc_score(is_class, scores),
-                average_precision_score(is_class, scores),
+                compute_roc_curve(is_class, scores).area,
+                compute_precision_recall_curve(is_class, scores).area,
             )
     return areas[0], areas[1]
 

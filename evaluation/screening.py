@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from evaluation.intervals import (
     basic_interval,
@@ -15,7 +14,7 @@ from evaluation.intervals import (
     resampled_counts,
     wilson_interval,
 )
-from evaluation.metrics import safe_ratio
+from evaluation.metrics import compute_roc_curve, safe_ratio
 from imaging.lesions import DIAGNOSES, find_diagnosis, is_malignant, is_melanoma, normalize_name
 
 AIMS = (("sensitivity", 0.90), ("sensitivity", 0.95), ("specificity", 0.90), ("specificity", 0.95))
@@ -234,7 +233,7 @@ def separation(
             2 * rank[:, None] + is_positive[:, None], 2 * len(values), groups, seed
         )
     ]
-    areas, roc_auc = np.concatenate(areas), float(roc_auc_score(is_positive, score))
+    areas, roc_auc = np.concatenate(areas), compute_roc_curve(is_positive, score).area
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
     weights = np.where(is_positive, 1 / positives, 1 / negatives)
     size = effective_sample_size(groups, weights)

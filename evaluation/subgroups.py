@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
 
 from evaluation.intervals import Z, basic_interval, bootstrap, group_numbers
-from evaluation.metrics import safe_ratio
+from evaluation.metrics import compute_roc_curve, safe_ratio
 from evaluation.screening import both_kinds, separation
 
 SMALLEST_SUBGROUP = 30  # images; of fewer, intervals by bootstrap mean little
@@ -98,7 +97,7 @@ def _screen_within(
     share = np.bincount(kind_of_image, is_positive) / np.bincount(kind_of_image)
     parts = {str(name): kind_of_image == kind for kind, name in enumerate(names)}
     return {
-        "roc_auc_of_column": float(roc_auc_score(is_positive, share[kind_of_image])),
+        "roc_auc_of_column": compute_roc_curve(is_positive, share[kind_of_image]).area,
         "groups": {
             name: separation(is_positive[part], score[part], groups[part], seed)
             for name, part in parts.items()
