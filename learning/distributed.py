@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from learning.hardware import choose_device
+
 SECONDS_OF_ONE_SIGNAL = 1.0
 SECONDS_BETWEEN_EXCHANGES = 0.5
 
@@ -161,3 +163,37 @@ def gather_batches(logits: list[Tensor], labels: list[Tensor]) -> tuple[list[Ten
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     return [b for part in parts for b in part[0]], [b for part in parts for b in part[1]]
+
+
+def choose_own_device(name: str, rank: int, num_processes: int) -> torch.device:
+    """Returns the device of this process, which of several processes has a GPU of its own.
+
+    `rank` is its number among the processes on this machine.
+    """
+    if num_processes > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{rank}"
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, num_processes: int) -> Iterator[None]:
+    """Joins the processes for the block, which trains one model; a single one needs no group."""
+    if num_processes == 1:
+        yield
+        return
+    # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
+    stopping = (signal.SIGINT, signal.SIGTERM)
+    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in stopping}
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    yield
+    dist.destroy_process_group()  # after an error torchrun ends the others instead

@@ -101,7 +101,7 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
         low, high = report["test_intervals"]["recall"]
         assert low <= report["test"]["recall"] <= high
         assert comparison.loc[name, ["recall_low", "recall_high"]].tolist() == [low, high]
-        assert comparison.loc[name, "behind_best"] == pytest.approx(
+        assert comparison.loc[name, "gap_to_best"] == pytest.approx(
             comparison["balanced_accuracy"].max() - comparison.loc[name, "balanced_accuracy"]
         )
         for picture in ("learning_curves.png", "confusion_matrix.png"):
@@ -160,7 +160,7 @@ def test_deterministic_algorithms_are_those_of_the_run_alone(arguments, monkeypa
         seen.append(torch.are_deterministic_algorithms_enabled())
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("training.train", fails)
+    monkeypatch.setattr("experiment.pipeline.train", fails)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     words = [*arguments, "--models", "simple_cnn", "--device", "auto", "--deterministic"]
     assert main(words) == 2
@@ -276,7 +276,7 @@ def test_the_demo_leaves_a_real_run_alone(arguments, tmp_path, monkeypatch, capf
     before = digest(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert main(["--demo", "--device", "cpu", "--save_dir", "out"]) == 2
-    assert "out holds a run on other images" in capfd.readouterr().err
+    assert "out holds what this run would replace: simple_cnn" in capfd.readouterr().err
     assert digest(tmp_path / "out") == before
 
 
@@ -286,7 +286,7 @@ def test_an_older_run_is_never_taken_for_this_one(arguments, tmp_path, monkeypat
     def fails(*args, **kwargs):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("training.train", fails)
+    monkeypatch.setattr("experiment.pipeline.train", fails)
     assert main([*arguments, "--models", "simple_cnn", "--overwrite"]) == 2
     left = names(tmp_path / "out/simple_cnn")
     assert not {"metrics.json", "last.pth"} & left
@@ -424,8 +424,8 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_p
 
 SMALL_DEMO = """
 import functools, sys, train_models
-from imaging import synthetic
-synthetic.make_dataset = functools.partial(synthetic.make_dataset, num_images=60, size=48)
+from experiment import pipeline
+pipeline.make_dataset = functools.partial(pipeline.make_dataset, num_images=60, size=48)
 sys.exit(train_models.main())
 """
 
@@ -533,7 +533,7 @@ def mistakes(make_images, tmp_path):
         (["--data_dir", str(single)], ["one class, a"]),
         (["--data_dir", str(broken)], ["a/cut.jpg (", "b/text.jpg (", "--skip_unreadable"]),
         (["--data_dir", str(tiny), "--batch_size", "2"], ["no images are left for valid, test"]),
-        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in --data_dir"]),
+        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in"]),
         (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
         (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
         (["--learning_rate", "nan"], ["--learning_rate: nan"]),
@@ -578,7 +578,7 @@ def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeyp
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
-    monkeypatch.setattr("training.train", fails)
+    monkeypatch.setattr("experiment.pipeline.train", fails)
     assert main([*arguments, "--batch_size", "16", "--accumulate", "2"]) == 2
     (line,) = errors(capfd.readouterr().err)
     assert "out of memory with --batch_size 16; try --batch_size 8 --accumulate 4" in line

@@ -17,7 +17,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset import DatasetBuilder, create_dataloaders
-from experiment.results import claim, evaluate_folder
+from experiment import results
+from experiment.results import EvaluationSettings, evaluate_folder
+from experiment.run_folder import claim
 from models import get_model
 from predict import main as predict_main
 from storage.tensors import save_tensors
@@ -267,16 +269,11 @@ def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, 
 def test_a_signal_while_figures_are_drawn_leaves_none_half_written(
     arguments, tmp_path, monkeypatch, capfd, where
 ):
-    import visualizations
-    from experiment import results
-
-    module = visualizations if where == "plot_samples" else results
-
     def interrupted(*args, save_path, **kwargs):
         send(signal.SIGTERM, signal.SIGTERM)()
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, where, interrupted)
+        patch.setattr(results, where, interrupted)
         assert main(arguments) == 143
     (line,) = capfd.readouterr().err.splitlines()
     assert not list(tmp_path.rglob("*.tmp*"))
@@ -406,7 +403,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been():
 
 OWNER = """
 import sys
-from experiment.results import claim
+from experiment.run_folder import claim
 with claim(sys.argv[1]):
     print(flush=True)
     input()
@@ -414,7 +411,7 @@ with claim(sys.argv[1]):
 
 
 def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("experiment.results.SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr("experiment.run_folder.SECONDS_TO_WAIT", 0.1)
     out = tmp_path / "out"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -431,7 +428,7 @@ def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, m
     assert main(arguments) == 0  # the claim has gone with its process
     model, found = out / "simple_cnn/model.pth", tmp_path / "found"
     with claim(found), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
-        evaluate_folder([model], arguments[1], found, device="cpu")
+        evaluate_folder([model], arguments[1], found, EvaluationSettings(device="cpu"))
     assert not (found / ".owner").exists()
 
 

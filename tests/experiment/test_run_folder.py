@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import settings
-from experiment.results import evaluate_folder
+from experiment.results import EvaluationSettings, evaluate_folder
 from experiment.run_folder import (
     AUDIT,
     DATA,
@@ -206,10 +206,10 @@ def arguments(make_images, tmp_path):
 def quick(monkeypatch):
     """Has the command draw few figures: they take most of the time and none is looked at here."""
     for drawing in (
-        "experiment.pipeline._picture_data",
-        "experiment.results._picture_figures",
-        "experiment.results._picture_images",
-        "visualizations.plot_learning_curves",
+        "experiment.pipeline.plot_data",
+        "experiment.results.plot_metrics",
+        "experiment.results.plot_examples",
+        "experiment.pipeline.plot_learning_curves",
     ):
         monkeypatch.setattr(drawing, lambda *args, **kwargs: None)
 
@@ -328,7 +328,12 @@ def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd, quic
 def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capfd, quick):
     main(arguments)
     elsewhere = tmp_path / "elsewhere"
-    evaluate_folder([tmp_path / "out/simple_cnn/model.pth"], arguments[1], elsewhere, device="cpu")
+    evaluate_folder(
+        [tmp_path / "out/simple_cnn/model.pth"],
+        arguments[1],
+        elsewhere,
+        EvaluationSettings(device="cpu"),
+    )
     assert kind_of_run(read_config(elsewhere)) == EVALUATION
     before = contents(elsewhere)
     options = ["--save_dir", str(elsewhere)]
@@ -371,7 +376,7 @@ def demo(tmp_path, monkeypatch, quick):
     """The demo with few images and steps, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     draw_few = functools.partial(make_dataset, num_images=60, size=48)
-    monkeypatch.setattr("imaging.synthetic.make_dataset", draw_few)
+    monkeypatch.setattr("experiment.pipeline.make_dataset", draw_few)
     quick_settings = replace(DEMO_SETTINGS, num_steps=2, batch_size=8, models=("simple_cnn",))
     monkeypatch.setattr(settings, "DEMO_SETTINGS", quick_settings)
     return ["--demo", "--weights", "none", "--device", "cpu"]
@@ -401,9 +406,12 @@ def test_the_demo_replaces_its_own_folder_alone(demo, tmp_path, capfd):
 def test_the_demo_never_replaces_a_run_on_other_images(demo, arguments, tmp_path, capfd):
     main([*arguments, "--save_dir", "models/demo"])
     before = contents(tmp_path / "models/demo")
-    for more in ([], ["--resume"], ["--audit_only"]):
-        words = ["--demo", *more] if "--audit_only" in more else [*demo, *more]
-        assert "models/demo holds a" in refusal(words, capfd)
+    for words, said in (
+        (demo, "models/demo holds what this run would replace: simple_cnn"),
+        ([*demo, "--resume"], "models/demo/simple_cnn is of another run"),
+        (["--demo", "--audit_only"], "models/demo holds a training run on other images"),
+    ):
+        assert said in refusal(words, capfd)
     assert contents(tmp_path / "models/demo") == before
 
 
@@ -428,7 +436,7 @@ def no_image_is_read(monkeypatch):
 
     monkeypatch.setattr(cache, "read_regular_file", fails)
     monkeypatch.setattr("torch.hub.download_url_to_file", fails)
-    monkeypatch.setattr("imaging.synthetic.make_dataset", fails)
+    monkeypatch.setattr("experiment.pipeline.make_dataset", fails)
 
 
 # A mistake of each kind and what is said of it, in the order in which they are looked for.
