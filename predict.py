@@ -2,10 +2,12 @@
 
     python predict.py --model models/resnet_finetuned/model.pth IMAGE_OR_FOLDER...
 
-As in train_models.py, what imports torch is imported where it is needed.
+As in train_models.py, what imports torch is imported where it is needed: `--help` and a mistyped
+flag should not wait for it.
 """
 
 import argparse
+import importlib
 import os
 import shlex
 import sys
@@ -28,29 +30,20 @@ from experiment.console import (
     number_type,
     print_message,
     start,
-    stoppable,
     with_underscores,
 )
-from inference.ensemble import (
-    AIM,
-    BATCHES_AHEAD,
-    NUM_VIEWS,
-    Ensemble,
-    Paths,
-    check_file_to_write,
-    find_files,
-    predict_batches,
-)
-from inference.explain import SMALLEST_MAP, gradcam, overlay_name
-from inference.export import ONNX_PACKAGES, export_onnx
+from inference.options import NUM_VIEWS, Paths, check_file_to_write
+from learning.processes import StopSignals
 from storage.files import printable
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from dataset import Preprocessor
-
+    from imaging.prepare import Preprocessor
+    from inference.ensemble import AIM, BATCHES_AHEAD, Ensemble, find_files, predict_batches
+    from inference.explain import SMALLEST_MAP, gradcam
+    from inference.export import ONNX_PACKAGES, export_onnx
 
 __all__ = [
     "AIM",
@@ -84,6 +77,21 @@ WITHOUT_EFFECT = {
         **dict.fromkeys(("labels_csv", "label_column"), ""),
     },
 }
+# The names above that this module has from elsewhere: where they need torch, imported when first
+# asked for.
+LATE_NAMES = {
+    "inference.ensemble": {"AIM", "BATCHES_AHEAD", "Ensemble", "find_files", "predict_batches"},
+    "inference.explain": {"SMALLEST_MAP", "gradcam"},
+    "inference.export": {"ONNX_PACKAGES", "export_onnx"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a name of `LATE_NAMES`; Python calls it for what the module does not have."""
+    for module, names in LATE_NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def predict(
@@ -131,6 +139,8 @@ def predict(
     thresholds of no class, and arguments that cannot be.
     """
     import pandas as pd
+
+    from inference.ensemble import predict_batches
 
     tables, unreadable = [], []
     for table, problems in predict_batches(
@@ -190,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
         return None
 
-    with stoppable():
+    with StopSignals(at_once=True):
         return exit_status(
             PROGRAM,
             lambda: run(settings, command=shlex.join(["python", PROGRAM, *argv])),
@@ -203,6 +213,8 @@ def run(settings: Settings, command: str = "") -> int:
     """Exports the model, or predicts and prints; gives the exit status."""
     _check_nothing_is_lost(settings)
     if settings.export is not None:
+        from inference.export import export_onnx
+
         export_onnx(settings.model[0], settings.export)
         print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
         return 0
@@ -220,7 +232,7 @@ def _check_nothing_is_lost(settings: Settings) -> None:
     for path, suffixes in ((settings.output, (".csv", ".json")), (settings.export, (".onnx",))):
         if path is None:
             continue
-        check_file_to_write(Path(path), suffixes)
+        check_file_to_write(path, suffixes)
         if any(_is_same_file(path, other) for other in (*settings.model, *settings.images)):
             raise ValueError(f"{path} is to be read as well; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
@@ -232,6 +244,9 @@ def _check_nothing_is_lost(settings: Settings) -> None:
 
 
 def _check_no_overlay_is_lost(folder: str, images: Sequence[str]) -> None:
+    from inference.ensemble import find_files
+    from inference.explain import overlay_name
+
     if not os.path.isdir(folder):
         return
     existing = set(os.listdir(folder))
@@ -276,7 +291,8 @@ def _evaluate_and_print(settings: Settings, command: str) -> int:
 def _predict_and_print(settings: Settings) -> int:
     from tqdm import tqdm
 
-    from training import choose_device, name_of_precision, resolve_precision
+    from inference.ensemble import predict_batches
+    from learning.hardware import choose_device, name_of_precision, resolve_precision
 
     printer = _Printer(settings.top_k, None if settings.output is None else MOST_ROWS_PRINTED)
     num_images, num_unreadable, num_flagged = 0, 0, Counter()

@@ -17,13 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.console import (
-    exit_status,
-    exit_with_launcher,
-    is_out_of_memory,
-    start,
-    stoppable,
-)
+from experiment.console import exit_status, is_out_of_memory, start
 from experiment.run_folder import check_save_dir, check_unclaimed
 from experiment.settings import (
     DEMO_SETTINGS,
@@ -33,9 +27,13 @@ from experiment.settings import (
     PROGRAM,
     Settings,
     command,
-    is_first_process,
-    launched_processes,
     parse_arguments,
+)
+from learning.processes import (
+    StopSignals,
+    default_signals,
+    exit_with_launcher,
+    is_first_process,
 )
 
 __all__ = [
@@ -56,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
     is_first = is_first_process()
     stdout = contextlib.nullcontext() if is_first else contextlib.redirect_stdout(io.StringIO())
-    with stdout, stoppable(is_first):
+    with stdout, StopSignals(at_once=True) if is_first else default_signals():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        exit_with_launcher(launched_processes())
+        exit_with_launcher()
         return exit_status(
             PROGRAM,
             lambda: run(settings, is_demo),

@@ -41,14 +41,12 @@ from experiment.settings import (
     NOT_RESULTS,
     Settings,
     command,
-    is_first_process,
-    launched_processes,
-    torchrun_variable,
 )
 from imaging.audit import summarise, unavoidable_errors
 from imaging.synthetic import make_dataset
 from learning.distributed import choose_own_device, process_group
 from learning.hardware import deterministic_algorithms
+from learning.processes import get_rank, get_world_size, is_first_process
 from models import (
     LesionClassifier,
     check_model_name,
@@ -177,10 +175,10 @@ def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device
         device=device,
         seed=settings.seed,
         num_workers=settings.num_workers or 0,
-        rank=torchrun_variable("RANK", 0),
-        world_size=launched_processes(),
+        rank=get_rank(),
+        world_size=get_world_size(),
     )
-    classes, processes = datasets["train"].classes, launched_processes()
+    classes, processes = datasets["train"].classes, get_world_size()
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
     print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
     if processes > 1:
@@ -251,7 +249,7 @@ def _check_given_splits(names: set[str], settings: Settings) -> None:
 
 
 def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
-    processes = launched_processes()
+    processes = get_world_size()
     together = settings.batch_size * processes
     if together > num_images:
         of_all = f" in {processes} processes, {together} together," if processes > 1 else ""
@@ -267,8 +265,7 @@ def _check_run(settings: Settings, is_demo: bool) -> torch.device:
     Loading weights, which may have to be downloaded, comes last.
     """
     folder = TrainingFolder.read(settings.save_dir)
-    local_rank = torchrun_variable("LOCAL_RANK", 0)
-    device = choose_own_device(settings.device, local_rank, launched_processes())
+    device = choose_own_device(settings.device)
     run = _describe_run(settings, device)
     _check_folder(folder, settings, run, is_demo)
     _check_weights(settings, folder.not_done(settings.models, run, settings.overwrite))
@@ -340,7 +337,7 @@ def _describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:
     run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
     # The precision that is used: "auto" is another one on another machine.
     run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
-    return json.loads(json.dumps(run | {"processes": launched_processes()}))
+    return json.loads(json.dumps(run | {"processes": get_world_size()}))
 
 
 # ---------------------------------------------------------------------------- the models
@@ -358,7 +355,7 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
             )
     # What is finished in this folder now is of this run: all processes see the same.
     # All processes have prepared their images by now, so none waits long for another.
-    with process_group(device, launched_processes()):
+    with process_group(device):
         for number, name in enumerate(settings.models, 1):
             print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
             if (save_dir / name / "metrics.json").exists():
@@ -452,7 +449,7 @@ def _class_weights(settings: Settings, dataset: LesionDataset) -> list[float] | 
 
 def _training_time(history: dict[str, list[float]], settings: Settings) -> float:
     """Seconds spent in training steps, over all sessions of a run; evaluations are not counted."""
-    images_a_step = settings.batch_size * settings.accumulate * launched_processes()
+    images_a_step = settings.batch_size * settings.accumulate * get_world_size()
     num_steps = np.diff(history["step"], prepend=0)
     return float((num_steps * images_a_step / history["images_per_second"]).sum())
 

@@ -428,7 +428,13 @@ def _read_images(
     for message in messages:
         warnings.warn(message, stacklevel=3)
     labelled = dataset.metadata.assign(label=dataset.metadata["class"].map(label_of))
-    dataset = LesionDataset(dataset.array_path, dataset.rows, labelled, info.classes)
+    dataset = LesionDataset(
+        dataset.array_path,
+        dataset.rows,
+        labelled,
+        info.classes,
+        extra_inputs=dataset.extra_inputs,
+    )
     return dataset, metadata, findings
 
 

@@ -9,99 +9,84 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from joblib import cpu_count
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset import (
+    Preprocessor,
+    UnreadableImageError,
+    find_images,
+    fingerprint,
+    prepare_image,
+    to_float,
+)
+from evaluation import match_classes
+from imaging.lesions import is_melanoma, normalize_name
 from inference.explain import gradcam, overlay_name, save_overlay
-from storage.files import printable
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    import torch
-    from torch import Tensor
-
-    from dataset import Preprocessor
-    from models import LesionClassifier, ModelInfo
-
+from inference.options import Paths, PredictionOptions, as_list
+from learning.hardware import autocast, choose_device, memory_format_for, resolve_precision
+from models import LesionClassifier, ModelInfo, load_model
+from storage.files import name_column, printable, write_atomically, write_csv
 
 AIM = "sensitivity 95%"  # of the thresholds that models bring, the one that flags are set by
 BATCHES_AHEAD = 2  # of images decoded while a GPU works; on the CPU both would want the same cores
-NUM_VIEWS = 8  # flips and quarter-turns of a square
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 def predict_batches(
-    model: Paths,
-    images: Paths,
-    *,
-    output: str | Path | None = None,
-    tta: int = 1,
-    gradcam: str | Path | None = None,
-    thresholds: Mapping[str, float] | None = None,
-    preprocessors: "Sequence[Preprocessor]" = (),
-    device: "torch.device | str | None" = None,
-    precision: str = "auto",
-    batch_size: int = 32,
-    num_workers: int | None = None,
-) -> "Iterator[tuple[pd.DataFrame, list[str]]]":
-    """The table of `predict` a batch at a time, each with what could not be read, in any number.
+    model: Paths, images: Paths, **options: Any
+) -> Iterator[tuple[pd.DataFrame, list[str]]]:
+    """Yields the table of `predict.predict` batch by batch, each with what could not be read.
 
-    Takes the same memory however many images there are. `output` appears after the last batch.
+    `options` are those of `predict.predict`, see `PredictionOptions`. However many images there
+    are, it takes the same memory. `output` appears after the last batch.
     """
-    from joblib import cpu_count
-    from tqdm import tqdm
-
-    images = _as_list(images)
-    _check_numbers(tta, batch_size, num_workers)
-    if output is not None:
-        check_file_to_write(Path(output), (".csv", ".json"))
+    chosen, images = PredictionOptions(**options), as_list(images)
     paths = find_files(images)
-    if gradcam is not None:
-        _check_folder_to_fill(Path(gradcam), images)
-        if output is not None and Path(gradcam).resolve().is_relative_to(Path(output).resolve()):
-            raise ValueError(f"{gradcam} is to be a folder, and {output} a file; choose another")
-    ensemble = Ensemble(model, preprocessors=preprocessors, device=device, precision=precision)
-    flags = ensemble.flags(thresholds)
-    if thresholds is None:
-        _warn_of_thresholds(flags, len(ensemble.models), tta)
-    if gradcam is not None:
-        Path(gradcam).mkdir(parents=True, exist_ok=True)
-    batches = _prepared_batches(
-        paths,
-        ensemble.image_size,
-        preprocessors,
-        batch_size,
-        num_workers or cpu_count(),
-        0 if ensemble.device.type == "cpu" else BATCHES_AHEAD,
+    if chosen.gradcam is not None:
+        _check_folder_of_overlays(Path(chosen.gradcam), images, chosen.output)
+    ensemble = Ensemble(
+        model,
+        preprocessors=chosen.preprocessors,
+        device=chosen.device,
+        precision=chosen.precision,
     )
+    flags = ensemble.flags(chosen.thresholds)
+    if chosen.thresholds is None:
+        _warn_of_thresholds(flags, len(ensemble.models), chosen.tta)
+    if chosen.gradcam is not None:
+        Path(chosen.gradcam).mkdir(parents=True, exist_ok=True)
     with (
-        _rows_to(output) as write_rows,
+        _rows_to(chosen.output) as write_rows,
         tqdm(total=len(paths), desc="predicting", unit="img", disable=None, leave=False) as bar,
     ):
-        for read, pixels, unreadable in batches:
-            raw, calibrated = ensemble.probabilities(pixels, tta)
+        for read, pixels, unreadable in _prepared_batches(paths, ensemble, chosen):
+            raw, calibrated = ensemble.probabilities(pixels, chosen.tta)
             labels = raw.argmax(axis=1)
             table = _table(read, labels, calibrated, ensemble.classes, flags)
             write_rows(table)
-            if gradcam is not None and read:
+            if chosen.gradcam is not None and read:
                 for path, image, heatmap in zip(
                     read, pixels, ensemble.heatmaps(pixels, labels), strict=True
                 ):
-                    save_overlay(Path(gradcam) / overlay_name(path), image, heatmap)
+                    save_overlay(Path(chosen.gradcam) / overlay_name(path), image, heatmap)
             bar.update(len(read) + len(unreadable))
             yield table, unreadable
 
 
 def find_files(images: Paths) -> list[str]:
-    """The files that these files and folders stand for, each once, with forward slashes.
+    """Returns the files that these files and folders stand for, each once, with forward slashes.
 
     A folder stands for the images below it as `dataset.find_images` finds them, a file for itself,
-    whatever its suffix. Raises FileNotFoundError naming all that is not there, and ValueError for a
+    whatever its suffix. Raises FileNotFoundError naming all that do not exist, and ValueError for a
     folder without images.
     """
-    from dataset import find_images
-
-    images = _as_list(images)
+    images = as_list(images)
     if not images:
         raise ValueError("no images are given; name files or folders")
     missing = [printable(str(path)) for path in images if not os.path.exists(path)]
@@ -126,7 +111,7 @@ class Ensemble:
     views by `tta`, need not reach the same sensitivity.
 
     Raises ValueError for models whose classes, image size, preprocessors or malignant classes
-    differ, for preprocessors that are not those of the training, and for a device or precision that
+    differ, for preprocessors other than those of the training, and for a device or precision that
     cannot be used.
     """
 
@@ -134,14 +119,12 @@ class Ensemble:
         self,
         paths: Paths,
         *,
-        preprocessors: "Sequence[Preprocessor]" = (),
-        device: "torch.device | str | None" = None,
+        preprocessors: Sequence[Preprocessor] = (),
+        device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> None:
-        from learning.hardware import choose_device, memory_format_for, resolve_precision
-        from models import load_model
 
-        paths = _as_list(paths)
+        paths = as_list(paths)
         if not paths:
             raise ValueError("no model is given; name one model.pth or several")
         self.device = choose_device(device)
@@ -160,19 +143,20 @@ class Ensemble:
         self.malignant_classes: list[str] = infos[0].malignant_classes
         self.thresholds = _mean_thresholds(infos)
 
-    def probabilities(self, images: "np.ndarray", tta: int = 1) -> "tuple[np.ndarray, np.ndarray]":
-        """The means of the raw and of the calibrated probabilities, float64 `(N, num_classes)`.
+    def probabilities(
+        self, images: np.ndarray | Mapping[str, np.ndarray], tta: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the means of the raw and of the calibrated probabilities.
 
-        `images` are uint8 `(N, H, W, 3)`, seen in `tta` views. The class decided for is the highest
-        of the raw ones.
+        Both are float64 `(N, num_classes)`. `images` are uint8 `(N, H, W, 3)`, seen in `tta` views,
+        or a dict of them as `images` and of the models' further inputs by name. The predicted class
+        is that of the highest raw probability. Raises ValueError when a model gives probabilities
+        that are not finite.
         """
-        import numpy as np
-        import torch
-
-        from dataset import to_float
-
-        pixels = to_float(torch.from_numpy(images).to(self.device))
-        raw = [self._raw_probabilities(model, pixels, tta) for model in self.models]
+        named = images if isinstance(images, Mapping) else {"images": images}
+        inputs = {name: torch.from_numpy(values).to(self.device) for name, values in named.items()}
+        inputs["images"] = to_float(inputs["images"])
+        raw = [self._raw_probabilities(model, inputs, tta) for model in self.models]
         if not np.isfinite(raw).all():
             raise ValueError(
                 "a model gives something else than finite numbers; it is damaged, or needs "
@@ -182,41 +166,34 @@ class Ensemble:
         return np.mean(raw, axis=0), np.mean(calibrated, axis=0)
 
     def _raw_probabilities(
-        self, model: "LesionClassifier", images: "Tensor", tta: int
-    ) -> "np.ndarray":
-        import torch
-
-        from learning.hardware import autocast
-
+        self, model: LesionClassifier, inputs: Mapping[str, Tensor], tta: int
+    ) -> np.ndarray:
+        logits = []
         with torch.inference_mode():
-            logits = []
-            for view in islice(_views(images), tta):
+            for view in islice(_views(inputs["images"]), tta):
+                view = view.contiguous(memory_format=self.memory_format)
                 with autocast(self.device, self.dtype):
-                    logits.append(model(view.contiguous(memory_format=self.memory_format)).float())
+                    given = view if len(inputs) == 1 else {**inputs, "images": view}
+                    logits.append(model(given).float())
             return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
 
-    def heatmaps(self, images: "np.ndarray", labels: "np.ndarray") -> "np.ndarray":
-        """The mean of the models' `gradcam` for uint8 images `(N, H, W, 3)`, highest value 1."""
-        import numpy as np
-        import torch
+    def heatmaps(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns the mean of the models' `gradcam` of images uint8 `(N, H, W, 3)`.
 
-        from dataset import to_float
-
+        Each map is divided by its maximum.
+        """
         pixels = to_float(torch.from_numpy(images).to(self.device))
         heatmaps = np.mean([gradcam(model, pixels, labels) for model in self.models], axis=0)
         highest = heatmaps.max(axis=(1, 2), keepdims=True)
         return heatmaps / np.where(highest > 0, highest, 1)
 
     def flags(self, thresholds: Mapping[str, float] | None) -> dict[str, tuple[list[int], float]]:
-        """For each threshold, by name, the labels whose probabilities are added up, and itself.
+        """Returns by name the labels whose probabilities are added up, and the threshold for them.
 
         A name is `malignant`, for all classes that count as such, `melanoma`, for all classes of
         it, or that of a class as `evaluation.match_classes` finds it. None is `self.thresholds`.
         Raises ValueError for a name of no class or a threshold that is no probability.
         """
-        from evaluation import match_classes
-        from imaging.lesions import is_melanoma, normalize_name
-
         targets = {
             "malignant": [self.classes.index(name) for name in self.malignant_classes],
             "melanoma": [label for label, name in enumerate(self.classes) if is_melanoma(name)],
@@ -230,13 +207,12 @@ class Ensemble:
         return flags
 
 
-def _views(images: "Tensor") -> "Iterator[Tensor]":
-    """The 8 flips and quarter-turns of images `(N, C, H, H)`: first itself, then its mirror image.
+def _views(images: Tensor) -> Iterator[Tensor]:
+    """Yields the 8 flips and quarter-turns of images `(N, C, H, H)`.
 
-    The first four are those without quarter-turns.
+    The first is the images themselves, the second their mirror image; the first four are those
+    without quarter-turns.
     """
-    import torch
-
     for turns in (0, 2, 1, 3):
         # rot90 by nothing is a copy too, with the channels first in memory.
         turned = torch.rot90(images, turns, (2, 3)) if turns > 0 else images
@@ -245,53 +221,42 @@ def _views(images: "Tensor") -> "Iterator[Tensor]":
 
 
 def _prepared_batches(
-    paths: Sequence[str],
-    image_size: int,
-    preprocessors: "Sequence[Preprocessor]",
-    batch_size: int,
-    num_workers: int,
-    num_ahead: int,
-) -> "Iterator[tuple[list[str], np.ndarray, list[str]]]":
-    """Batches of paths, their images uint8 `(N, H, W, 3)`, and what could not be read among them.
+    paths: Sequence[str], ensemble: Ensemble, options: PredictionOptions
+) -> Iterator[tuple[list[str], np.ndarray, list[str]]]:
+    """Yields batches of paths, their images uint8 `(N, H, W, 3)`, and messages on unreadable files.
 
-    Decoded by threads, at most `num_ahead` batches before they are asked for.
+    Threads decode, on the CPU one batch at a time and on a GPU `BATCHES_AHEAD` ahead of it.
     """
-    import numpy as np
-
-    from dataset import UnreadableImageError, prepare_image
-
-    most = (1 + num_ahead) * batch_size
-    pool = ThreadPoolExecutor(num_workers)
-    futures = ((p, pool.submit(prepare_image, p, image_size, preprocessors)) for p in paths)
+    num_ahead = 0 if ensemble.device.type == "cpu" else BATCHES_AHEAD
+    max_waiting = (1 + num_ahead) * options.batch_size
+    size, preprocessors = ensemble.image_size, options.preprocessors
+    pool = ThreadPoolExecutor(options.num_workers or cpu_count())
+    futures = ((path, pool.submit(prepare_image, path, size, preprocessors)) for path in paths)
     try:
-        waiting = deque(islice(futures, most))
+        waiting = deque(islice(futures, max_waiting))
         while waiting:
             read, images, unreadable = [], [], []
-            for _ in range(min(batch_size, len(waiting))):
+            for _ in range(min(options.batch_size, len(waiting))):
                 path, future = waiting.popleft()
                 try:
                     images.append(future.result())
                     read.append(path)
                 except UnreadableImageError as error:
                     unreadable.append(str(error))
-            shape = (len(images), image_size, image_size, 3)
+            shape = (len(images), size, size, 3)
             yield read, np.array(images, dtype=np.uint8).reshape(shape), unreadable
-            waiting.extend(islice(futures, most - len(waiting)))
+            waiting.extend(islice(futures, max_waiting - len(waiting)))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _table(
     paths: Sequence[str],
-    labels: "np.ndarray",
-    probabilities: "np.ndarray",
+    labels: np.ndarray,
+    probabilities: np.ndarray,
     classes: Sequence[str],
     flags: Mapping[str, tuple[list[int], float]],
-) -> "pd.DataFrame":
-    import pandas as pd
-
-    from storage.files import name_column
-
+) -> pd.DataFrame:
     columns: dict[str, Any] = {"path": name_column(paths)}
     columns["class"] = [classes[label] for label in labels]
     for label, name in enumerate(classes):
@@ -302,14 +267,12 @@ def _table(
 
 
 @contextmanager
-def _rows_to(output: str | Path | None) -> "Iterator[Callable[[pd.DataFrame], None]]":
+def _rows_to(output: str | Path | None) -> Iterator[Callable[[pd.DataFrame], None]]:
     """Gives a function that adds a table's rows to `output`, which appears when all are there."""
-    from storage.files import write_atomically, write_csv
-
     if output is None:
         yield lambda table: None
         return
-    is_json, is_first = Path(output).suffix.lower() == ".json", True
+    is_json = Path(output).suffix.lower() == ".json"
     # A name that is no valid text: in JSON its bytes are written as \udc.., in CSV as they are.
     errors = "backslashreplace" if is_json else "surrogateescape"
     with (
@@ -317,55 +280,39 @@ def _rows_to(output: str | Path | None) -> "Iterator[Callable[[pd.DataFrame], No
         open(temporary, "w", encoding="utf-8", errors=errors, newline="") as file,
     ):
 
-        def write_rows(table: "pd.DataFrame") -> None:
-            nonlocal is_first
-            if is_json:
-                for row in table.to_dict("records"):
-                    file.write("[\n" if is_first else ",\n")
-                    file.write(json.dumps(row, ensure_ascii=False))
-                    is_first = False
-            else:
+        def write_rows(table: pd.DataFrame) -> None:
+            is_first = file.tell() == 0
+            if not is_json:
                 write_csv(table, file, header=is_first)
-                is_first = False
+            elif len(table) > 0:
+                rows = (json.dumps(row, ensure_ascii=False) for row in table.to_dict("records"))
+                file.write(("[\n" if is_first else ",\n") + ",\n".join(rows))
 
         yield write_rows
         if is_json:
-            file.write("[]\n" if is_first else "\n]\n")
+            file.write("[]\n" if file.tell() == 0 else "\n]\n")
 
 
-def _check_numbers(tta: int, batch_size: int, num_workers: int | None) -> None:
-    if not 1 <= tta <= NUM_VIEWS:
-        raise ValueError(f"tta is {tta}; it must be from 1 to {NUM_VIEWS}")
-    for name, number in {"batch_size": batch_size, "num_workers": num_workers}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}; it must be 1 or more")
-
-
-def check_file_to_write(path: Path, suffixes: Sequence[str]) -> None:
-    """Raises before the work is done rather than after it."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{path}: a file to write must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-
-
-def _check_folder_to_fill(folder: Path, images: Paths) -> None:
+def _check_folder_of_overlays(
+    folder: Path, images: Sequence[str | os.PathLike], output: str | Path | None
+) -> None:
+    """Raises ValueError for a file, or a folder whose overlays would be taken for images."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder for the overlays")
-    for path in _as_list(images):
+    for path in images:
         if Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(
                 f"{folder} lies in {path}, where the overlays would be taken for images the next "
                 "time; choose a folder elsewhere"
             )
+    if output is not None and folder.resolve().is_relative_to(Path(output).resolve()):
+        raise ValueError(f"{folder} is to be a folder, and {output} a file; choose another")
 
 
 def _check_alike(
-    path: str | Path, info: "ModelInfo", first_path: str | Path, first: "ModelInfo"
+    path: str | os.PathLike, info: ModelInfo, first_path: str | os.PathLike, first: ModelInfo
 ) -> None:
-    """Raises when the mean of two models' probabilities would mean nothing."""
+    """Raises ValueError when the mean of two models' probabilities would mean nothing."""
     for name in ("classes", "image_size", "preprocessors", "malignant_classes"):
         own, other = info[name], first[name]
         if own != other:
@@ -376,10 +323,8 @@ def _check_alike(
 
 
 def _check_preprocessors(
-    path: str | Path, info: "ModelInfo", preprocessors: "Sequence[Preprocessor]"
+    path: str | os.PathLike, info: ModelInfo, preprocessors: Sequence[Preprocessor]
 ) -> None:
-    from dataset import fingerprint
-
     trained_with, given = info.preprocessors, fingerprint(preprocessors)
     if trained_with == given:
         return
@@ -396,7 +341,8 @@ def _check_preprocessors(
     )
 
 
-def _mean_thresholds(infos: "Sequence[ModelInfo]") -> dict[str, float]:
+def _mean_thresholds(infos: Sequence[ModelInfo]) -> dict[str, float]:
+    """Returns the mean of the thresholds that all models have."""
     brought = [
         {name: aims[AIM] for name, aims in info.thresholds.items() if AIM in aims} for info in infos
     ]
@@ -418,7 +364,3 @@ def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> 
             "--threshold NAME=P (in Python thresholds={NAME: P})",
             stacklevel=3,
         )
-
-
-def _as_list(paths: Paths) -> list[str | os.PathLike]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)

@@ -3,21 +3,25 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor, nn
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import interpolate, relu
 
-    from models import LesionClassifier
-
+from models import LesionClassifier, evaluation_mode
+from storage.files import write_atomically
+from visualizations import overlay_heatmap
 
 SMALLEST_MAP = 4  # on a side; the one place of a 1 x 1 map would explain nothing
 
 
 def gradcam(
-    model: "LesionClassifier", images: "Tensor | np.ndarray", labels: "Sequence[int] | np.ndarray"
-) -> "np.ndarray":
+    model: LesionClassifier, images: Tensor | np.ndarray, labels: Sequence[int] | np.ndarray
+) -> np.ndarray:
     """Where a model saw what speaks for a class, float32 `(N, H, W)` in [0, 1].
 
     `images` are float `(N, 3, H, W)` in [0, 1], `labels` int `(N,)` the classes to explain. With
@@ -28,12 +32,6 @@ def gradcam(
     Computed in float32. The model is left as it was, on its device. Raises ValueError for labels
     that do not fit.
     """
-    import torch
-    from torch.func import functional_call
-    from torch.nn.functional import interpolate, relu
-
-    from models import evaluation_mode
-
     images = torch.as_tensor(images, dtype=torch.float32, device=model.mean.device)
     labels = torch.as_tensor(labels, dtype=torch.int64, device=model.mean.device)
     num_classes = model.config["num_classes"]
@@ -41,16 +39,17 @@ def gradcam(
         raise ValueError(f"labels must be {len(images)} numbers from 0 to {num_classes - 1}")
     activations: list[Tensor] = []
 
-    def start_graph_here(module: "nn.Module", inputs: Any, output: "Tensor") -> "Tensor":
+    def start_graph_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         activations.append(output.detach().requires_grad_())
         return activations[0]
 
     # Detached, the parameters get no gradient, and what leads to the activations is not recorded.
-    def apply(module: "nn.Module", values: "Tensor") -> "Tensor":
+    def apply(module: nn.Module, values: Tensor) -> Tensor:
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         return functional_call(module, parameters, values)
 
-    hook = _last_stage(model, min(images.shape[2:])).register_forward_hook(start_graph_here)
+    layer = model.feature_map_layer(min(images.shape[2:]), SMALLEST_MAP)
+    hook = layer.register_forward_hook(start_graph_here)
     try:
         with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
             # Not model(images): a frozen backbone switches gradients off in there.
@@ -68,21 +67,6 @@ def gradcam(
     return (maps / highest.clamp_min(torch.finfo(maps.dtype).tiny)).cpu().numpy()
 
 
-def _last_stage(model: "LesionClassifier", image_size: int) -> "nn.Module":
-    """The last convolution stage; of a ResNet, the last whose maps still tell places apart."""
-    from torch import nn
-
-    from models import SimpleCNN
-
-    if isinstance(model, SimpleCNN):
-        layers = list(model.backbone)
-        last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
-        return layers[last + 1]  # the ReLU after it
-    strides = {"layer4": 32, "layer3": 16, "layer2": 8, "layer1": 4}
-    large = [name for name, stride in strides.items() if image_size / stride >= SMALLEST_MAP]
-    return getattr(model.backbone, large[0] if large else "layer1")
-
-
 def overlay_name(path: str) -> str:
     """A file name that tells the image, and its path from all others with the same name."""
     stem = "".join(c if c.isprintable() and c not in '\\:*?"<>|' else "_" for c in Path(path).stem)
@@ -90,16 +74,7 @@ def overlay_name(path: str) -> str:
     return f"{stem[:48]}-{digest[:12]}.png"  # the longest name that file systems take has 255 bytes
 
 
-def save_overlay(path: Path, image: "np.ndarray", heatmap: "np.ndarray") -> None:
-    """Draws a heat map over an image uint8 `(H, W, 3)`, the more opaque the higher it is."""
-    import matplotlib
-    import numpy as np
-    from PIL import Image
-
-    from storage.files import write_atomically
-
-    colours = 255 * matplotlib.colormaps["viridis"](heatmap)[..., :3]
-    opacity = 0.6 * heatmap[..., None]
-    mixed = np.round((1 - opacity) * image + opacity * colours).astype(np.uint8)
+def save_overlay(path: Path, image: np.ndarray, heatmap: np.ndarray) -> None:
+    """Writes an image uint8 `(H, W, 3)` under a heatmap `(H, W)` as `overlay_heatmap` draws it."""
     with write_atomically(path) as temporary:
-        Image.fromarray(mixed).save(temporary)
+        Image.fromarray(overlay_heatmap(image, heatmap)).save(temporary)

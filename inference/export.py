@@ -4,13 +4,14 @@ import importlib.util
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from inference.ensemble import check_file_to_write
+import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from models import LesionClassifier
-
+from imaging.prepare import shorter_side
+from inference.options import check_file_to_write
+from models import LesionClassifier, load_model
+from storage.files import write_atomically
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -27,7 +28,7 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
     Raises ModuleNotFoundError when the packages that this needs are missing, and ValueError when
     the logits differ.
     """
-    check_file_to_write(Path(path), (".onnx",))
+    check_file_to_write(path, (".onnx",))
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -35,10 +36,6 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
             f"{' '.join(ONNX_PACKAGES)}"
         )
     import onnx
-
-    from imaging.prepare import shorter_side
-    from models import load_model
-    from storage.files import write_atomically
 
     classifier, info = load_model(model)
     size = info.image_size
@@ -58,9 +55,7 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
         _check_same_logits(temporary, classifier, size)
 
 
-def _export_logits(path: Path, classifier: "LesionClassifier", image_size: int) -> None:
-    import torch
-
+def _export_logits(path: Path, classifier: LesionClassifier, image_size: int) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         # Of torch's two exporters the newer fails on batch norm in torch 2.6 and the older is
         # deprecated since 2.9, so each version takes its default. Both know `dynamic_axes`, if with
@@ -78,10 +73,8 @@ def _export_logits(path: Path, classifier: "LesionClassifier", image_size: int) 
         )
 
 
-def _check_same_logits(path: Path, classifier: "LesionClassifier", image_size: int) -> None:
-    import numpy as np
+def _check_same_logits(path: Path, classifier: LesionClassifier, image_size: int) -> None:
     import onnxruntime
-    import torch
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)

@@ -1,11 +1,8 @@
-"""Several processes, and the signals that stop one: ranks, exchanges, stopping together."""
+"""Several processes that train one model: exchanges between them, stopping together."""
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,87 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learning.hardware import choose_device
+from learning.processes import default_signals, get_rank, get_world_size, torchrun_variable
 
-SECONDS_OF_ONE_SIGNAL = 1.0
 SECONDS_BETWEEN_EXCHANGES = 0.5
-
-
-class Signals:
-    """Holds SIGINT and SIGTERM back while it is entered; a second one acts at once.
-
-    On leaving, the handlers are what they were before, and get the signal that was held back.
-    """
-
-    def __init__(self) -> None:
-        self.noted = 0  # the number of the signal, 0 for none
-        self._noted_at = 0.0
-        self._is_raised = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                # None is a handler that is not Python's, and whoever ignores a signal means it.
-                if signal.getsignal(signum) not in (None, signal.SIG_IGN):
-                    self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._restore()
-        if self.noted and kind is None:
-            self._deliver(self.noted)
-
-    @contextlib.contextmanager
-    def ending_this(self) -> Iterator[None]:
-        """A block that can be done again, and that a signal therefore ends at once.
-
-        Not in one process of several: the others would wait for it in theirs.
-        """
-        self._is_raised = get_world_size() == 1
-        try:
-            yield
-        except KeyboardInterrupt:
-            if not self.noted:
-                raise
-        finally:
-            self._is_raised = False
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        # timeout(1) and torchrun send a signal to the process that its group has had already.
-        if self.noted and time.monotonic() - self._noted_at > SECONDS_OF_ONE_SIGNAL:
-            self._restore()
-            self._deliver(signum)
-        if not self.noted:
-            self.noted, self._noted_at = signum, time.monotonic()
-        if self._is_raised:
-            self._is_raised = False
-            raise KeyboardInterrupt
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _deliver(self, signum: int) -> None:
-        handler = self._before.get(signum)
-        if callable(handler):
-            handler(signum, None)
-        elif handler is signal.SIG_DFL:
-            signal.raise_signal(signum)
-        raise KeyboardInterrupt  # the training ends, whatever a handler of the user's makes of it
-
-
-def get_rank() -> int:
-    """Returns the number of this process, 0 where it is the only one."""
-    return dist.get_rank() if _is_distributed() else 0
-
-
-def get_world_size() -> int:
-    """Returns the number of processes that train together."""
-    return dist.get_world_size() if _is_distributed() else 1
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def is_progress_hidden() -> bool | None:
@@ -165,13 +84,10 @@ def gather_batches(logits: list[Tensor], labels: list[Tensor]) -> tuple[list[Ten
     return [b for part in parts for b in part[0]], [b for part in parts for b in part[1]]
 
 
-def choose_own_device(name: str, rank: int, num_processes: int) -> torch.device:
-    """Returns the device of this process, which of several processes has a GPU of its own.
-
-    `rank` is its number among the processes on this machine.
-    """
-    if num_processes > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{rank}"
+def choose_own_device(name: str) -> torch.device:
+    """Returns the device of this process: of several processes, each has a GPU of its own."""
+    if get_world_size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
     device = choose_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -179,21 +95,16 @@ def choose_own_device(name: str, rank: int, num_processes: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device, num_processes: int) -> Iterator[None]:
-    """Joins the processes for the block, which trains one model; a single one needs no group."""
-    if num_processes == 1:
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started, for the block; a single one needs no group."""
+    if get_world_size() == 1:
         yield
         return
     # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
-    stopping = (signal.SIGINT, signal.SIGTERM)
-    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in stopping}
-    try:
+    with default_signals():
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
     yield
     dist.destroy_process_group()  # after an error torchrun ends the others instead

@@ -1,11 +1,16 @@
 """Small image folders that tests make for themselves."""
 
 import ctypes
+import multiprocessing
+import os
+import runpy
 import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -37,6 +42,116 @@ def make_images(tmp_path: Path) -> MakeImages:
         return root
 
     return make
+
+
+class Started:
+    """A script that runs in a process of its own; the same methods as `subprocess.Popen`'s."""
+
+    def __init__(self, process: multiprocessing.Process, streams: tuple[Path, Path]) -> None:
+        self._process, self._streams = process, streams
+        self.args = process.name
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for the end, and gives what was printed to stdout and to stderr."""
+        self.wait(timeout)
+        out, err = (file.read_text("utf-8") for file in self._streams)
+        return out, err
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Any:
+    """Processes that have imported what the commands need, which takes seconds each time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["experiment.pipeline", "experiment.results", "experiment.report", "predict"]
+    )
+    return context
+
+
+@pytest.fixture
+def start(fork_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """A function that starts a script in a process of its own, without the seconds of importing.
+
+    The environment is set before the script runs, but after torch was imported. `calls` are made
+    first of all, such as `(resource.setrlimit, (kind, limits))`.
+    """
+    running = []
+
+    def start_script(
+        script: Path,
+        *words: object,
+        env: Mapping[str, str] = os.environ,
+        cwd: Path | None = None,
+        calls: Iterable[tuple[Callable, tuple]] = (),
+    ) -> Started:
+        folder = tmp_path_factory.mktemp("streams")
+        streams = folder / "stdout", folder / "stderr"
+        for stream in streams:
+            stream.touch()
+        given = {
+            "script": str(script),
+            "words": [str(word) for word in words],
+            "environment": dict(env),
+            "folder": str(cwd or Path.cwd()),
+            "streams": [str(stream) for stream in streams],
+            "calls": list(calls),
+        }
+        process = fork_server.Process(
+            target=runpy.run_path, args=(str(Path(__file__).with_name("run_script.py")), given)
+        )
+        process.start()
+        running.append(started := Started(process, streams))
+        return started
+
+    yield start_script
+    for started in running:
+        started.kill()
+
+
+@pytest.fixture
+def start_processes(start: Callable) -> Callable:
+    """A function that starts a script in processes that train together, as torchrun would."""
+
+    def start_ranks(script: Path, *words: object, count: int = 2, **options: Any) -> list[Started]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1"}
+        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        shared |= {"OMP_NUM_THREADS": "1"}
+        environment = options.pop("env", os.environ) | shared
+        return [
+            start(
+                script,
+                *words,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                **options,
+            )
+            for rank in range(count)
+        ]
+
+    return start_ranks
 
 
 @pytest.fixture(params=["fp32", "bf16"])

@@ -16,13 +16,15 @@ ORDER = (
     "storage.files", "storage.tensors",
     "imaging.lesions", "imaging.decode", "imaging.synthetic", "imaging.audit", "imaging.prepare",
     "imaging.sources", "imaging.splits", "imaging.cache",
+    "imaging.batches",
     "augmentation", "dataset",
     "evaluation.metrics", "evaluation.intervals", "evaluation.calibration", "evaluation.screening",
     "evaluation.subgroups", "evaluation",
     "models",
-    "learning.allocator", "learning.hardware", "learning.distributed", "learning.checkpoints",
+    "learning.allocator", "learning.processes", "learning.hardware", "learning.distributed",
+    "learning.checkpoints",
     "training", "visualizations",
-    "inference.explain", "inference.ensemble", "inference.export",
+    "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.report",
     "experiment.results", "experiment.pipeline",
     "train_models", "predict",
@@ -31,7 +33,7 @@ ORDER = (
 PUBLIC = {
     "dataset": """
         DEFAULT_SPLITS DatasetBuilder EVALUATION_BATCHES IMAGE_SUFFIXES LesionDataset
-        LesionLoader MAX_REPETITIONS METADATA_COLUMNS MOST_REPEATS Preprocessor
+        LesionLoader MAX_REPETITIONS METADATA_COLUMNS MAX_REPEATS MOST_REPEATS Preprocessor
         SECONDS_OF_PROBING SHARE_OF_GPU_FOR_IMAGES SPLIT_FOLDERS STEM_COLUMNS
         UNSUPPORTED_SUFFIXES UnreadableImageError balanced_frequencies center_crop
         check_seed create_dataloaders derive_seed find_images fingerprint group_images
@@ -56,7 +58,7 @@ PUBLIC = {
         flip_batch_vertically rotate_batch
     """,
     "visualizations": """
-        plot_augmentations plot_class_distribution plot_class_metrics
+        overlay_heatmap plot_augmentations plot_class_distribution plot_class_metrics
         plot_confusion_matrix plot_gradcams plot_learning_curves plot_mistakes
         plot_model_comparison plot_pairs plot_reliability plot_roc_pr_curves plot_samples
     """,

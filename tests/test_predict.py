@@ -18,6 +18,7 @@ import dataset
 import models
 from dataset import DatasetBuilder, LesionLoader, fingerprint, normalize, resize
 from evaluation import Calibration
+from inference import ensemble
 from models import MODELS, get_model
 from predict import Ensemble, export_onnx, find_files, gradcam, main, predict
 from storage.files import read_csv
@@ -64,17 +65,6 @@ def images(make_images):
     return make_images({"a": 4, "b": 3}, name="images")
 
 
-def run(*words, cwd=None):
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, ROOT / "predict.py", *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def break_files(folder):
     """Files that are no images, by name why."""
     whole = (folder / "a/0000.png").read_bytes()
@@ -89,14 +79,14 @@ def break_files(folder):
 
 def seen_by_model(monkeypatch):
     """The batches that models loaded from now on are given."""
-    seen, load = [], models.load_model
+    seen, load = [], ensemble.load_model
 
     def load_and_watch(path):
         model, info = load(path)
         model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
         return model, info
 
-    monkeypatch.setattr(models, "load_model", load_and_watch)
+    monkeypatch.setattr(ensemble, "load_model", load_and_watch)
     return seen
 
 
@@ -162,7 +152,7 @@ def test_no_more_than_two_batches_are_decoded_ahead_of_the_model(images, save_mo
     for path in paths:
         Path(path).write_bytes((images / "a/0000.png").read_bytes())
     decoded, decoded_before = [], []
-    prepare, see = dataset.prepare_image, Ensemble.probabilities
+    prepare, see = ensemble.prepare_image, Ensemble.probabilities
 
     def count(path, *rest):
         decoded.append(path)
@@ -174,7 +164,7 @@ def test_no_more_than_two_batches_are_decoded_ahead_of_the_model(images, save_mo
         decoded_before.append(len(decoded))
         return see(ensemble, pixels, tta)
 
-    monkeypatch.setattr(dataset, "prepare_image", count)
+    monkeypatch.setattr(ensemble, "prepare_image", count)
     monkeypatch.setattr(Ensemble, "probabilities", see_slowly)
     table = predict(save_model(), paths, batch_size=4, num_workers=3, device="cpu")
     assert table["path"].tolist() == paths
@@ -793,33 +783,38 @@ def test_flags_of_the_command_do_what_the_function_does(
 
 
 def test_exit_statuses_are_0_for_all_read_1_for_some_and_2_for_a_mistake(
-    images, tmp_path, save_model
+    images, tmp_path, save_model, start
 ):
+    def run(*words, cwd):
+        process = start(ROOT / "predict.py", *words, cwd=cwd)
+        return *process.communicate(timeout=120), process.returncode
+
     picture = (images / "a/0000.png").read_bytes()
     for name in ("-x.png", "möle ☃\n.png"):
         (images / name).write_bytes(picture)
     model = save_model()
-    done = run("--model", model, ".", "--output", "../o.json", "--", "-x.png", cwd=images)
-    assert (done.returncode, done.stderr) == (0, "")
+    words = ["--model", model, ".", "--output", "../o.json", "--", "-x.png"]
+    printed, errors, status = run(*words, cwd=images)
+    assert (status, errors) == (0, "")
     paths = [row["path"] for row in json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))]
     assert paths == ["-x.png", *(f"a/{i:04d}.png" for i in range(4)),
                      *(f"b/{i:04d}.png" for i in range(3)), "möle ☃\n.png"]  # fmt: skip
-    assert "\nmöle" not in done.stdout and r"'m\xf6le \u2603\n.png'" in done.stdout
+    assert "\nmöle" not in printed and r"'m\xf6le \u2603\n.png'" in printed
 
     break_files(images)
-    done = run("--model", model, "--output", "../o.csv", ".", cwd=images)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 3
+    printed, errors, status = run("--model", model, "--output", "../o.csv", ".", cwd=images)
+    assert status == 1
+    assert len(errors.splitlines()) == 3
     for line, words in zip(
-        done.stderr.splitlines(), (r"cut\nshort.png'", "empty.jpg: empty", "pipe.gif"), strict=True
+        errors.splitlines(), (r"cut\nshort.png'", "empty.jpg: empty", "pipe.gif"), strict=True
     ):
         assert line.startswith("predict.py: warning: ") and words in line
-    assert "9 images; could not be read: 3" in done.stdout
+    assert "9 images; could not be read: 3" in printed
     assert len(pd.read_csv(tmp_path / "o.csv")) == 9
 
-    done = run("--model", model, "gone.png", cwd=images)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "predict.py: error: gone.png: no such file or folder\n"
+    printed, errors, status = run("--model", model, "gone.png", cwd=images)
+    assert (status, printed) == (2, "")
+    assert errors == "predict.py: error: gone.png: no such file or folder\n"
 
 
 @pytest.mark.parametrize(

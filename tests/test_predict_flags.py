@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 import predict
-import training
 from experiment import results
 from imaging import cache
-from inference import ensemble
+from inference import ensemble, export
 from learning import hardware
 from models import get_model
 from predict import main
@@ -181,9 +180,9 @@ def observe(here, monkeypatch, capfd):
     for module in (ensemble, cache):
         note(module, "ThreadPoolExecutor", lambda threads: threads)
     note(hardware, "choose_device", str)
-    note(training, "choose_device", str)
+    note(ensemble, "choose_device", str)
     note(results, "create_dataloaders", lambda _, batch_size, **options: batch_size)
-    monkeypatch.setattr(predict, "export_onnx", lambda model, path: shutil.copy(model, path))
+    monkeypatch.setattr(export, "export_onnx", lambda model, path: shutil.copy(model, path))
 
     def run(words):
         done.clear()

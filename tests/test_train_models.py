@@ -400,15 +400,17 @@ def torchrun(arguments, script=ROOT / "train_models.py", **options):
     return subprocess.Popen([*launcher, str(script), *arguments], text=True, **options)
 
 
-def test_two_processes_train_what_one_with_twice_the_batch_does(arguments, tmp_path):
+def test_two_processes_train_what_one_with_twice_the_batch_does(
+    arguments, start_processes, tmp_path
+):
     options = ["--models", "simple_cnn", "--dropout_rate", "0", "--precision", "fp32"]
+    words = [*arguments, *options, "--batch_size", "4"]
+    both = start_processes(ROOT / "train_models.py", *words)
     main([*arguments, *options, "--batch_size", "8", "--save_dir", str(tmp_path / "one")])
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    both = torchrun([*arguments, *options, "--batch_size", "4"], **output)
-    printed, errors = both.communicate(timeout=240)
-    assert both.returncode == 0, errors
+    (printed, errors), (printed_by_second, _) = (each.communicate(timeout=240) for each in both)
+    assert [each.returncode for each in both] == [0, 0], errors
     assert "2 processes, together with batches of 8 images" in printed
-    assert printed.count("Everything is in") == 1
+    assert printed.count("Everything is in") == 1 and printed_by_second == ""
     assert names(tmp_path / "out/simple_cnn") - {"mistakes.png"} == MODEL_FILES
 
     one, two = (tmp_path / name / "simple_cnn" for name in ("one", "out"))
@@ -430,16 +432,14 @@ sys.exit(train_models.main())
 """
 
 
-def test_two_processes_draw_the_demo_once_and_train_on_it(tmp_path):
+def test_two_processes_draw_the_demo_once_and_train_on_it(start_processes, tmp_path):
     script = tmp_path / "small_demo.py"
     script.write_text(SMALL_DEMO)
     quick = ["--models", "simple_cnn", "--num_steps", "2", "--eval_every", "2", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    path = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = ["--demo", "--batch_size", "8", *quick]
-    both = torchrun(words, script, cwd=tmp_path, env=path, **pipes)
-    printed, errors = both.communicate(timeout=240)
-    assert both.returncode == 0, errors
+    both = start_processes(script, "--demo", "--batch_size", "8", *quick, cwd=tmp_path)
+    (printed, errors), (printed_by_second, _) = (each.communicate(timeout=240) for each in both)
+    assert [each.returncode for each in both] == [0, 0], errors
+    assert printed_by_second == ""
     # The second process may be quicker: it says nothing, and the first finds the images.
     assert printed.count("drawing synthetic images in data/demo") <= 1
     assert len(list((tmp_path / "data/demo").rglob("*.jpg"))) == 60
@@ -449,42 +449,58 @@ def test_two_processes_draw_the_demo_once_and_train_on_it(tmp_path):
     assert said.startswith("torchrun --nproc_per_node=2 train_models.py --demo --models simple_cnn")
 
 
-def test_of_two_processes_one_audits(arguments, tmp_path):
+def test_of_two_processes_one_audits(arguments, start_processes, tmp_path):
     shutil.copy(
         Path(arguments[1]) / "Test/melanoma/0000.png", Path(arguments[1]) / "Train/mole $1_x"
     )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    both = torchrun([*arguments[:6], "--audit_only"], **pipes)
-    printed, errors = both.communicate(timeout=240)
-    assert both.returncode == 1 and "error: " not in errors, errors
+    both = start_processes(ROOT / "train_models.py", *arguments[:6], "--audit_only")
+    (printed, errors), (printed_by_second, _) = (each.communicate(timeout=240) for each in both)
+    assert [each.returncode for each in both] == [1, 0] and "error: " not in errors, errors
+    assert printed_by_second == ""
     assert printed.count("audit: pictures under several classes: 1") == 1
     assert names(tmp_path / "out") == {"audit.csv", "audit.png", "config.json"}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-def test_when_one_process_dies_the_other_does_not_hang_and_both_can_go_on(
-    arguments, tmp_path, signum
+def wait_for(file, process, log):
+    waited = time.monotonic()
+    while not file.exists() and time.monotonic() - waited < 120 and process.poll() is None:
+        time.sleep(0.02)
+    assert file.exists(), log()
+
+
+LONG = ["--models", "simple_cnn", "--num_steps", "160", "--eval_every", "160"]
+LONG += ["--checkpoint_every", "10"]
+
+
+def test_when_one_process_is_killed_torchrun_ends_the_other_and_both_can_go_on(
+    arguments, start_processes, tmp_path
 ):
-    steps = ["--num_steps", "160", "--eval_every", "160", "--checkpoint_every", "10"]
-    words = [*arguments, "--models", "simple_cnn", *steps]
+    words = [*arguments, *LONG]
     last = tmp_path / "out/simple_cnn/last.pth"
     with (tmp_path / "log").open("w+") as log:
         both = torchrun(words, stdout=log, stderr=log)
-        waited = time.monotonic()
-        while not last.exists() and time.monotonic() - waited < 120 and both.poll() is None:
-            time.sleep(0.02)
-        assert last.exists(), (tmp_path / "log").read_text()
+        wait_for(last, both, (tmp_path / "log").read_text)
         workers = Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signum)
+        os.kill(int(workers[-1]), signal.SIGKILL)
         assert both.wait(timeout=60) != 0
-        if signum == signal.SIGTERM:  # which stops both after the same step, and the first writes
-            said = "stopped by SIGTERM; to go on: torchrun --nproc_per_node=2 train_models.py"
-            assert said in (tmp_path / "log").read_text()
-        assert not last.with_name("metrics.json").exists()
-        again = torchrun([*words, "--resume"], stdout=log, stderr=log)
-        assert again.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert not last.with_name("metrics.json").exists()
+    again = start_processes(ROOT / "train_models.py", *words, "--resume")
+    assert [each.wait(timeout=120) for each in again] == [0, 0], again[0].communicate()
     assert names(last.parent) - {"mistakes.png"} == MODEL_FILES
     assert "160" in last.with_name("history.csv").read_text()
+
+
+def test_when_one_process_is_to_stop_both_do_after_the_same_step(
+    arguments, start_processes, tmp_path
+):
+    both = start_processes(ROOT / "train_models.py", *arguments, *LONG)
+    last = tmp_path / "out/simple_cnn/last.pth"
+    wait_for(last, both[0], lambda: both[0].communicate()[1])
+    both[1].send_signal(signal.SIGTERM)
+    assert [each.wait(timeout=60) for each in both] == [143, -signal.SIGTERM]
+    said = "stopped by SIGTERM; to go on: torchrun --nproc_per_node=2 train_models.py"
+    assert said in both[0].communicate()[1]
+    assert not last.with_name("metrics.json").exists()
 
 
 NAN_IN_ONE = """
@@ -502,15 +518,13 @@ train(model, batches, [batch], 2, 40, make_optimizer(model), eval_every=5, save_
 """
 
 
-def test_a_loss_that_is_none_in_one_process_ends_all_at_the_same_step(tmp_path):
+def test_a_loss_that_is_none_in_one_process_ends_all_at_the_same_step(start_processes, tmp_path):
     (tmp_path / "script.py").write_text(NAN_IN_ONE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*launcher, str(tmp_path / "script.py"), str(tmp_path / "m")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert result.stderr.count("NonFiniteLossError: the training loss is nan at step 3 (") == 2
+    both = start_processes(tmp_path / "script.py", tmp_path / "m")
+    assert [each.wait(timeout=120) for each in both] == [1, 1]
+    for each in both:
+        _, errors = each.communicate()
+        assert "NonFiniteLossError: the training loss is nan at step 3 (" in errors
     assert not (tmp_path / "m/last.pth").exists()
 
 
@@ -584,12 +598,11 @@ def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeyp
     assert "out of memory with --batch_size 16; try --batch_size 8 --accumulate 4" in line
 
 
-def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
-    words = [sys.executable, ROOT / "train_models.py", *arguments, "--compile"]
-    own = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = subprocess.run(words, capture_output=True, text=True, env=os.environ | own)
-    assert result.returncode == 2
-    (line,) = errors(result.stderr)
+def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    assert main([*arguments, "--models", "simple_cnn", "--compile"]) == 2
+    (line,) = errors(capfd.readouterr().err)
     assert "--compile does not work here (" in line and "run without it" in line
 
 

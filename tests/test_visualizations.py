@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from visualizations import (
+    overlay_heatmap,
     plot_augmentations,
     plot_class_distribution,
     plot_class_metrics,
@@ -828,6 +829,25 @@ def test_a_heatmap_is_laid_over_the_grey_picture_beside_the_picture():
     scale = figure.axes[-1]
     assert scale.get_xlabel() == "Grad-CAM"
     assert scale.get_xlim() == (0, 1)
+
+
+def test_an_overlay_leaves_the_image_where_the_heatmap_is_0_and_is_its_colour_where_it_is_high():
+    image = colour_tiles("red")[0]
+    heatmap = np.zeros((8, 8), np.float32)
+    heatmap[:, 4:], heatmap[:, 6:] = 0.5, 1
+    overlay = overlay_heatmap(image, heatmap)
+    assert overlay.dtype == np.uint8
+    np.testing.assert_array_equal(overlay[:, :4], image[:, :4])
+    colours = 255 * np.array(matplotlib.colormaps["viridis"]([0.5, 1.0]))[:, :3]
+    np.testing.assert_allclose(overlay[0, 4], 0.7 * image[0, 4] + 0.3 * colours[0], atol=0.51)
+    np.testing.assert_allclose(overlay[0, 7], 0.4 * image[0, 7] + 0.6 * colours[1], atol=0.51)
+    np.testing.assert_array_equal(overlay_heatmap(image / 255, heatmap), overlay)
+    with pytest.raises(ValueError, match=r"heatmap has shape \(7, 8\); it must be \(8, 8\)"):
+        overlay_heatmap(image, heatmap[:7])
+    with pytest.raises(ValueError, match="heatmap goes from 0.0 to 2.0"):
+        overlay_heatmap(image, 2 * heatmap)
+    with pytest.raises(ValueError, match=r"image has shape \(3, 8, 8\)"):
+        overlay_heatmap(image.transpose(2, 0, 1), heatmap)
 
 
 def test_the_predicted_class_is_named_below_a_heatmap_only_where_it_is_wrong():

@@ -1,6 +1,8 @@
 """Runs that are stopped, by a signal, by another run or by numbers that are none."""
 
+import contextlib
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from dataset import DatasetBuilder, create_dataloaders
 from experiment import results
 from experiment.results import EvaluationSettings, evaluate_folder
 from experiment.run_folder import claim
-from models import get_model
+from models import get_model, load_model
 from predict import main as predict_main
 from storage.tensors import save_tensors
 from train_models import main
@@ -28,6 +30,7 @@ from training import NonFiniteLossError, make_optimizer, train, warmup_cosine
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+pytestmark = pytest.mark.usefixtures("quick_figures")
 
 
 @pytest.fixture
@@ -156,7 +159,7 @@ def test_a_second_signal_ends_the_step_and_leaves_the_former_checkpoint(
     loaders, tmp_path, at_step, handled, monkeypatch
 ):
     whole = run(loaders, tmp_path / "whole")
-    monkeypatch.setattr("learning.distributed.SECONDS_OF_ONE_SIGNAL", 0.0)
+    monkeypatch.setattr("learning.processes.SECONDS_OF_ONE_SIGNAL", 0.0)
     at_step(6, send(signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(loaders, tmp_path / "halves")
@@ -229,7 +232,10 @@ def said_command(line):
     return words[2:]
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.draws)],
+)
 def test_a_stopped_run_says_the_command_that_ends_it_as_if_it_had_not_been(
     arguments, tmp_path, at_step, capfd, signum, status
 ):
@@ -282,15 +288,13 @@ def test_a_signal_while_figures_are_drawn_leaves_none_half_written(
     assert (tmp_path / "out/report.html").exists()
 
 
-def test_a_real_process_ends_in_one_line_with_the_status_of_its_signal(arguments, tmp_path):
-    words = [sys.executable, str(ROOT / "train_models.py"), *arguments]
-    words += ["--num_steps", "100000", "--eval_every", "100000", "--checkpoint_every", "10"]
-    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, text=True, **output) as process:
-        while not (tmp_path / "out/simple_cnn/last.pth").exists() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        (line,) = process.communicate(timeout=60)[1].splitlines()
+def test_a_real_process_ends_in_one_line_with_the_status_of_its_signal(arguments, start, tmp_path):
+    words = [*arguments, "--num_steps", "100000", "--eval_every", "100000"]
+    process = start(ROOT / "train_models.py", *words, "--checkpoint_every", "10")
+    while not (tmp_path / "out/simple_cnn/last.pth").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    (line,) = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 143
     assert said_command(line)[-1] == "--resume"
 
@@ -313,16 +317,14 @@ def prediction(make_images, tmp_path, monkeypatch):
     ("signum", "output"), [(signal.SIGINT, "out.csv"), (signal.SIGTERM, "out.json")]
 )
 def test_a_prediction_that_is_stopped_ends_in_one_line_without_half_a_file(
-    prediction, tmp_path, signum, output
+    prediction, start, tmp_path, signum, output
 ):
     before = sorted(tmp_path.iterdir())
-    words = [sys.executable, str(ROOT / "predict.py"), *prediction, "--output", output]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, text=True, **pipes) as process:
-        while not list(tmp_path.glob(".out.*.tmp*")) and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signum)
-        (line,) = process.communicate(timeout=60)[1].splitlines()
+    process = start(ROOT / "predict.py", *prediction, "--output", output)
+    while not list(tmp_path.glob(".out.*.tmp*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    (line,) = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 128 + signum
     assert line == f"predict.py: stopped by {signum.name}; nothing was written"
     assert sorted(tmp_path.iterdir()) == before
@@ -391,40 +393,73 @@ train_models.main(["--demo"])
         assert process.wait(10) == -signal.SIGINT
 
 
-def test_runs_killed_at_random_moments_end_as_if_they_had_not_been():
-    words = [sys.executable, ROOT / "benchmarks/crash.py", "--times", "2", "--num_steps", "24"]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "identical: 2 of 2" in result.stdout
+QUICK_FIGURES = """
+import matplotlib.figure, sys, train_models
+from PIL import Image
+def save(figure, file, *, format, **options):
+    Image.new("RGB", (8, 8)).save(file, format)
+matplotlib.figure.Figure.savefig = save
+sys.exit(train_models.main())
+"""
+
+
+def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(arguments, start, tmp_path):
+    """As benchmarks/crash.py does, which does it more often and draws the figures."""
+    script = tmp_path / "quick_figures.py"
+    script.write_text(QUICK_FIGURES)
+    script_and_words = [script, *arguments, "--num_steps", "40", "--checkpoint_every", "4"]
+    started = time.monotonic()
+    whole = start(*script_and_words, "--save_dir", tmp_path / "whole")
+    assert whole.wait(timeout=120) == 0, whole.communicate()
+    duration = time.monotonic() - started
+    rng = random.Random(time.time_ns())
+    for _ in range(6):
+        run = start(*script_and_words, "--resume")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(rng.uniform(0, duration))
+        run.kill()
+        assert run.wait(60) in (0, -signal.SIGKILL), run.communicate()
+    assert start(*script_and_words, "--resume").wait(timeout=120) == 0
+    weights, resumed = (
+        load_model(tmp_path / name / "simple_cnn/model.pth")[0].state_dict()
+        for name in ("whole", "out")
+    )
+    assert all(torch.equal(value, resumed[key]) for key, value in weights.items())
+    tables = [tmp_path / name / "simple_cnn/predictions.csv" for name in ("whole", "out")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
 # ---------------------------------------------------------------------------- two at once
 
 
 OWNER = """
-import sys
+import sys, time
+from pathlib import Path
 from experiment.run_folder import claim
 with claim(sys.argv[1]):
-    print(flush=True)
-    input()
+    Path("claimed").touch()
+    time.sleep(600)
 """
 
 
-def test_a_second_run_names_the_first_and_touches_nothing(arguments, tmp_path, monkeypatch, capfd):
+def test_a_second_run_names_the_first_and_touches_nothing(
+    arguments, start, tmp_path, monkeypatch, capfd
+):
     monkeypatch.setattr("experiment.run_folder.SECONDS_TO_WAIT", 0.1)
     out = tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    words = [sys.executable, "-c", OWNER, str(out)]
-    with subprocess.Popen(words, env=environment, **pipes) as owner:
-        owner.stdout.readline()
-        before = digest(out)
-        for words in (arguments, [*arguments, "--resume"], [*arguments[:4], "--audit_only"]):
-            assert main(words) == 2
-            (line,) = capfd.readouterr().err.splitlines()
-            assert f"{out} is in use by process {owner.pid} on " in line
-        assert digest(out) == before
-        owner.kill()
+    (tmp_path / "owner.py").write_text(OWNER)
+    owner = start(tmp_path / "owner.py", out, cwd=tmp_path)
+    while not (tmp_path / "claimed").exists() and owner.poll() is None:
+        time.sleep(0.02)
+    before = digest(out)
+    for words in (arguments, [*arguments, "--resume"], [*arguments[:4], "--audit_only"]):
+        assert main(words) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{out} is in use by process {owner.pid} on " in line
+    assert digest(out) == before
+    owner.kill()
+    owner.wait()
     assert main(arguments) == 0  # the claim has gone with its process
     model, found = out / "simple_cnn/model.pth", tmp_path / "found"
     with claim(found), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):

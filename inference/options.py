@@ -1,0 +1,61 @@
+"""The options of a prediction, and what is checked of them before the work; without torch."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from imaging.prepare import Preprocessor
+
+
+NUM_VIEWS = 8  # flips and quarter-turns of a square
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionOptions:
+    """How images are predicted; `predict.predict` describes each option.
+
+    Raises ValueError for a value out of range, and ValueError or FileNotFoundError for an `output`
+    that cannot be written.
+    """
+
+    output: str | Path | None = None
+    tta: int = 1
+    gradcam: str | Path | None = None
+    thresholds: Mapping[str, float] | None = None
+    preprocessors: "Sequence[Preprocessor]" = ()
+    device: "torch.device | str | None" = None
+    precision: str = "auto"
+    batch_size: int = 32
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tta <= NUM_VIEWS:
+            raise ValueError(f"tta is {self.tta}; it must be from 1 to {NUM_VIEWS}")
+        for name in ("batch_size", "num_workers"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}; it must be 1 or more")
+        if self.output is not None:
+            check_file_to_write(self.output, (".csv", ".json"))
+
+
+def check_file_to_write(path: str | Path, suffixes: Sequence[str]) -> None:
+    """Raises ValueError or FileNotFoundError for a file that could not be written at the end."""
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: a file to write must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+
+
+def as_list(paths: Paths) -> list[str | os.PathLike]:
+    """Returns one path or several as a list."""
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
