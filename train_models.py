@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             PROGRAM,
             lambda: run(settings, is_demo),
             advice=lambda error: _advice(error, settings),
-            if_stopped="nothing had been begun",
+            if_stopped="nothing had been started",
             show_warnings=is_first,
         )
 
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(settings: Settings, is_demo: bool = False) -> int:
     """Trains and compares the models, or audits the images alone, and returns the exit status.
 
-    It is 1 when only the audit was asked for and found something. Nothing in `save_dir` is touched
-    before all is in order, and what is wrong with the folders is found before torch is imported.
+    The status is 1 when an audit found something. The folders are checked before torch is imported.
     """
     if settings.audit_only and not is_first_process():
         return 0  # one process is enough, and torchrun would stop it when another one ends with 1

@@ -85,8 +85,8 @@ class Data:
 def run(settings: Settings, is_demo: bool = False) -> int:
     """Trains and compares the models, or only audits the images, and returns the exit status.
 
-    It is 1 when only the audit was asked for and found something. What flags and folders tell is
-    checked before any image is read, and all else before anything in `save_dir` is touched.
+    The status is 1 when an audit found something. All that can be checked without the images is
+    checked before they are read, and everything before `save_dir` is touched.
     """
     _check_models(settings.models)
     TrainingFolder.read(settings.save_dir)
@@ -232,13 +232,13 @@ def _check_models(names: Sequence[str]) -> None:
 
 
 def _check_images(images: pd.DataFrame, settings: Settings) -> None:
-    """Raises ValueError for what the paths and tables alone tell, as `list_images` gives them."""
+    """Raises ValueError for what can be told from the paths and tables of `list_images` alone."""
     if settings.malignant_classes:
         match_classes(sorted(images["class"].unique()), settings.malignant_classes)
     if "split" in images:
         _check_given_splits(set(images["split"].dropna()), settings)
         _check_batch_size((images["split"] == "train").sum(), "training images", settings)
-    else:  # which of them are for training is known once they have been read
+    else:  # how many of them are for training is known once they have been read
         _check_batch_size(len(images), "images in all", settings)
 
 
@@ -260,10 +260,7 @@ def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
 
 
 def _check_run(settings: Settings, is_demo: bool) -> torch.device:
-    """Raises for what `save_dir`, device and weights do not allow; returns the device.
-
-    Loading weights, which may have to be downloaded, comes last.
-    """
+    """Checks `save_dir`, device and weights, which may be downloaded, and returns the device."""
     folder = TrainingFolder.read(settings.save_dir)
     device = choose_own_device(settings.device)
     run = _describe_run(settings, device)
@@ -287,7 +284,7 @@ def _check_folder(
 
 
 def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
-    """Raises when weights are wanted and cannot be had or do not fit, or a file has no use."""
+    """Raises an error for weights that are missing, do not fit or are used by no model."""
     if settings.weights not in ("imagenet", "none") and not any(
         map(is_pretrained, settings.models)
     ):
@@ -296,7 +293,7 @@ def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
         )
     pretrained = [name for name in trained if is_pretrained(name)]
     if pretrained and settings.weights != "none":
-        # They load into one as into the other, whatever the classes: one model is test enough.
+        # They fit either both models or none, whatever the classes: trying one is enough.
         _make_model(pretrained[0], 2, settings)
 
 
@@ -304,7 +301,7 @@ def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
 
 
 def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_demo: bool) -> None:
-    """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
+    """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`."""
     folder = TrainingFolder.read(settings.save_dir)
     run = _describe_run(settings, device) | describe_data(data.metadata)
     _check_folder(folder, settings, run, is_demo)
@@ -312,7 +309,7 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
     resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
     records = folder.make_room([m for m in trained if m not in resumed], run)
     if not trained:
-        return  # what stands in the folder is of the command that trained the models
+        return  # config.json keeps the command that trained the models
     records |= dict.fromkeys(trained, run)
     _write_config(TRAINING, settings, is_demo, device, images=data.digest, runs=records)
     write_csv(data.metadata, folder.save_dir / "splits.csv")
@@ -333,9 +330,9 @@ def _write_config(
 
 
 def _describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Returns all but the images that a model's results depend on, as JSON gives it back."""
+    """Returns all that a model's results depend on but the images, as it is read from JSON."""
     run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
-    # The precision that is used: "auto" is another one on another machine.
+    # What "auto" stands for on this machine.
     run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
     return json.loads(json.dumps(run | {"processes": get_world_size()}))
 
@@ -353,13 +350,13 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
                 f"at least {errors} of the {len(test):,} test images will be classified wrong, "
                 "whatever the model: identical images have several classes"
             )
-    # What is finished in this folder now is of this run: all processes see the same.
-    # All processes have prepared their images by now, so none waits long for another.
+    # All processes have prepared their images by now, so none waits long for another, and all see
+    # the same models as finished, as those of other runs have been removed.
     with process_group(device):
         for number, name in enumerate(settings.models, 1):
             print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
             if (save_dir / name / "metrics.json").exists():
-                print("finished already")
+                print("already finished")
             else:
                 with logging_redirect_tqdm():  # or a line of the log would break the bar
                     _train_one(name, settings, data, device)
@@ -381,7 +378,7 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
 
 
 def _train_one(name: str, settings: Settings, data: Data, device: torch.device) -> None:
-    """Trains one model and fills its folder; `metrics.json`, written last, says that it is done."""
+    """Trains and evaluates a model and writes its folder, `metrics.json` last of all."""
     folder, classes = Path(settings.save_dir) / name, data["train"].classes
     model = _make_model(name, len(classes), settings)
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
@@ -448,7 +445,7 @@ def _class_weights(settings: Settings, dataset: LesionDataset) -> list[float] | 
 
 
 def _training_time(history: dict[str, list[float]], settings: Settings) -> float:
-    """Seconds spent in training steps, over all sessions of a run; evaluations are not counted."""
+    """Returns the seconds of all training steps, resumed runs included, without evaluations."""
     images_a_step = settings.batch_size * settings.accumulate * get_world_size()
     num_steps = np.diff(history["step"], prepend=0)
     return float((num_steps * images_a_step / history["images_per_second"]).sum())

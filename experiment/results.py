@@ -111,8 +111,13 @@ def save_results(
     found["test"]["loss"] = evaluation.loss
     calibrated = info.calibration.apply(evaluation.probabilities)
     folder.mkdir(parents=True, exist_ok=True)
-    table = _predictions(dataset.metadata["path"], evaluation, calibrated, info.classes)
-    write_csv(table, folder / "predictions.csv")
+    names = np.array(info.classes, dtype=object)
+    predictions = {
+        "path": name_column(dataset.metadata["path"].tolist()),
+        "true_class": names[evaluation.labels],
+        "predicted_class": names[evaluation.probabilities.argmax(axis=1)],
+    } | {f"prob_{name}": calibrated[:, label] for label, name in enumerate(names)}
+    write_csv(pd.DataFrame(predictions), folder / "predictions.csv")
     plot_metrics(folder, found, evaluation.labels, calibrated, info.classes)
     plot_examples(folder, model, dataset, evaluation, calibrated)
     about = {
@@ -124,19 +129,6 @@ def save_results(
         "trainable_parameters": count_parameters(model, trainable_only=True),
     }
     write_json(folder / "metrics.json", about | found)
-
-
-def _predictions(
-    paths: pd.Series, evaluation: Evaluation, calibrated: np.ndarray, classes: Sequence[str]
-) -> pd.DataFrame:
-    names = np.array(classes, dtype=object)
-    columns: dict[str, Any] = {
-        "path": name_column(paths.tolist()),
-        "true_class": names[evaluation.labels],
-        "predicted_class": names[evaluation.probabilities.argmax(axis=1)],
-    }
-    columns |= {f"prob_{name}": calibrated[:, label] for label, name in enumerate(classes)}
-    return pd.DataFrame(columns)
 
 
 def plot_metrics(

@@ -53,9 +53,9 @@ SECONDS_TO_WAIT = 6
 def claim(save_dir: str | Path) -> Iterator[None]:
     """Keeps other runs out of `save_dir`, which is created, until the block ends.
 
-    Removes what killed runs left half written there and in the folders of its models. The claim
-    ends with its process, however that ends. Raises ValueError when another process has it, and
-    says which.
+    Removes half-written files of killed runs there and in the folders of its models. The claim
+    ends with its process, however that ends. Raises ValueError when another process has claimed the
+    folder, and says which.
     """
     save_dir = Path(save_dir)
     save_dir.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _model_folders(save_dir: Path) -> list[Path]:
 def _describe_owner(owner: Path) -> str:
     try:
         return owner.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:  # it has the lock, and has not come to writing this yet
+    except FileNotFoundError:  # it has the lock, but has not written this yet
         return "another process"
 
 
@@ -143,7 +143,7 @@ def read_config(save_dir: str | Path) -> dict[str, Any]:
 def kind_of_run(config: dict[str, Any]) -> str | None:
     """Returns TRAINING, EVALUATION or AUDIT for what `read_config` gives; None for an empty dict.
 
-    Files written before `kind` was recorded are told apart by what they hold.
+    In files written before `kind` was recorded, other keys tell.
     """
     if not config:
         return None
@@ -191,11 +191,11 @@ def _valid_records(runs: Any) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """The folder of a training run, and what is known of the models in it.
+    """The folder of a training run and the models in it.
 
     A model's record is a dict of all that its results depend on: settings, and under `DATA` and
-    `METADATA` digests of what it was trained and tested on. A run is described by such a dict; as
-    long as its images have not been looked at, without these two.
+    `METADATA` digests of what it was trained and tested on. The argument `run` of the methods is
+    such a dict for the present run, without these two before its images have been read.
     """
 
     save_dir: Path
@@ -203,7 +203,7 @@ class TrainingFolder:
 
     @classmethod
     def read(cls, save_dir: str | Path) -> "TrainingFolder":
-        """Returns what stands in the folder, which need not exist.
+        """Reads the folder, which need not exist.
 
         Raises ValueError when it holds an evaluation, or a `config.json` of another program.
         """
@@ -217,7 +217,7 @@ class TrainingFolder:
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
-        """The record of each model that a run trained here, whether or not it was finished."""
+        """The record of each model that was trained here, finished or not."""
         return _valid_records(self.config.get("runs"))
 
     def is_finished(self, model: str) -> bool:
@@ -231,11 +231,11 @@ class TrainingFolder:
         return self.is_finished(model) and not self._differences(model, run)
 
     def not_done(self, models: Sequence[str], run: dict[str, Any], overwrite: bool) -> list[str]:
-        """Returns those of the models that this run has to train, all of them to `overwrite`."""
+        """Returns the models that this run has to train, which are all with `overwrite`."""
         return [model for model in models if overwrite or not self.is_done(model, run)]
 
     def others(self, models: Sequence[str]) -> list[str]:
-        """Returns the other models of which a run left something here."""
+        """Returns the models in the folder that are not among these."""
         return [
             name
             for name in self.records
@@ -245,9 +245,9 @@ class TrainingFolder:
     def check(
         self, models: Sequence[str], run: dict[str, Any], *, resume: bool, may_replace: bool
     ) -> None:
-        """Raises ValueError when training these models would lose what stands here.
+        """Raises ValueError when training these models would lose results in the folder.
 
-        With `resume`, also when what stands here is no beginning of this run.
+        With `resume`, also when the folder holds the models of another run.
         """
         if resume:
             self._check_resumed(models, run)
@@ -262,9 +262,9 @@ class TrainingFolder:
             )
 
     def check_audit(self, images: str) -> None:
-        """Raises ValueError when a run stands here on others than these images.
+        """Raises ValueError when the folder holds a training run on other images.
 
-        `images` is what `digest_images` gives for them.
+        `images` is what `digest_images` returns.
         """
         if kind_of_run(self.config) == TRAINING and self.config.get("images") != images:
             raise ValueError(
@@ -273,9 +273,9 @@ class TrainingFolder:
             )
 
     def make_room(self, models: Sequence[str], run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Removes models of other data, all that is to start afresh, and the figures of the run.
+        """Removes these models, those of other data, and the figures that compare all models.
 
-        `models` are those to start afresh. Returns the records of the models that are kept.
+        Returns the records of the models that are kept.
         """
         of_other_data = self._of_other_data(models, run)
         removed = [*models, *of_other_data]
@@ -290,8 +290,8 @@ class TrainingFolder:
             differing = self._differences(model, run)
             if differing and self._has_any(model, ("metrics.json", "last.pth", "model.pth")):
                 raise ValueError(
-                    f"--resume: {self.save_dir / model} is of another run: {'; '.join(differing)}; "
-                    "start afresh with --overwrite instead of --resume, or choose another "
+                    f"--resume: {self.save_dir / model} belongs to another run: "
+                    f"{'; '.join(differing)}; start afresh with --overwrite instead of --resume, or choose another "
                     "--save_dir"
                 )
 
@@ -325,7 +325,7 @@ class TrainingFolder:
         return [n for n in self.others(models) if self.records[n].get(DATA) != run[DATA]]
 
     def _describe(self, model: str) -> str:
-        """The model with what tells a person which one it is."""
+        """Returns the model's name with its steps, accuracy and date."""
         steps = self.records.get(model, {}).get("num_steps")
         known = [] if steps is None else [f"{steps} steps"]
         path = self.save_dir / model / "metrics.json"
@@ -342,10 +342,11 @@ class TrainingFolder:
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """The folder of an evaluation (predict.py --evaluate), and the models measured in it.
+    """The folder of an evaluation (predict.py --evaluate) and the models measured in it.
 
-    A model's record is a dict of all that its figures depend on, with the keys of `DIFFERENCES`.
-    As long as the images have not been looked at, without that of the images.
+    A model's record is a dict of all that its results depend on, with the keys of `DIFFERENCES`;
+    `runs` are such records of the present evaluation, without that of the images before these have
+    been read.
     """
 
     save_dir: Path
@@ -355,10 +356,10 @@ class EvaluationFolder:
     def read(
         cls, save_dir: str | Path, models: Iterable[str], data_dir: str | Path
     ) -> "EvaluationFolder":
-        """Returns what stands in the folder, which need not exist.
+        """Reads the folder, which need not exist.
 
-        Raises ValueError where an evaluation of models of these names would write over files that
-        are not of an earlier evaluation.
+        Raises ValueError when an evaluation of models of these names would write over files other
+        than those of an earlier evaluation.
         """
         save_dir = Path(save_dir)
         folders = [save_dir, *(save_dir / name for name in models)]
@@ -383,12 +384,12 @@ class EvaluationFolder:
             others = sorted(save_dir.glob("*/metrics.json"))
         for path in [*(folder / file for folder in folders for file in files), *others]:
             if path.exists():
-                raise ValueError(f"{path} is not of an evaluation; choose another folder")
+                raise ValueError(f"{path} was not written by an evaluation; choose another folder")
         return cls(save_dir, config)
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
-        """The record of each model of which an evaluation wrote something here."""
+        """The record of each model that was evaluated here, finished or not."""
         if kind_of_run(self.config) != EVALUATION:
             return {}
         runs = self.config.get("runs")
@@ -405,11 +406,10 @@ class EvaluationFolder:
     def measured(
         self, runs: Mapping[str, dict[str, Any]], overwrite: bool
     ) -> dict[str, dict[str, Any]]:
-        """Returns the records of the models whose figures can stay beside those of `runs`.
+        """Returns the records of the finished models whose results are kept.
 
-        Those of `runs` are among them unless they are to be overwritten. Raises ValueError where,
-        without `overwrite`, figures would be lost: of other images or classes, or of something else
-        under the same name.
+        With `overwrite` those of `runs` are not among them. Without it, raises ValueError when
+        results would be lost: of other images or classes, or of another model of the same name.
         """
         any_run, kept = next(iter(runs.values())), {}
         same_for_all: Mapping[str, Any] = {
@@ -432,9 +432,9 @@ class EvaluationFolder:
         return kept
 
     def make_room(self, kept: Container[str]) -> None:
-        """Removes the results of the models that are not `kept`, and the comparison of all.
+        """Removes the results of the models that are not `kept`, and the comparison of all models.
 
-        The figures go first: without them no model counts as measured, should this be interrupted.
+        `metrics.json` goes first: without it no model counts as measured if this is interrupted.
         """
         folders = [self.save_dir / name for name in self.records if name not in kept]
         for file in RESULT_FILES:
@@ -445,7 +445,7 @@ class EvaluationFolder:
 
 
 def _belongs_to_training(folder: Path) -> bool:
-    """Returns whether a training run in the parent folder writes its model of this name here."""
+    """Returns whether the folder is that of a model of a training run in the parent folder."""
     folder = folder.resolve()
     try:
         config = read_config(folder.parent)
@@ -458,7 +458,7 @@ def _belongs_to_training(folder: Path) -> bool:
 def _balanced_accuracy(path: Path) -> float | None:
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["test"]["balanced_accuracy"])
-    except (ValueError, KeyError, TypeError):  # a file of something else has none to show
+    except (ValueError, KeyError, TypeError):  # not a file of this program
         return None
 
 

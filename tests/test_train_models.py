@@ -233,7 +233,7 @@ def test_resume_passes_over_what_is_finished_and_finishes_the_rest(arguments, tm
     finished = digest(out / "simple_cnn")
     capfd.readouterr()
     assert main([*arguments, *chosen, "--resume"]) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
     assert digest(out / "simple_cnn") == finished
     assert pd.read_csv(out / "resnet_scratch/predictions.csv").equals(expected)
     assert list(pd.read_csv(out / "comparison.csv")["model"]) == chosen[1:]
@@ -253,7 +253,7 @@ def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, cap
     main([*arguments, "--models", "resnet_scratch", "--num_steps", "3"])
     both = [*arguments, "--models", "simple_cnn", "resnet_scratch", "--resume", "--num_steps", "3"]
     assert main(both) == 2
-    assert "simple_cnn is of another run: num_steps was 4, is 3" in capfd.readouterr().err
+    assert "simple_cnn belongs to another run: num_steps was 4, is 3" in capfd.readouterr().err
     assert main([*simple, "--resume", "--save_dir", str(tmp_path / "out")]) == 0
     (Path(arguments[1]) / "Train/melanoma/0000.png").unlink()
     before = digest(tmp_path / "out")

@@ -265,7 +265,7 @@ def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, 
         patch.setattr(cache, "make_thumbnail", interrupted)
         assert main(arguments) == 130
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == "train_models.py: stopped by SIGINT; nothing had been begun"
+    assert line == "train_models.py: stopped by SIGINT; nothing had been started"
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "processed").rglob("*.npy"))
     assert main([*arguments, "--resume"]) == 0

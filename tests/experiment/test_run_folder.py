@@ -102,7 +102,7 @@ def test_resuming_goes_on_with_the_same_run_alone(tmp_path, state, record):
     if state == "nothing" or record == RUN:
         folder.check(["cnn"], RUN, resume=True, may_replace=False)
         return
-    with pytest.raises(ValueError, match=r"--resume: .*cnn is of another run: .*--overwrite"):
+    with pytest.raises(ValueError, match=r"--resume: .*cnn belongs to another run: .*--overwrite"):
         folder.check(["cnn"], RUN, resume=True, may_replace=False)
 
 
@@ -233,7 +233,7 @@ def test_the_same_command_again_passes_over_what_is_finished(arguments, tmp_path
     before = contents(out / "simple_cnn"), (out / "config.json").read_bytes()
     capfd.readouterr()
     assert main(arguments) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
     assert (contents(out / "simple_cnn"), (out / "config.json").read_bytes()) == before
     assert {p.name for p in out.iterdir() if p.is_file()} <= {*RUN_FILES, ".lock"}
     assert (out / "report.html").exists() and (out / "comparison.csv").exists()
@@ -255,7 +255,7 @@ def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd, quick
     assert config["command"].endswith("--overwrite") and config["runs"]["simple_cnn"]
     assert "overwrite" not in config["runs"]["simple_cnn"]
     assert main([*arguments, "--num_steps", "3", "--overwrite"]) == 0  # even when nothing differs
-    assert "finished already" not in capfd.readouterr().out
+    assert "already finished" not in capfd.readouterr().out
 
 
 def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capfd, quick):
@@ -389,7 +389,7 @@ def test_the_demo_replaces_its_own_folder_alone(demo, tmp_path, capfd):
     assert read_config(out)["command"] == said
     before = contents(out / "simple_cnn")
     assert main(demo) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
     assert contents(out / "simple_cnn") == before
     assert main([*demo, "--num_steps", "3"]) == 0
     assert list(pd.read_csv(out / "simple_cnn/history.csv")["step"]) == [3]
@@ -408,7 +408,7 @@ def test_the_demo_never_replaces_a_run_on_other_images(demo, arguments, tmp_path
     before = contents(tmp_path / "models/demo")
     for words, said in (
         (demo, "models/demo holds what this run would replace: simple_cnn"),
-        ([*demo, "--resume"], "models/demo/simple_cnn is of another run"),
+        ([*demo, "--resume"], "models/demo/simple_cnn belongs to another run"),
         (["--demo", "--audit_only"], "models/demo holds a training run on other images"),
     ):
         assert said in refusal(words, capfd)
@@ -542,4 +542,4 @@ def test_finished_models_need_no_weights(arguments, tmp_path, capfd, quick):
     assert main(words) == 0
     weights.unlink()
     assert main(words) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
