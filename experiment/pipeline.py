@@ -88,7 +88,8 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     The status is 1 when an audit found something. All that can be checked without the images is
     checked before they are read, and everything before `save_dir` is touched.
     """
-    _check_models(settings.models)
+    for name in settings.models:
+        check_model_name(name)
     TrainingFolder.read(settings.save_dir)
     if is_demo:
         settings = _prepare_demo(settings)
@@ -220,15 +221,6 @@ def _prepare_demo(settings: Settings) -> Settings:
 
 
 # ---------------------------------------------------------------------------- checks
-
-
-def _check_models(names: Sequence[str]) -> None:
-    """Raises ValueError for a name of `--models` that is of no model."""
-    for name in names:
-        try:
-            check_model_name(name)
-        except ValueError as error:
-            raise ValueError(f"--models {name}: {error}") from None
 
 
 def _check_images(images: pd.DataFrame, settings: Settings) -> None:

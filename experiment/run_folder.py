@@ -291,8 +291,8 @@ class TrainingFolder:
             if differing and self._has_any(model, ("metrics.json", "last.pth", "model.pth")):
                 raise ValueError(
                     f"--resume: {self.save_dir / model} belongs to another run: "
-                    f"{'; '.join(differing)}; start afresh with --overwrite instead of --resume, or choose another "
-                    "--save_dir"
+                    f"{'; '.join(differing)}; start afresh with --overwrite instead of --resume, "
+                    "or choose another --save_dir"
                 )
 
     def _check_not_lost(self, models: Sequence[str], run: dict[str, Any]) -> None:

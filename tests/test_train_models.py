@@ -551,7 +551,7 @@ def mistakes(make_images, tmp_path):
         (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
         (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
         (["--learning_rate", "nan"], ["--learning_rate: nan"]),
-        (["--models", "nonsense"], ["--models nonsense", "resnet_head"]),
+        (["--models", "nonsense"], ["no model is named 'nonsense'", "resnet"]),
         (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 sums to 0.9"]),
         (["--weights", "imagenet"], ["resnet18-f37072fd.pth", "--weights none"]),
         (["--weights", str(tmp_path / "gone.pth")], ["gone.pth: no such file"]),
