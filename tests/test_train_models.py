@@ -30,7 +30,7 @@ from predict import predict
 from train_models import DEMO_SETTINGS, MODEL_NAMES, Settings, command, main, parse_arguments
 from training import evaluate
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 ROOT = Path(__file__).parents[1]
 RUN_FILES = {
     "config.json", "audit.csv", "splits.csv", "comparison.csv", "comparison.png",
@@ -73,8 +73,7 @@ def errors(text):
 # ---------------------------------------------------------------------------- a run
 
 
-@pytest.mark.draws
-def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, capfd):
+def test_one_command_trains_plots_and_compares_all_four(arguments, tmp_path, capfd, quick_figures):
     assert main(arguments) == 0
     out = tmp_path / "out"
     assert names(out) == RUN_FILES
@@ -104,8 +103,8 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
         assert comparison.loc[name, "gap_to_best"] == pytest.approx(
             comparison["balanced_accuracy"].max() - comparison.loc[name, "balanced_accuracy"]
         )
-        for picture in ("learning_curves.png", "confusion_matrix.png"):
-            with Image.open(out / name / picture) as image:
+        for figure in ("learning_curves.png", "confusion_matrix.png"):
+            with Image.open(out / name / figure) as image:
                 image.load()
     printed = capfd.readouterr().out
     assert "resnet_finetuned (4 of 4)" in printed

@@ -18,15 +18,7 @@ from storage.tensors import save_tensors
 
 CLASSES = ["melanoma", "nevus", "vascular lesion"]
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """They take seconds, and are tested elsewhere."""
-    monkeypatch.setattr(results, "plot_metrics", lambda *_: None)
-    monkeypatch.setattr(results, "plot_examples", lambda *_: None)
-    monkeypatch.setattr(results, "plot_model_comparison", lambda *_, save_path: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from sklearn.metrics import recall_score
 
 from experiment.results import EvaluationSettings, evaluate_folder, find_label
@@ -18,17 +19,23 @@ from train_models import main as train_main
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
 
-@pytest.fixture
-def trained(make_images, tmp_path):
+@pytest.fixture(scope="module")
+def trained(make_module_images):
     """A small model of three classes, trained for a few steps, and the folder of its images."""
-    root = make_images({"melanoma": 14, "nevus": 12, "vascular lesion": 12})
+    root = make_module_images({"melanoma": 14, "nevus": 12, "vascular lesion": 12})
     arguments = [
-        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
+        "--data_dir", str(root), "--save_dir", str(root.parent / "out"), "--image_size", "32",
         "--num_steps", "12", "--batch_size", "8", "--models", "simple_cnn", "--device", "cpu",
         "--learning_rate", "0.01", "--dropout_rate", "0",
     ]  # fmt: skip
-    assert train_main(arguments) == 0
-    return tmp_path / "out/simple_cnn/model.pth", root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", save_a_pixel)
+        assert train_main(arguments) == 0
+    return root.parent / "out/simple_cnn/model.pth", root
+
+
+def save_a_pixel(figure, file, *, format, **options):
+    Image.new("RGB", (1, 1)).save(file, format)
 
 
 @pytest.mark.draws

@@ -188,7 +188,7 @@ def test_names_of_a_config_never_reach_other_folders(tmp_path):
 
 # ---------------------------------------------------------------------------- the command
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture
@@ -202,18 +202,6 @@ def arguments(make_images, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Has the command draw few figures: they take most of the time and none is looked at here."""
-    for drawing in (
-        "experiment.pipeline.plot_data",
-        "experiment.results.plot_metrics",
-        "experiment.results.plot_examples",
-        "experiment.pipeline.plot_learning_curves",
-    ):
-        monkeypatch.setattr(drawing, lambda *args, **kwargs: None)
-
-
 def refusal(words, capfd):
     """The one line with which the command refuses these arguments."""
     capfd.readouterr()
@@ -223,7 +211,9 @@ def refusal(words, capfd):
     return line
 
 
-def test_the_same_command_again_passes_over_what_is_finished(arguments, tmp_path, capfd):
+def test_the_same_command_again_passes_over_what_is_finished(
+    arguments, tmp_path, capfd, quick_figures
+):
     assert main(arguments) == 0
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir() if p.is_file()} <= {*RUN_FILES, ".lock"}
@@ -239,7 +229,7 @@ def test_the_same_command_again_passes_over_what_is_finished(arguments, tmp_path
     assert (out / "report.html").exists() and (out / "comparison.csv").exists()
 
 
-def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd, quick):
+def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/notes.txt").write_text("mine")
@@ -258,7 +248,7 @@ def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd, quick
     assert "already finished" not in capfd.readouterr().out
 
 
-def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capfd, quick):
+def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/metrics.json").unlink()
@@ -274,7 +264,7 @@ def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capf
 
 
 def test_other_models_of_the_same_data_stay_in_the_report_with_their_settings(
-    arguments, tmp_path, capfd, quick
+    arguments, tmp_path, capfd
 ):
     main(arguments)
     out = tmp_path / "out"
@@ -297,7 +287,7 @@ def test_other_models_of_the_same_data_stay_in_the_report_with_their_settings(
     assert len(pd.read_csv(out / "comparison.csv")) == 2
 
 
-def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd, quick):
+def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/notes.txt").write_text("mine")
@@ -316,7 +306,7 @@ def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd, qui
     assert list(read_config(out)["runs"]) == ["resnet_scratch"]
 
 
-def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd, quick):
+def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd):
     main(arguments)
     names = [p.relative_to(arguments[1]).as_posix() for p in Path(arguments[1]).rglob("*.png")]
     table = pd.DataFrame({"path": names, "site": [name[-5] for name in names]})
@@ -325,7 +315,7 @@ def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd, quic
     assert "columns of metadata_csv was None, is " in refusal(words, capfd)
 
 
-def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capfd, quick):
+def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capfd):
     main(arguments)
     elsewhere = tmp_path / "elsewhere"
     evaluate_folder(
@@ -343,7 +333,7 @@ def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capf
 
 
 def test_an_audit_is_shared_by_a_run_on_the_same_images_and_replaced_by_one_on_others(
-    arguments, make_images, tmp_path, capfd, quick
+    arguments, make_images, tmp_path, capfd
 ):
     out, of_audit = tmp_path / "out", arguments[:6]
     other = make_images({"melanoma": 12, "nevus": 12}, name="other", seed=1)
@@ -372,7 +362,7 @@ def test_an_audit_is_shared_by_a_run_on_the_same_images_and_replaced_by_one_on_o
 
 
 @pytest.fixture
-def demo(tmp_path, monkeypatch, quick):
+def demo(tmp_path, monkeypatch):
     """The demo with few images and steps, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     draw_few = functools.partial(make_dataset, num_images=60, size=48)
@@ -531,7 +521,7 @@ def test_of_several_processes_the_batches_count_together(arguments, monkeypatch,
     assert "--batch_size 9 in 4 processes, 36 together, is more than the 34 images" in message
 
 
-def test_finished_models_need_no_weights(arguments, tmp_path, capfd, quick):
+def test_finished_models_need_no_weights(arguments, tmp_path, capfd):
     import torch
 
     from models import get_model
