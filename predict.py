@@ -13,8 +13,8 @@ import shlex
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from experiment.console import (
     given_flags,
     in_one_line,
     is_out_of_memory,
+    noting,
     number_type,
     print_message,
     start,
@@ -218,10 +219,10 @@ def run(settings: Settings, command: str = "") -> int:
         print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
         return 0
     if settings.evaluate is not None:
-        with _noting("the same command goes on with the models that are left, without --overwrite"):
+        with noting("the same command goes on with the models that are left, without --overwrite"):
             return _evaluate_and_print(settings, command)
     if settings.gradcam is not None:
-        with _noting(f"the overlays drawn so far are in {settings.gradcam}"):
+        with noting(f"the overlays drawn so far are in {settings.gradcam}"):
             return _predict_and_print(settings)
     return _predict_and_print(settings)
 
@@ -261,29 +262,21 @@ def _is_same_file(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-@contextmanager
-def _noting(what_now: str) -> Iterator[None]:
-    """Adds to an interruption how matters stand after it."""
-    try:
-        yield
-    except KeyboardInterrupt as interruption:
-        interruption.add_note(what_now)
-        raise
-
-
 def _evaluate_and_print(settings: Settings, command: str) -> int:
-    from experiment.results import evaluate_folder
+    from experiment.results import EvaluationSettings, evaluate_folder
 
     comparison, unreadable = evaluate_folder(
         settings.model,
         settings.images[0],
         settings.evaluate,
-        labels_csv=settings.labels_csv,
-        label_column=settings.label_column,
-        device=settings.device,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
+        EvaluationSettings(
+            labels_csv=settings.labels_csv,
+            label_column=settings.label_column,
+            device=settings.device,
+            precision=settings.precision,
+            batch_size=settings.batch_size,
+            num_workers=settings.num_workers,
+        ),
         overwrite=settings.overwrite,
         command=command,
     )
