@@ -1,3 +1,11 @@
+"""The results of a run as one HTML page that needs no network and no file beside it.
+
+    python -c "from experiment.report import write_report; write_report('models')"
+
+What the page says is in `report.html.j2`, how it looks in `report.css`; here are its tables and the
+wording of numbers. Jinja2 escapes all that comes out of files: class names, paths, the command.
+"""
+
 import base64
 import io
 import json
@@ -19,14 +27,39 @@ from imaging.audit import FEWEST_PICTURES, summarise
 from storage.files import write_text
 
 DASH = "–"
+PIXELS_PER_INCH = 140  # at which figures are shown, so that letters are as large in all
+MAX_PNG_SIZE = 400_000  # bytes; more is a figure of photographs, a tenth as large as JPEG
 
-
-class Table(NamedTuple):
-    """A table of the page; the first cell of each row is its heading."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+_HERE = Path(__file__).parent
+_OVERALL = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "top_2_accuracy": "Top-2 accuracy",
+    "precision": "Precision, weighted mean of the classes",
+    "recall": "Recall, weighted mean of the classes",
+    "f1": "F1, weighted mean of the classes",
+    "macro_precision": "Precision, unweighted mean of the classes",
+    "macro_recall": "Recall, unweighted mean of the classes",
+    "macro_f1": "F1, unweighted mean of the classes",
+    "macro_roc_auc": "ROC AUC, unweighted mean of the classes",
+    "macro_average_precision": "Average precision, unweighted mean of the classes",
+    "cohen_kappa": "Cohen's kappa",
+    "matthews_corrcoef": "Matthews' correlation coefficient",
+    "log_loss": "Log loss",
+    "brier_score": "Brier score",
+}
+_CALIBRATION = {
+    "expected_calibration_error": "Expected calibration error",
+    "maximum_calibration_error": "Maximum calibration error",
+    "log_loss": "Log loss",
+    "brier_score": "Brier score",
+}
+_BY_CLASS = {
+    "specificity": "specificity",
+    "f1": "F1",
+    "roc_auc": "ROC AUC",
+    "average_precision": "average precision",
+}
 
 
 def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
@@ -49,35 +82,19 @@ def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------- reading
+class Table(NamedTuple):
+    """A table of the page; the first cell of each row is its heading."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
-def _read_run(save_dir: Path) -> Run:
-    found = [
-        {"model": path.parent.name} | _read_json(path) | {"folder": path.parent}
-        for path in sorted(save_dir.glob("*/metrics.json"))
-    ]
-    if not found:
-        raise ValueError(f"{save_dir}: no model in it has a metrics.json; train one first")
-    comparison = _read_numbers(save_dir / "comparison.csv")
-    rows = [] if comparison is None else comparison.to_dict("records")
-    # Runs of earlier versions call the gap `behind_best`.
-    rows = [{n.replace("behind_best", "gap_to_best"): v for n, v in row.items()} for row in rows]
-    behind = {row["model"]: row for row in rows}
-    compared = [metrics for metrics in found if metrics["model"] in behind] or found
-    return Run(
-        save_dir=save_dir,
-        models=sorted(compared, key=lambda m: -(_test(m, "balanced_accuracy") or 0)),
-        behind=behind,
-        others=[metrics["model"] for metrics in found if metrics not in compared],
-        config=_read_json(save_dir / "config.json"),
-        splits=_read_table(save_dir / "splits.csv"),
-        findings=_read_findings(save_dir / "audit.csv"),
-    )
+# ---------------------------------------------------------------------------- numbers and words
 
 
-def _read_table(path: Path) -> pd.DataFrame | None:
-    return read_csv(path) if path.exists() else None
+def _rounded(value: float | None, digits: str = "z.3f") -> str:
+    return DASH if value is None else f"{value:{digits}}".replace("-", "−")
 
 
 def _with_interval(value: float | None, interval: Sequence[float] | None = None) -> str:
@@ -98,16 +115,20 @@ def _of_class(model: Model, class_name: str, name: str) -> str:
     return _with_interval(model.per_class.get(class_name, {}).get(name), intervals.get(name))
 
 
+def _beside_interval(found: Mapping[str, Any], name: str) -> str:
+    return _with_interval(found.get(name), found.get(f"{name}_interval"))
+
+
+def _whole(number: float | None) -> str:
+    return DASH if number is None else f"{number:,.0f}"
+
+
 def _count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def _duration(seconds: float | None) -> str:
     return DASH if seconds is None else format_duration(seconds)
-
-
-def _whole(number: float | None) -> str:
-    return DASH if number is None else f"{number:,.0f}"
 
 
 def _setting(value: Any) -> str:
@@ -122,43 +143,17 @@ def _worded(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _comparison(run: Run) -> Section:
-    def of_all(name: str) -> list[str]:
-        return [_headline(metrics, name) for metrics in run.models]
-
-    names = [metrics["model"] for metrics in run.models]
-    columns = {"model": names, "balanced accuracy": of_all("balanced_accuracy")}
-    if any("gap_to_best" in gap for gap in run.behind.values()):
-        columns["behind the best"] = [_behind(run, name) for name in names]
-    columns["weighted precision"] = of_all("precision")
-    columns["weighted recall (accuracy)"] = of_all("recall")
-    times = [metrics.get("training_time") for metrics in run.models]
-    if any(time is not None for time in times):
-        columns["training time"] = list(map(_duration, times))
-    columns["parameters"] = [_whole(metrics.get("parameters")) for metrics in run.models]
-    caption = "On the test split, the best model first; in brackets the 95 % interval"
-    table = Table(caption, list(columns), list(zip(*columns.values(), strict=True)))
-    shown = map(" ".join, zip(names, columns["balanced accuracy"], strict=True))
-    figure = _figure(
-        run.save_dir / "comparison.png",
-        "The models side by side, with 95 % intervals",
-        f"Bars for each model. Balanced accuracy: {'; '.join(shown)}.",
-    )
-    differing = "Not all models were trained with the same settings: see “Command and settings”."
-    notes = [*_gaps_in_words(run), *([differing] if _settings_by_model(run) else [])]
-    return Section("Comparison", {"": [table, *notes, *figure]})
+def _one_line(text: Markup) -> Markup:
+    return Markup(" ").join(text.split())
 
 
-def _behind(run: Run, model: str) -> str:
-    if model == run.models[0]["model"]:
-        return "best"
-    gap = run.behind.get(model, {})
-    return _with_interval(gap.get("gap_to_best"), _interval_of_gap(gap))
-
-
-def _interval_of_gap(gap: Mapping[str, float]) -> tuple[float, float] | None:
-    names = ("gap_to_best_low", "gap_to_best_high")
-    return tuple(gap[name] for name in names) if set(names) <= set(gap) else None
+def _range_over_classes(model: Model, name: str) -> str:
+    known = {c: found[name] for c, found in model.per_class.items() if found.get(name) is not None}
+    words = _worded(name).replace("roc auc", "ROC AUC")
+    if not known:
+        return f"{words} not measured"
+    low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    return f"{words} from {known[low]:.2f} ({low}) to {known[high]:.2f} ({high})"
 
 
 def _confusion_in_words(model: Model) -> str:
@@ -174,115 +169,6 @@ def _confusion_in_words(model: Model) -> str:
             f" Most frequent mistake: {times} of {classes[true]} predicted as {classes[predicted]}."
         )
     return words
-
-
-def _screening_table(model: Model, name: str, target: Mapping[str, Any]) -> Table:
-    classes = target.get("classes", [])
-    named = name if classes in ([], [name]) else f"{name} ({', '.join(classes)})"
-    sizes = f"{_whole(target.get('positives'))} against {_whole(target.get('negatives'))}"
-    area = _beside_interval(target, "roc_auc")
-    rows = [
-        [
-            point["aim"],
-            f"{point['threshold']:.3g}",
-            _beside_interval(point, "sensitivity"),
-            _beside_interval(point, "specificity"),
-        ]
-        for point in target.get("points", [])
-    ]
-    caption = f"{model.name}: {named} against the rest, {sizes} test images, ROC AUC {area}"
-    columns = ["aim on validation", "threshold", "sensitivity on test", "specificity on test"]
-    return Table(caption, columns, rows)
-
-
-def _settings_by_model(run: Run) -> Table:
-    """The settings in which the models differ, as trained by several commands."""
-    runs = run.config.get("runs", {})
-    settings = {model.name: runs[model.name] for model in run.models if model.name in runs}
-    rows = [
-        [name, *(_setting(values.get(name)) for values in settings.values())]
-        for name in dict.fromkeys(name for values in settings.values() for name in values)
-        if len({json.dumps(values.get(name)) for values in settings.values()}) > 1
-    ]
-    caption = "Settings that are not the same for all models"
-    return Table(caption, ["setting", *settings], rows)
-
-
-"""The results of a run as one HTML page that needs no network and no file beside it.
-
-    python -c "from experiment.report import write_report; write_report('models')"
-
-What the page says is in `report.html.j2`, how it looks in `report.css`; here are its tables and the
-wording of numbers. Jinja2 escapes all that comes out of files: class names, paths, the command.
-"""
-
-
-PIXELS_PER_INCH = 140  # at which figures are shown, so that letters are as large in all
-
-
-MAX_PNG_SIZE = 400_000  # bytes; more is a figure of photographs, a tenth as large as JPEG
-
-
-_HERE = Path(__file__).parent
-
-
-_OVERALL = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "top_2_accuracy": "Top-2 accuracy",
-    "precision": "Precision, weighted mean of the classes",
-    "recall": "Recall, weighted mean of the classes",
-    "f1": "F1, weighted mean of the classes",
-    "macro_precision": "Precision, unweighted mean of the classes",
-    "macro_recall": "Recall, unweighted mean of the classes",
-    "macro_f1": "F1, unweighted mean of the classes",
-    "macro_roc_auc": "ROC AUC, unweighted mean of the classes",
-    "macro_average_precision": "Average precision, unweighted mean of the classes",
-    "cohen_kappa": "Cohen's kappa",
-    "matthews_corrcoef": "Matthews' correlation coefficient",
-    "log_loss": "Log loss",
-    "brier_score": "Brier score",
-}
-
-
-_CALIBRATION = {
-    "expected_calibration_error": "Expected calibration error",
-    "maximum_calibration_error": "Maximum calibration error",
-    "log_loss": "Log loss",
-    "brier_score": "Brier score",
-}
-
-
-_BY_CLASS = {
-    "specificity": "specificity",
-    "f1": "F1",
-    "roc_auc": "ROC AUC",
-    "average_precision": "average precision",
-}
-
-
-# ---------------------------------------------------------------------------- numbers and words
-
-
-def _rounded(value: float | None, digits: str = "z.3f") -> str:
-    return DASH if value is None else f"{value:{digits}}".replace("-", "−")
-
-
-def _beside_interval(found: Mapping[str, Any], name: str) -> str:
-    return _with_interval(found.get(name), found.get(f"{name}_interval"))
-
-
-def _one_line(text: Markup) -> Markup:
-    return Markup(" ").join(text.split())
-
-
-def _range_over_classes(model: Model, name: str) -> str:
-    known = {c: found[name] for c, found in model.per_class.items() if found.get(name) is not None}
-    words = _worded(name).replace("roc auc", "ROC AUC")
-    if not known:
-        return f"{words} not measured"
-    low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-    return f"{words} from {known[low]:.2f} ({low}) to {known[high]:.2f} ({high})"
 
 
 def _embed(path: Path) -> dict[str, Any] | None:
@@ -345,6 +231,25 @@ def _overall_table(model: Model) -> Table:
         if name in model.intervals or name in model.test
     ]
     return Table(f"{model.name}: metrics over all classes", ["metric", "value"], rows)
+
+
+def _screening_table(model: Model, name: str, target: Mapping[str, Any]) -> Table:
+    classes = target.get("classes", [])
+    named = name if classes in ([], [name]) else f"{name} ({', '.join(classes)})"
+    sizes = f"{_whole(target.get('positives'))} against {_whole(target.get('negatives'))}"
+    area = _beside_interval(target, "roc_auc")
+    rows = [
+        [
+            point["aim"],
+            f"{point['threshold']:.3g}",
+            _beside_interval(point, "sensitivity"),
+            _beside_interval(point, "specificity"),
+        ]
+        for point in target.get("points", [])
+    ]
+    caption = f"{model.name}: {named} against the rest, {sizes} test images, ROC AUC {area}"
+    columns = ["aim on validation", "threshold", "sensitivity on test", "specificity on test"]
+    return Table(caption, columns, rows)
 
 
 def _calibration_table(model: Model) -> Table:
@@ -412,6 +317,19 @@ def _settings_table(run: Run, is_default: bool) -> Table:
     return Table(f"Settings {how}", ["setting", "value"], rows)
 
 
+def _settings_by_model(run: Run) -> Table:
+    """The settings in which the models differ, as trained by several commands."""
+    runs = run.config.get("runs", {})
+    settings = {model.name: runs[model.name] for model in run.models if model.name in runs}
+    rows = [
+        [name, *(_setting(values.get(name)) for values in settings.values())]
+        for name in dict.fromkeys(name for values in settings.values() for name in values)
+        if len({json.dumps(values.get(name)) for values in settings.values()}) > 1
+    ]
+    caption = "Settings that are not the same for all models"
+    return Table(caption, ["setting", *settings], rows)
+
+
 def _data_table(counts: pd.DataFrame) -> Table:
     numbers = [[name, *row, sum(row)] for name, *row in counts.itertuples()]
     if numbers:
@@ -445,13 +363,9 @@ _PAGES = Environment(
     trim_blocks=True,
     extensions=["jinja2.ext.do"],
 )
-
-
 _PAGES.filters |= _by_name(
     _count, _duration, _embed, _one_line, _rounded, _whole, _with_interval, _worded
 )
-
-
 _PAGES.globals |= {"DASH": DASH, "MIN_IMAGES": FEWEST_PICTURES} | _by_name(
     _bias_table,
     _calibration_table,
