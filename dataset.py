@@ -5,16 +5,27 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from augmentation import Views, apply_views, draw_views
 from imaging import audit
+from imaging.batches import (
+    MAX_GPU_FRACTION,
+    MAX_REPEATS,
+    DeviceDataset,
+    Inputs,
+    LesionDataset,
+    balanced_frequencies,
+    fits_in_gpu_memory,
+    shuffled_epoch,
+    to_float,
+)
 from imaging.cache import ArrayCache, CacheIndex, FileRecord
 from imaging.decode import UnreadableImageError
 from imaging.prepare import (
@@ -39,6 +50,7 @@ from imaging.sources import (
     given_name,
     has_folder_of_split,
     join_table,
+    read_folder,
     read_table,
     split_of_folder,
     warn_of_rows_without_image,
@@ -89,9 +101,9 @@ __all__ = [
 ]
 
 DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
-SHARE_OF_GPU_FOR_IMAGES = 0.25  # of its free memory, for each split
 EVALUATION_BATCHES = 4  # times as many images a batch, on GPUs, where nothing is trained
-MOST_REPEATS = 10  # how much oftener than by plain shuffling balanced sampling may show an image
+SHARE_OF_GPU_FOR_IMAGES = MAX_GPU_FRACTION  # its former name
+MOST_REPEATS = MAX_REPEATS  # its former name
 
 
 class PreparedImages(NamedTuple):
@@ -161,8 +173,6 @@ class DatasetBuilder:
             )
         if label_column is not None and labels_csv is None and metadata_csv is None:
             raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
-        if group_by and metadata_csv is None:
-            raise ValueError("group_by needs the table its columns are in: metadata_csv")
         check_seed(seed)
         self.data_dir = Path(data_dir)
         self.image_size = image_size
@@ -186,8 +196,7 @@ class DatasetBuilder:
         `content_hash` a column of that name tells the contents, for which the files are read as by
         `build`. Raises what `build` raises for a folder or tables that cannot be used.
         """
-        images = self._find_labelled_images()
-        self._read_metadata(images)
+        images, _ = self._read_tables()
         if self.splits_csv is not None:
             table = read_table(self.splits_csv, ["split"])
             images["split"] = join_table(images["path"], table, self.splits_csv)["split"]
@@ -204,7 +213,7 @@ class DatasetBuilder:
         splits: Mapping[str, float] | None = None,
         *,
         prepared: PreparedImages | None = None,
-    ) -> tuple[dict[str, "LesionDataset"], pd.DataFrame]:
+    ) -> tuple[dict[str, LesionDataset], pd.DataFrame]:
         """The data set of each split, and the metadata of all images.
 
         A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
@@ -285,8 +294,7 @@ class DatasetBuilder:
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        images = self._find_labelled_images()
-        given = self._read_metadata(images)
+        images, given = self._read_tables()
         cache = self._cache(preprocessors)
         index = cache.load(images["path"].tolist())
         metadata = _metadata(images, index.records)
@@ -300,8 +308,17 @@ class DatasetBuilder:
             self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
         )
 
+    def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Returns `path`, `class` and `source_split` of each image, and the columns beside them."""
+        images = self._find_labelled_images()
+        given = self._read_metadata(images)
+        return images[["path", "class", "source_split"]].copy(), given
+
     def _find_labelled_images(self) -> pd.DataFrame:
-        images = find_images(self.data_dir, has_class_folders=self.label_column is None)
+        if self.label_column is None:
+            images = read_folder(self.data_dir)
+        else:
+            images = find_images(self.data_dir, has_class_folders=False)
         name = self.labels_csv or (self.metadata_csv if self.label_column else None)
         if name is None:
             return images
@@ -325,19 +342,32 @@ class DatasetBuilder:
         return images
 
     def _read_metadata(self, images: pd.DataFrame) -> pd.DataFrame:
-        """The user's columns, a row an image."""
+        """The columns of the folder's reader and of the user's table, a row an image."""
+        given = images.drop(columns=["path", "class", "source_split"]).rename(columns=given_name)
         if self.metadata_csv is None:
-            return pd.DataFrame(index=images.index)
-        table = read_table(self.metadata_csv, self.group_by)
-        given = join_table(images["path"], table, self.metadata_csv)
-        given = given.rename(columns=given_name)
-        if given.columns.has_duplicates:
-            name = given.columns[given.columns.duplicated()][0]
+            missing = [name for name in self.group_by if given_name(name) not in given]
+            if missing:
+                raise ValueError(
+                    f"group_by needs the table its columns are in: metadata_csv; {missing[0]} is "
+                    f"no column of {printable(self.data_dir)}"
+                )
+            return given
+        in_table = [name for name in self.group_by if given_name(name) not in given]
+        table = read_table(self.metadata_csv, in_table)
+        added = join_table(images["path"], table, self.metadata_csv).rename(columns=given_name)
+        if added.columns.has_duplicates:
+            name = added.columns[added.columns.duplicated()][0]
             raise ValueError(
                 f"{printable(self.metadata_csv)}: has both {name.removesuffix('_given')} and "
                 f"{name}, which would both be called {name}; rename or remove one"
             )
-        return given
+        in_both = given.columns.intersection(added.columns)
+        if len(in_both) > 0:
+            raise ValueError(
+                f"{printable(self.metadata_csv)}: its column {printable(in_both[0])} is in "
+                f"{printable(self.data_dir)} as well; rename or remove it"
+            )
+        return given.join(added)
 
     def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
@@ -434,63 +464,11 @@ def _metadata(images: pd.DataFrame, records: Sequence[FileRecord]) -> pd.DataFra
     return metadata
 
 
-class LesionDataset(Dataset):
-    """Images and labels of one split; `dataset[i]` is `(float32 (3, H, W) in [0, 1], int)`.
-
-    The images lie in an array on disk that is opened where it is read: a copy of the data set in
-    another process opens it again.
-
-    Attributes: `classes`, the names in label order; `labels`, int64 `(N,)`; `metadata`, a row an
-    image; `image_size`; `preprocessors`, their fingerprint, empty for none.
-    """
-
-    def __init__(
-        self,
-        array_path: Path,
-        rows: np.ndarray,
-        metadata: pd.DataFrame,
-        classes: Sequence[str],
-        preprocessors: str = "",
-    ) -> None:
-        self.array_path = Path(array_path).absolute()
-        self.rows = rows
-        self.metadata = metadata
-        self.classes = list(classes)
-        self.labels = metadata["label"].to_numpy(np.int64, copy=True)
-        self.preprocessors = preprocessors
-        self._array: np.ndarray | None = None
-        self.image_size = self._images().shape[1]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = to_float(torch.from_numpy(self.gather([index])))[0]
-        return image.contiguous(), int(self.labels[index])
-
-    def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images of these numbers as they lie on disk, uint8 `(B, H, W, 3)`."""
-        return self._images()[self.rows[np.asarray(indices)]]
-
-    def _images(self) -> np.ndarray:
-        if self._array is None:
-            self._array = np.load(self.array_path, mmap_mode="r")
-        return self._array
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_array": None}
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 `(B, H, W, 3)` as float32 `(B, 3, H, W)` in [0, 1], on the same device.
-
-    The channels stay last in memory: that is how convolutions are fastest.
-    """
-    return images.to(torch.float32).div_(255).permute(0, 3, 1, 2)
-
-
 class LesionLoader:
     """Batches `(images, labels)` of a data set, ready on the device: float32 in [0, 1], and int64.
+
+    Where the data set has further inputs, a dict stands in place of the images: these under
+    `images`, the others under their names.
 
     `for images, labels in loader` is one epoch, the last batch as small as it comes.
     `loader.batches(start=k)` is the endless stream of full batches that training reads; batch k
@@ -536,12 +514,12 @@ class LesionLoader:
         self.rank = rank
         self.world_size = world_size
         self._epoch = 0
-        self._on_device: _OnDevice | None = None
+        self._on_device: DeviceDataset | None = None
 
     def __len__(self) -> int:
         return -(-len(self._own_part(np.arange(len(self.dataset)))) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         epoch = self._epoch
         self._epoch += 1
         order = self._own_part(self._order(epoch))
@@ -550,7 +528,7 @@ class LesionLoader:
             views = self._views(len(batch[1]), "epoch batch", epoch, number, self.rank)
             yield self._finish(batch, views)
 
-    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
         """The batches from number `start` on, without end; each has `batch_size` images."""
         size = self.batch_size * self.world_size
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
@@ -562,18 +540,10 @@ class LesionLoader:
         return np.array_split(order, self.world_size)[self.rank]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The numbers of the images of one epoch, in the order in which they are shown."""
         if not self.shuffle:
             return np.arange(len(self.dataset))
-        rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
-        if not self.balanced:
-            return rng.permutation(len(self.dataset))
-        # Systematic sampling: each image as often as expected, rounded up or down.
-        images = rng.permutation(len(self.dataset))
-        expected = balanced_frequencies(self.dataset.labels)[images]
-        passed = np.floor(np.cumsum(expected) + rng.random() + 1e-9).astype(np.int64)
-        passed[-1] = len(images)
-        return rng.permutation(np.repeat(images, np.diff(passed, prepend=0)))
+        labels = self.dataset.labels
+        return shuffled_epoch(labels, self.seed, epoch, balanced=self.balanced)
 
     def _endless_order(self, start: int, size: int) -> Iterator[np.ndarray]:
         """The numbers of the images of each batch of this size, epoch after epoch."""
@@ -586,25 +556,20 @@ class LesionLoader:
             yield waiting[:size]
             waiting = waiting[size:]
 
-    def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._on_device is None and _fits(self.dataset, self.device):
-            self._on_device = _OnDevice(self.dataset, self.device)
+    def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        if self._on_device is None and fits_in_gpu_memory(self.dataset, self.device):
+            self._on_device = DeviceDataset(self.dataset, self.device)
         if self._on_device is not None:
-            return map(self._on_device.__getitem__, parts)
-        gatherer = _Gatherer(self.dataset)
-        pin_memory = self.device.type == "cuda"
-        if self.num_workers == 0:
-            batches = map(gatherer.__getitem__, parts)
-            return map(_pin, batches) if pin_memory else batches
-        generator = torch.Generator()  # else DataLoader would draw from the global random state
+            return map(self._on_device.gather_batch, parts)
+        # The numbers of the images are the items; their batch is gathered when they are collated.
         return iter(
             DataLoader(
-                gatherer,
-                batch_size=None,
-                sampler=parts,
+                range(len(self.dataset)),  # type: ignore[arg-type]  # which DataLoader takes
+                batch_sampler=parts,
+                collate_fn=self.dataset.gather_batch,
                 num_workers=self.num_workers,
-                generator=generator,
-                pin_memory=pin_memory,
+                generator=torch.Generator(),  # instead of the global random state
+                pin_memory=self.device.type == "cuda",  # it reaches a busy GPU from there alone
                 worker_init_fn=_leave_ctrl_c_to_the_parent,
             )
         )
@@ -613,77 +578,20 @@ class LesionLoader:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, purpose, *numbers))
         return draw_views(count, generator)
 
-    def _finish(self, batch: tuple[Tensor, Tensor], views: Views) -> tuple[Tensor, Tensor]:
-        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        images = to_float(images)
-        return apply_views(images, views) if self.augmentation else images, labels
+    def _finish(
+        self, batch: tuple[dict[str, Tensor], Tensor], views: Views
+    ) -> tuple[Inputs, Tensor]:
+        inputs, labels = batch
+        inputs = {name: t.to(self.device, non_blocking=True) for name, t in inputs.items()}
+        labels = labels.to(self.device, non_blocking=True)
+        images = to_float(inputs["images"])
+        images = apply_views(images, views) if self.augmentation else images
+        return images if len(inputs) == 1 else inputs | {"images": images}, labels
 
 
 def _leave_ctrl_c_to_the_parent(worker: int) -> None:
     """A terminal sends it to all processes; the parent may still want a batch to end its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Gatherer(Dataset):
-    """A data set whose items are whole batches: item `indices` is `(uint8 (B, H, W, 3), int64)`."""
-
-    def __init__(self, dataset: LesionDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(self.dataset.gather(indices))
-        return images, torch.from_numpy(self.dataset.labels[indices])
-
-
-class _OnDevice:
-    """The same as `_Gatherer`, from images that lie in the device's own memory."""
-
-    def __init__(self, dataset: LesionDataset, device: torch.device) -> None:
-        size = dataset.image_size
-        self.images = torch.empty(len(dataset), size, size, 3, dtype=torch.uint8, device=device)
-        for start in range(0, len(dataset), 256):
-            rows = np.arange(start, min(start + 256, len(dataset)))
-            self.images[start : start + 256] = torch.from_numpy(dataset.gather(rows)).to(device)
-        self.labels = torch.from_numpy(dataset.labels).to(device)
-
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        places = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
-        return self.images[places], self.labels[places]
-
-
-def _fits(dataset: LesionDataset, device: torch.device) -> bool:
-    """Whether the images may stay in the memory of a GPU without being missed there."""
-    if device.type != "cuda":
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    return len(dataset) * dataset.image_size**2 * 3 < free * SHARE_OF_GPU_FOR_IMAGES
-
-
-def _pin(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """From pinned memory a batch reaches the GPU while that is still busy with the last one."""
-    images, labels = batch
-    return images.pin_memory(), labels.pin_memory()
-
-
-def balanced_frequencies(labels: np.ndarray) -> np.ndarray:
-    """How often balanced sampling shows each image in an epoch of N draws, float64 `(N,)`.
-
-    Classes are drawn evenly, but no image more than `MOST_REPEATS` times; what a class falls short
-    of by that is spread evenly over the others.
-    """
-    num_images = len(labels)
-    classes, class_of_image, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    frequency = np.zeros(len(classes))
-    capped = np.zeros(len(classes), dtype=bool)
-    while not capped.all():
-        rest = num_images - MOST_REPEATS * sizes[capped].sum()
-        frequency[~capped] = rest / (~capped).sum() / sizes[~capped]
-        newly = ~capped & (frequency > MOST_REPEATS)
-        if not newly.any():
-            break
-        frequency[newly] = MOST_REPEATS
-        capped |= newly
-    return frequency[class_of_image]
 
 
 def create_dataloaders(

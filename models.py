@@ -6,9 +6,11 @@ deviation itself, and gives float32 logits `(B, num_classes)`. Its `config` hold
 """
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -21,12 +23,55 @@ from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 from evaluation import Calibration, counted_as
 from imaging.lesions import is_malignant
 from storage.files import lock
-from storage.tensors import check_alike, is_number, load_tensors
+from storage.tensors import check_alike, is_number, load_tensors, save_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LARGEST_IMAGE = 8192  # pixels on a side that a model.pth may ask for
+MAX_IMAGE_SIZE = 8192  # pixels on a side that a model.pth may ask for
+LARGEST_IMAGE = MAX_IMAGE_SIZE  # its former name
 RESNETS = {18: resnet18, 34: resnet34, 50: resnet50}
+STARTS = ("scratch", "head", "finetuned")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Describes a backbone: how it is built, its default weights, its input and its feature maps.
+
+    Attributes
+    ----------
+    build : returns the module, from normalised images to features `(B, F)`, with random weights
+        drawn from the global generator, and F
+    feature_maps : names of layers with maps `(B, C, h, w)` for Grad-CAM, the last first, each with
+        its stride
+    weights_url : of the default weights, a state dict; None where there are none
+    classifier : prefix of the weights in a file that are left out, as the head replaces them
+    mean, std : of each channel of RGB images in [0, 1], by which the input is normalised
+    """
+
+    build: Callable[[], tuple[nn.Module, int]]
+    feature_maps: tuple[tuple[str, int], ...] = ()
+    weights_url: str | None = None
+    classifier: str = "fc."
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+def _build_resnet(layers: int) -> tuple[nn.Module, int]:
+    backbone = RESNETS[layers](weights=None)
+    num_features = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone, num_features
+
+
+# To add a backbone, add an entry: `get_model` knows it as <name>_scratch, _head and _finetuned.
+BACKBONES = {
+    f"resnet{layers}": Backbone(
+        build=partial(_build_resnet, layers),
+        feature_maps=(("layer4", 32), ("layer3", 16), ("layer2", 8), ("layer1", 4)),
+        weights_url=get_model_weights(f"resnet{layers}").DEFAULT.url,
+    )
+    for layers in RESNETS
+}
 
 
 class ClassificationHead(nn.Sequential):
@@ -49,21 +94,61 @@ def _of_channels(values: tuple[float, float, float]) -> Tensor:
 
 
 class LesionClassifier(nn.Module):
-    """A backbone from normalised images to features `(B, F)`, and the common head."""
+    """A backbone from normalised images to features `(B, F)`, and the common head.
+
+    `mean`, `std` and `feature_maps` are those of `Backbone`.
+    """
+
+    is_frozen = False  # whether the backbone stays as it is, batch-norm statistics included
+    mean: Tensor
+    std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, in_features: int, num_classes: int, dropout_rate: float
+        self,
+        backbone: nn.Module,
+        in_features: int,
+        num_classes: int,
+        dropout_rate: float,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        feature_maps: tuple[tuple[str, int], ...] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = ClassificationHead(in_features, num_classes, dropout_rate)
         self.config: dict[str, Any] = {}
-        self.register_buffer("mean", _of_channels(IMAGENET_MEAN), persistent=False)
-        self.register_buffer("std", _of_channels(IMAGENET_STD), persistent=False)
+        self.feature_maps = feature_maps
+        self.normalization = (mean, std)
+        self.register_buffer("mean", _of_channels(mean), persistent=False)
+        self.register_buffer("std", _of_channels(std), persistent=False)
+
+    def freeze_backbone(self) -> None:
+        """Keeps the backbone as it is from now on, so that training changes the head alone."""
+        self.is_frozen = True
+        self.backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LesionClassifier":
+        """Sets the training mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.is_frozen:
+            self.backbone.eval()
+        return self
+
+    def feature_map_layer(self, image_size: int, min_map_size: int = 1) -> nn.Module:
+        """Returns the last layer whose feature maps tell enough places of an image apart.
+
+        It is the last whose maps of images of `image_size` pixels have `min_map_size` places on a
+        side or more, or else the first. Raises ValueError for a backbone without feature maps.
+        """
+        if not self.feature_maps:
+            raise ValueError("the model's backbone names no feature maps")
+        large = (name for name, stride in self.feature_maps if image_size / stride >= min_map_size)
+        return self.backbone.get_submodule(next(large, self.feature_maps[-1][0]))
 
     def features(self, images: Tensor) -> Tensor:
         """Features `(B, F)` of images `(B, 3, H, W)` in [0, 1]."""
-        return self.backbone((images - self.mean) / self.std)
+        with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
+            return self.backbone((images - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of images `(B, 3, H, W)` in [0, 1]."""
@@ -95,7 +180,7 @@ class SimpleCNN(LesionClassifier):
             nn.Linear(64 * side * side, 256),
             nn.ReLU(),
         )
-        super().__init__(backbone, 256, num_classes, dropout_rate)
+        super().__init__(backbone, 256, num_classes, dropout_rate, feature_maps=(("4", 8),))
         self.image_size = image_size
 
     def features(self, images: Tensor) -> Tensor:
@@ -107,21 +192,47 @@ class SimpleCNN(LesionClassifier):
         return super().features(images)
 
 
-class ResNetFromScratch(LesionClassifier):
+class BackboneClassifier(LesionClassifier):
+    """A backbone of the table with the common head, whose weights `start` tells.
+
+    They are random for "scratch", pretrained for "finetuned", and pretrained and frozen for "head".
+    `weights` is "imagenet" (the backbone's default weights), the path of a state dict, or None for
+    random weights.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        start: str,
+        num_classes: int,
+        dropout_rate: float = 0.7,
+        weights: str | Path | None = "imagenet",
+    ) -> None:
+        entry = BACKBONES[backbone]
+        module, num_features = entry.build()
+        of_entry = (entry.mean, entry.std, entry.feature_maps)
+        super().__init__(module, num_features, num_classes, dropout_rate, *of_entry)
+        if start != "scratch" and weights is not None:
+            path = pretrained_weights(backbone) if weights == "imagenet" else Path(weights)
+            _load_backbone(module, path, backbone)
+        if start == "head":
+            self.freeze_backbone()
+
+
+class ResNetFromScratch(BackboneClassifier):
     """A ResNet (He et al. 2015) from random weights, and the common head."""
 
     def __init__(self, num_classes: int, layers: int = 50, dropout_rate: float = 0.7) -> None:
-        backbone = RESNETS[layers](weights=None)
-        in_features = backbone.fc.in_features
-        backbone.fc = nn.Identity()
-        super().__init__(backbone, in_features, num_classes, dropout_rate)
+        super().__init__(f"resnet{layers}", "scratch", num_classes, dropout_rate)
 
 
-class FinetunedResNet(ResNetFromScratch):
+class FinetunedResNet(BackboneClassifier):
     """A ResNet from pretrained weights, trained whole with the common head.
 
     `weights` is "imagenet", the path of a torchvision state dict, or None for random weights.
     """
+
+    start = "finetuned"
 
     def __init__(
         self,
@@ -130,10 +241,7 @@ class FinetunedResNet(ResNetFromScratch):
         dropout_rate: float = 0.7,
         weights: str | Path | None = "imagenet",
     ) -> None:
-        super().__init__(num_classes, layers, dropout_rate)
-        if weights is not None:
-            path = imagenet_weights(layers) if weights == "imagenet" else Path(weights)
-            _load_backbone(self.backbone, path, f"resnet{layers}")
+        super().__init__(f"resnet{layers}", self.start, num_classes, dropout_rate, weights)
 
 
 class FinetunedHeadResNet(FinetunedResNet):
@@ -142,40 +250,15 @@ class FinetunedHeadResNet(FinetunedResNet):
     `weights` as for FinetunedResNet.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        layers: int = 50,
-        dropout_rate: float = 0.7,
-        weights: str | Path | None = "imagenet",
-    ) -> None:
-        super().__init__(num_classes, layers, dropout_rate, weights)
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
-
-    def train(self, mode: bool = True) -> "FinetunedHeadResNet":
-        """Sets the head alone to training mode: batch norm in the backbone keeps its statistics."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def features(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return super().features(images)
+    start = "head"
 
 
-MODELS: dict[str, type[LesionClassifier]] = {
+MODELS: dict[str, Callable[..., LesionClassifier]] = {
     "simple_cnn": SimpleCNN,
     "resnet_scratch": ResNetFromScratch,
     "resnet_head": FinetunedHeadResNet,
     "resnet_finetuned": FinetunedResNet,
 }
-
-
-def check_model_name(name: str) -> None:
-    """Raises ValueError for a name that is not of a model."""
-    if name not in MODELS:
-        raise ValueError(f"no model is named {name!r}; the models are {', '.join(MODELS)}")
 
 
 def get_model(
@@ -188,13 +271,16 @@ def get_model(
     image_size: int = 224,
     seed: int | None = None,
 ) -> LesionClassifier:
-    """The classifier of the given name, one of `MODELS`.
+    """Returns the classifier of the given name: one of `MODELS`, or `<backbone>_<start>`.
 
-    `layers` (18, 34 or 50) is the depth of the three ResNets, `image_size` the side in pixels that
-    SimpleCNN's dense layer is made for. `weights` is "imagenet" (torchvision's default weights,
-    downloaded once), the path of a torchvision state dict, or None; the two models that start from
-    random weights take no notice of "imagenet". With a `seed`, random weights depend on `(seed,
-    name)` alone and the global random state stays as it was; without, they are drawn from it.
+    The backbone is one of `BACKBONES`; the start is scratch (random weights), finetuned (pretrained
+    weights) or head (pretrained weights of which training changes the head alone).
+
+    `layers` (18, 34 or 50) is the depth of the three ResNets in `MODELS`, `image_size` the side in
+    pixels that SimpleCNN's dense layer is made for. `weights` is "imagenet" (the backbone's default
+    weights, downloaded once), the path of a state dict, or None; models that start from random
+    weights ignore "imagenet". With a `seed`, random weights depend on `(seed, name)` alone and the
+    global random state stays as it was; without, they are drawn from it.
 
     Raises ValueError for an unknown name, depth or dropout rate, fewer than two classes, weights
     that do not fit, or a path of weights for a model that starts from random ones, and
@@ -210,24 +296,26 @@ def get_model(
         raise ValueError(f"layers is {layers}; ResNets are built with 18, 34 or 50")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate is {dropout_rate}; it must be 0 or more and less than 1")
-    pretrained = is_pretrained(name)
-    if not pretrained and weights not in ("imagenet", None):
-        raise ValueError(f"{name} starts from random weights and takes none from {weights}")
-
     arguments: dict[str, Any] = {"num_classes": num_classes, "dropout_rate": dropout_rate}
-    if name == "simple_cnn":
-        arguments["image_size"] = image_size
-    else:
-        arguments["layers"] = layers
-    if pretrained:
+    if is_pretrained(name):
         arguments["weights"] = weights
+    elif weights not in ("imagenet", None):
+        raise ValueError(f"{name} starts from random weights and takes none from {weights}")
+    build: Callable[..., LesionClassifier]
+    if name == "simple_cnn":
+        build = partial(SimpleCNN, image_size=image_size)
+    elif name in MODELS:
+        build = partial(MODELS[name], layers=layers)
+    else:
+        backbone, start = name.rsplit("_", 1)
+        build = partial(BackboneClassifier, backbone, start)
 
     # Weights are drawn on the CPU, so its generator alone is set and put back.
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             entropy = np.random.SeedSequence([seed, *name.encode()])
             torch.default_generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        model = MODELS[name](**arguments)
+        model = build(**arguments)
     model.config = {
         "name": name,
         "num_classes": num_classes,
@@ -237,6 +325,20 @@ def get_model(
         "image_size": image_size,
     }
     return model
+
+
+def check_model_name(name: str) -> None:
+    """Raises ValueError, with the nearest known names, unless `get_model` knows the name."""
+    known = [*MODELS, *(f"{backbone}_{start}" for backbone in BACKBONES for start in STARTS)]
+    if name not in known:
+        shown = str(name)[:80]
+        nearest = difflib.get_close_matches(shown, known, n=4, cutoff=0)
+        raise ValueError(f"no model is named {shown!r}; the nearest names are {', '.join(nearest)}")
+
+
+def is_pretrained(name: str) -> bool:
+    """Returns whether the model of this name starts from pretrained weights."""
+    return name.endswith(("_head", "_finetuned"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +401,10 @@ class ModelInfo(Mapping[str, Any]):
         _check_info(info)
         return info
 
+    def save(self, path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
+        """Writes a `model.pth` of these weights, whole or not at all, for `load_model`."""
+        save_tensors(path, {**self, "state_dict": dict(state_dict)})
+
     @property
     def calibration(self) -> Calibration:
         return Calibration(float(self.temperature), tuple(map(float, self.bias)))
@@ -353,7 +459,7 @@ def _restored(config: dict[str, Any], weights: Any) -> LesionClassifier:
         for name, tensor in expected.items()
     }
     model.load_state_dict(own, assign=True)
-    model.mean, model.std = _of_channels(IMAGENET_MEAN), _of_channels(IMAGENET_STD)
+    model.mean, model.std = map(_of_channels, model.normalization)
     return model
 
 
@@ -372,8 +478,8 @@ def _check_info(info: ModelInfo) -> None:
         "image_size": size,
         "image_size of the config": config["image_size"],
     }.items():
-        if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
-            raise ValueError(f"{what} is not a whole number from 1 to {LARGEST_IMAGE:,}")
+        if type(side) is not int or not 1 <= side <= MAX_IMAGE_SIZE:
+            raise ValueError(f"{what} is not a whole number from 1 to {MAX_IMAGE_SIZE:,}")
     if config["name"] == "simple_cnn" and size != config["image_size"]:
         raise ValueError(f"image_size is {size}, that of the config {config['image_size']}")
     if not isinstance(info.preprocessors, str):
@@ -432,18 +538,23 @@ def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-def is_pretrained(name: str) -> bool:
-    """Whether the model of this name starts from pretrained weights."""
-    return issubclass(MODELS[name], FinetunedResNet)
-
-
 def imagenet_weights(layers: int, download: bool = True) -> Path:
-    """The file of torchvision's default ImageNet weights for a ResNet, downloaded when not there.
+    """Returns the file of torchvision's default weights for a ResNet, as `pretrained_weights`."""
+    return pretrained_weights(f"resnet{layers}", download)
 
-    Raises FileNotFoundError, saying which file to put where, when it is not there and cannot be
-    downloaded.
+
+def pretrained_weights(backbone: str, download: bool = True) -> Path:
+    """Returns the file of a backbone's default weights, downloaded if it is not there yet.
+
+    Raises FileNotFoundError, which says which file to put where, if it is neither there nor can be
+    downloaded, or if the backbone has none.
     """
-    url = get_model_weights(f"resnet{layers}").DEFAULT.url
+    url = BACKBONES[backbone].weights_url
+    if url is None:
+        raise FileNotFoundError(
+            f"{backbone} has no default weights: give a file with --weights FILE, or start from "
+            "random weights with --weights none"
+        )
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.exists():
         return path
@@ -460,24 +571,23 @@ def imagenet_weights(layers: int, download: bool = True) -> Path:
         except (URLError, OSError, RuntimeError) as error:  # the last: not the hash it should have
             reason = str(getattr(error, "reason", error))
     raise FileNotFoundError(
-        f"no ImageNet weights for resnet{layers} ({reason}): download {url} elsewhere and put it "
+        f"no ImageNet weights for {backbone} ({reason}): download {url} elsewhere and put it "
         f"at {path}, or give a file with --weights FILE, or start from random weights with "
         "--weights none"
     )
 
 
-def _load_backbone(backbone: nn.Module, path: Path, architecture: str) -> None:
-    weights, expected = load_tensors(path), backbone.state_dict()
+def _load_backbone(module: nn.Module, path: Path, backbone: str) -> None:
+    weights, expected = load_tensors(path), module.state_dict()
     try:
         if not isinstance(weights, Mapping) or not _are_names(list(weights)):
-            raise ValueError("no dict of tensors by name")
-        own = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
-        # What is there must fit; what is missing or too much, torch says, and knows what may be.
-        common = {name: expected[name] for name in own.keys() & expected.keys()}
-        check_alike({name: own[name] for name in common}, common, "the file")
-        backbone.load_state_dict(own)
+            raise ValueError("not a dict of tensors by name")
+        classifier = BACKBONES[backbone].classifier
+        own = {name: tensor for name, tensor in weights.items() if not name.startswith(classifier)}
+        # Checks what is in both; what is missing or unexpected, torch says, and knows what may be.
+        common = own.keys() & expected.keys()
+        check_alike({name: own[name] for name in common}, {n: expected[n] for n in common}, "file")
+        module.load_state_dict(own)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path}: not a torchvision state dict of {architecture} ({reason})"
-        ) from error
+        raise ValueError(f"{path}: not a state dict of {backbone} ({reason})") from error

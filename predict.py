@@ -30,10 +30,10 @@ from experiment.console import (
     number_type,
     print_message,
     start,
-    stoppable,
     with_underscores,
 )
 from inference.options import NUM_VIEWS, Paths, check_file_to_write
+from learning.processes import StopSignals
 from storage.files import printable
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif settings.gradcam is not None:
         if_stopped = f"the overlays drawn so far are in {settings.gradcam}"
     too_large = f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
-    with stoppable():
+    with StopSignals(at_once=True):
         return exit_status(
             PROGRAM,
             lambda: run(settings, command=shlex.join(["python", PROGRAM, *argv])),

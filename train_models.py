@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from experiment.console import exit_status, is_out_of_memory, start, stoppable
+from experiment.console import exit_status, is_out_of_memory, start
 from experiment.pipeline import exit_with_launcher, run, silence_other_processes
 from experiment.settings import (
     DEMO_SETTINGS,
@@ -24,9 +24,9 @@ from experiment.settings import (
     PROGRAM,
     Settings,
     command,
-    is_first_process,
     parse_arguments,
 )
+from learning.processes import StopSignals, default_signals, is_first_process
 
 __all__ = [
     "DEMO_SETTINGS",
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     So does an interruption, with status 130 for SIGINT (Ctrl-C) and 143 for SIGTERM.
     """
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
-    with silence_other_processes(), stoppable(is_first_process()):
+    stopping = StopSignals(at_once=True) if is_first_process() else default_signals()
+    with silence_other_processes(), stopping:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         exit_with_launcher()
         return exit_status(

@@ -25,18 +25,13 @@ from evaluation import (
     compute_metrics,
     counted_as,
     fit_calibration,
-    left_out_of_screening,
-    screening_targets,
+    screening_scores,
 )
 from learning.checkpoints import Batches, Checkpoint, Progress, describe_run
 from learning.distributed import (
     SECONDS_BETWEEN_EXCHANGES,
-    SECONDS_OF_ONE_SIGNAL,
     Agreement,
-    Signals,
     gather_batches,
-    get_rank,
-    get_world_size,
     gradient_exchange,
     is_progress_hidden,
     mean_over_processes,
@@ -52,6 +47,13 @@ from learning.hardware import (
     name_of_precision,
     own_random_state,
     resolve_precision,
+)
+from learning.processes import (
+    SECONDS_OF_ONE_SIGNAL,
+    StopSignals,
+    get_rank,
+    get_world_size,
+    is_distributed,
 )
 from models import evaluation_mode
 
@@ -245,6 +247,11 @@ def train(
     counted = counted_as(class_names, malignant_classes)
     shifted = class_weights is not None or getattr(train_loader, "balanced", False)
     rank, world_size = get_rank(), get_world_size()
+    if world_size > 1 and not is_distributed():
+        raise ValueError(
+            f"torchrun started {world_size} processes; call torch.distributed.init_process_group "
+            "before train, so that they train one model"
+        )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     checkpoint = None
     progress = Progress()
@@ -275,7 +282,7 @@ def train(
         fastest_convolutions(),
         _saying_what_is_kept(save_path, progress),
         _StepBar(num_steps, progress) as bar,
-        Signals() as signals,
+        StopSignals() as signals,
     ):
         while not progress.is_over(num_steps, early_stopping_patience):
             if not progress.is_evaluation_due(eval_every, num_steps):
@@ -305,7 +312,7 @@ def train(
                 train_loss, speed = window.mean_loss(), window.images_per_second()
                 _check_weights(model, progress)
                 share_buffers(model)
-                with signals.ending_this():
+                with signals.skippable():
                     evaluation = evaluate(model, valid_loader, device=device, precision=precision)
             if evaluation is not None:
                 metrics = _summarise(evaluation, class_names, progress)
@@ -324,9 +331,9 @@ def train(
                 window = _Window(progress)
 
             is_late = time.monotonic() > next_checkpoint
-            stopping, is_due = together.largest(signals.noted, is_late)
+            stopping, is_due = together.largest(signals.received, is_late)
             if stopping:
-                signals.noted = stopping
+                signals.received = stopping
                 break
             if checkpoint_every is not None:
                 is_due = progress.step % checkpoint_every == 0
@@ -572,16 +579,11 @@ def _fit_outputs(
     calibration = fit_calibration(y_true, y_prob, priors_shifted=priors_shifted)
     calibrated = calibration.apply(y_prob)
     kinds = (class_names, counted["malignant"], counted["unknown"])
-    left_out, thresholds = left_out_of_screening(*kinds), {}
-    for name, labels in screening_targets(*kinds).items():
-        is_positive, is_known = np.isin(y_true, labels), ~np.isin(y_true, left_out[name])
-        if 0 < is_positive.sum() < is_known.sum():
-            score = calibrated[:, labels].sum(axis=1)
-            thresholds[name] = choose_thresholds(is_positive[is_known], score[is_known])
+    scores = screening_scores(y_true, calibrated, *kinds)
     return {
         "temperature": calibration.temperature,
         "bias": list(calibration.bias),
-        "thresholds": thresholds,
+        "thresholds": {name: choose_thresholds(*scores[name]) for name in scores},
         "malignant_classes": counted["malignant"],
         "unknown_classes": counted["unknown"],
     }

@@ -26,13 +26,10 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
-from sklearn.metrics import (
-    average_precision_score,
-    precision_recall_curve,
-    roc_auc_score,
-    roc_curve,
-)
 
+from evaluation import best_evaluation
+from evaluation.metrics import compute_precision_recall_curve, compute_roc_curve
+from imaging.decode import as_uint8
 from storage.files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
@@ -330,7 +327,7 @@ def plot_samples(
 
     Raises ValueError for no images, another shape or range, or labels that do not fit.
     """
-    images = _checked_images(images, "images", ndim=4)
+    images = as_uint8(images, "images", ndim=4)
     labels = _checked_labels(labels, "labels", len(images), len(class_names))
     shown = np.unique(labels)
     rows = [images[labels == label][:_SAMPLES_PER_CLASS] for label in shown]
@@ -358,8 +355,8 @@ def plot_augmentations(
 
     Raises ValueError for no views, another shape or range, or views of another size.
     """
-    original = _checked_images(original, "original", ndim=3)
-    augmented = _checked_images(augmented, "augmented", ndim=4)
+    original = as_uint8(original, "original", ndim=3)
+    augmented = as_uint8(augmented, "augmented", ndim=4)
     if augmented.shape[1:] != original.shape:
         raise ValueError(
             f"augmented has images of shape {augmented.shape[1:]}, original is {original.shape}"
@@ -418,7 +415,7 @@ def plot_pairs(
             heading += f" ({pair.distance:.2f} apart)" if pair.distance > 0 else ""
             both[0].set_title(heading, loc="left", fontsize=7)
             for i in range(2):
-                image = _checked_images(shown[i], "an image of a pair", ndim=3)
+                image = as_uint8(shown[i], "an image of a pair", ndim=3)
                 _draw_captioned_image(both[i], image, texts[i])
     return figure
 
@@ -439,7 +436,7 @@ def plot_mistakes(
 
     Raises ValueError for no images, another shape, range or number, or an image that is no mistake.
     """
-    images = _checked_images(images, "images", ndim=4)
+    images = as_uint8(images, "images", ndim=4)
     true_classes = _checked_names(true_classes, "true_classes", len(images))
     predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
     right = [i for i in range(len(images)) if true_classes[i] == predicted_classes[i]]
@@ -478,7 +475,7 @@ def plot_gradcams(
 
     Raises ValueError for no images, or another shape, range or number.
     """
-    images = _checked_images(images, "images", ndim=4)
+    images = as_uint8(images, "images", ndim=4)
     heatmaps = _checked_shares(heatmaps, "heatmaps", images.shape[:3])
     true_classes = _checked_names(true_classes, "true_classes", len(images))
     predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
@@ -509,7 +506,7 @@ def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
 
     Raises ValueError for another shape or range.
     """
-    image, heatmap = _checked_images(image, "image", ndim=3), np.asarray(heatmap)
+    image, heatmap = as_uint8(image, "image", ndim=3), np.asarray(heatmap)
     _checked_shares(heatmap, "heatmap", image.shape[:2])
     return _blend(image, heatmap, 0.6 * heatmap[..., None])
 
@@ -584,12 +581,10 @@ def _history_table(history: Mapping[str, Sequence[float | None]] | pd.DataFrame)
 
 
 def _mark_best_evaluation(figure: Figure, table: pd.DataFrame) -> None:
-    ranked = table.dropna(subset="valid_balanced_accuracy").sort_values(
-        ["valid_balanced_accuracy", "valid_loss"], ascending=[False, True], kind="stable"
-    )
-    if ranked.empty:
+    number = best_evaluation(table.to_dict("list"))
+    if number is None:
         return
-    step, accuracy = ranked.iloc[0][["step", "valid_balanced_accuracy"]]
+    step, accuracy = table.iloc[number][["step", "valid_balanced_accuracy"]]
     for ax in figure.axes:
         line = ax.axvline(step, color=_DARK_GREY, linestyle="--", linewidth=0.8, zorder=0)
     text = f"best evaluation: step {step:,.0f}, balanced accuracy {accuracy:.3f}"
@@ -680,10 +675,9 @@ def _draw_roc_curves(
     ax.set(xlabel="False positive rate", ylabel="True positive rate (recall)")
     areas = []
     for label, name in names.items():
-        is_class, scores = y_true == label, y_prob[:, label]
-        false_positive_rate, recall, _ = roc_curve(is_class, scores)
-        ax.plot(false_positive_rate, recall, **_line_style(label))
-        areas.append(f"{roc_auc_score(is_class, scores):.3f}  {name}")
+        curve = compute_roc_curve(y_true == label, y_prob[:, label])
+        ax.plot(curve.x, curve.y, **_line_style(label))
+        areas.append(f"{curve.area:.3f}  {name}")
     if areas:
         _put_legend_under(ax, areas, "Area under the curve")
         _draw_diagonal(ax)
@@ -695,16 +689,10 @@ def _draw_precision_recall_curves(
     ax.set(xlabel="Recall", ylabel="Precision")
     areas = []
     for label, name in names.items():
-        is_class, scores = y_true == label, y_prob[:, label]
-        precision, recall, _ = precision_recall_curve(is_class, scores)
-        # Drawn are the steps that make up the area. Of equal recalls these are the last, the most
-        # precise, and not the end at (0, 1), which is no measurement.
-        is_step = np.diff(recall) < 0
-        recall, precision = recall[:-1][is_step], precision[:-1][is_step]
-        recall, precision = np.append(recall, 0), np.append(precision, precision[-1])
-        ax.plot(recall, precision, drawstyle="steps-post", **_line_style(label))
-        area = average_precision_score(is_class, scores)
-        areas.append(f"{area:.3f}  {name} (n = {is_class.sum():,})")
+        is_class = y_true == label
+        curve = compute_precision_recall_curve(is_class, y_prob[:, label])
+        ax.plot(curve.x, curve.y, drawstyle="steps-post", **_line_style(label))
+        areas.append(f"{curve.area:.3f}  {name} (n = {is_class.sum():,})")
     if areas:
         _put_legend_under(ax, areas, "Average precision")
 
@@ -748,21 +736,6 @@ def _counts_by_class_and_split(metadata: pd.DataFrame) -> pd.DataFrame:
     counts = pd.crosstab(classes, splits)[order]
     largest_first = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index
     return counts.loc[largest_first]
-
-
-def _checked_images(images: np.ndarray, name: str, ndim: int) -> np.ndarray:
-    images = np.asarray(images)
-    if images.ndim != ndim or images.shape[-1] != 3 or not images.size:
-        expected = "(N, H, W, 3)" if ndim == 4 else "(H, W, 3)"
-        raise ValueError(f"{name} has shape {images.shape}; it must be {expected}, and not empty")
-    if images.dtype == np.uint8:
-        return images
-    low, high = images.min(), images.max()
-    if not np.issubdtype(images.dtype, np.floating) or not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(
-            f"{name} is {images.dtype} from {low} to {high}; it must be uint8, or float in [0, 1]"
-        )
-    return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _checked_labels(

@@ -17,7 +17,6 @@ from evaluation.calibration import (
     Calibration,
     fit_calibration,
     reliability,
-    trustworthiness,
 )
 from evaluation.intervals import (
     MAX_COUNTS_AT_ONCE,
@@ -30,9 +29,11 @@ from evaluation.intervals import (
 )
 from evaluation.metrics import (
     HEADLINES,
+    best_evaluation,
     check_predictions,
     compute_metrics,
     most_confident_mistakes,
+    proper_scores,
     typical_examples,
 )
 from evaluation.screening import (
@@ -43,6 +44,7 @@ from evaluation.screening import (
     left_out_of_screening,
     match_classes,
     screen,
+    screening_scores,
     screening_targets,
     screening_warnings,
     why_screening_is_off,
@@ -61,6 +63,7 @@ __all__ = [
     "SMALLEST_SUBGROUP",
     "Calibration",
     "Z",
+    "best_evaluation",
     "choose_thresholds",
     "compare",
     "compute_intervals",
@@ -75,6 +78,7 @@ __all__ = [
     "most_confident_mistakes",
     "reliability",
     "screen",
+    "screening_scores",
     "screening_targets",
     "screening_warnings",
     "typical_examples",
@@ -113,23 +117,18 @@ def evaluate_predictions(
     y_true, y_prob = check_predictions(y_true, y_prob, len(class_names))
     y_pred, calibrated = y_prob.argmax(axis=1), calibration.apply(y_prob)
     metrics = compute_metrics(y_true, calibrated, class_names, y_pred)
-    screening, targets = {}, {}
+    labels = screening_targets(class_names, malignant, unknown)
     left_out = left_out_of_screening(class_names, malignant, unknown)
-    for name, labels in screening_targets(class_names, malignant, unknown).items():
-        is_positive, is_known = np.isin(y_true, labels), ~np.isin(y_true, left_out[name])
-        if name in thresholds and 0 < is_positive.sum() < is_known.sum():
-            score = calibrated[:, labels].sum(axis=1)
-            targets[name] = (np.where(is_known, is_positive, np.nan), score)
-            screening[name] = {
-                "classes": [class_names[label] for label in labels],
-                "classes_left_out": [class_names[label] for label in left_out[name]],
-            } | screen(
-                is_positive[is_known],
-                score[is_known],
-                thresholds[name],
-                None if groups is None else np.asarray(groups)[is_known],
-                seed=seed,
-            )
+    scores = screening_scores(y_true, calibrated, class_names, malignant, unknown)
+    scores = {name: scores[name] for name in scores if name in thresholds}
+    screening = {
+        name: {
+            "classes": [class_names[label] for label in labels[name]],
+            "classes_left_out": [class_names[label] for label in left_out[name]],
+        }
+        | screen(*scores[name], thresholds[name], groups, seed=seed)
+        for name in scores
+    }
     return {
         "test": metrics,
         "test_intervals": compute_intervals(
@@ -138,14 +137,16 @@ def evaluate_predictions(
         "calibration": {
             "temperature": calibration.temperature,
             "bias": dict(zip(class_names, calibration.bias, strict=True)),
-            "before": trustworthiness(y_true, y_prob, class_names, y_pred),
-            "after": trustworthiness(y_true, calibrated, class_names, y_pred),
+        }
+        | {
+            side: reliability(y_true, prob, y_pred) | proper_scores(y_true, prob)
+            for side, prob in (("before", y_prob), ("after", calibrated))
         },
         "counted_as": counted_as(class_names, malignant, unknown),
         "screening": screening,
         "subgroups": {}
         if columns is None
-        else compute_subgroups(y_true, y_pred, columns, groups, targets=targets, seed=seed),
+        else compute_subgroups(y_true, y_pred, columns, groups, targets=scores, seed=seed),
     }
 
 

@@ -1,6 +1,5 @@
 """How far probabilities can be trusted: temperature, bias, reliability."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,19 +7,9 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from evaluation.metrics import check_predictions, compute_metrics, decisions
+from evaluation.metrics import check_predictions, decisions
 
 NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
-
-
-def trustworthiness(
-    y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str], y_pred: np.ndarray
-) -> dict[str, Any]:
-    """Returns `reliability` with log-loss and Brier score, what calibration is judged by."""
-    metrics = compute_metrics(y_true, y_prob, class_names, y_pred)
-    return reliability(y_true, y_prob, y_pred) | {
-        n: metrics[n] for n in ("log_loss", "brier_score")
-    }
 
 
 @dataclass(frozen=True)

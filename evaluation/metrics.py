@@ -1,17 +1,18 @@
 """Metrics of predictions, for unbalanced classes, and images to look at."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import (
     accuracy_score,
-    average_precision_score,
+    auc,
     cohen_kappa_score,
     confusion_matrix,
     matthews_corrcoef,
+    precision_recall_curve,
     precision_recall_fscore_support,
-    roc_auc_score,
+    roc_curve,
 )
 
 # Those of `compute_metrics` that have an interval.
@@ -66,17 +67,13 @@ def compute_metrics(
         "roc_auc": roc_auc,
         "average_precision": average_precision,
     }
-    probability_of_truth = y_prob[np.arange(len(y_true)), y_true]
-    smallest = np.finfo(y_prob.dtype).eps  # log 0 would make one image decide all
     metrics: dict[str, Any] = {
         "accuracy": float(accuracy_score(y_true, y_pred)),
         "balanced_accuracy": float(recall[present].mean()),
         "top_2_accuracy": float(_is_among_top_2(y_true, y_prob, y_pred).mean()),
         "cohen_kappa": _or_0(cohen_kappa_score, y_true, y_pred),
         "matthews_corrcoef": _or_0(matthews_corrcoef, y_true, y_pred),
-        "log_loss": float(-np.log(np.maximum(probability_of_truth, smallest)).mean()),
-        "brier_score": float(((y_prob - np.eye(len(labels))[y_true]) ** 2).sum(axis=1).mean()),
-    }
+    } | proper_scores(y_true, y_prob)
     for name in ("precision", "recall", "f1"):
         metrics[name] = float(np.average(per_class[name], weights=support))
     for name in ("precision", "recall", "f1", "roc_auc", "average_precision"):
@@ -92,6 +89,44 @@ def compute_metrics(
     }
     metrics["confusion_matrix"] = confusion_matrix(y_true, y_pred, labels=labels).tolist()
     return metrics
+
+
+def proper_scores(y_true: np.ndarray, y_prob: np.ndarray) -> dict[str, float]:
+    """Returns `log_loss` and `brier_score`, which judge probabilities rather than decisions."""
+    probability_of_truth = y_prob[np.arange(len(y_true)), y_true]
+    smallest = np.finfo(y_prob.dtype).eps  # log 0 would make one image decide all
+    truth = np.eye(y_prob.shape[1])[y_true]
+    return {
+        "log_loss": float(-np.log(np.maximum(probability_of_truth, smallest)).mean()),
+        "brier_score": float(((y_prob - truth) ** 2).sum(axis=1).mean()),
+    }
+
+
+class Curve(NamedTuple):
+    """The points of a curve and the area under it."""
+
+    x: np.ndarray
+    y: np.ndarray
+    area: float
+
+
+def compute_roc_curve(is_positive: np.ndarray, score: np.ndarray) -> Curve:
+    """Returns the ROC curve of a score: true positive rate over false positive rate."""
+    false_positive_rate, recall, _ = roc_curve(is_positive, score)
+    return Curve(false_positive_rate, recall, float(auc(false_positive_rate, recall)))
+
+
+def compute_precision_recall_curve(is_positive: np.ndarray, score: np.ndarray) -> Curve:
+    """Returns precision over recall as steps, under which the area is the average precision.
+
+    Each step goes from its recall down to the next. Of points with the same recall it is the last,
+    most precise one; the end at (0, 1), which no threshold reaches, is left out.
+    """
+    precision, recall, _ = precision_recall_curve(is_positive, score)
+    area = float(-(np.diff(recall) * precision[:-1]).sum())
+    is_step = np.diff(recall) < 0
+    recall, precision = recall[:-1][is_step], precision[:-1][is_step]
+    return Curve(np.append(recall, 0), np.append(precision, precision[-1]), area)
 
 
 def most_confident_mistakes(
@@ -136,6 +171,20 @@ def headline_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
             (values * present).sum(axis=-1), present.sum(axis=-1), np.nan
         )
     return headlines | {"balanced_accuracy": headlines["macro_recall"]}
+
+
+def best_evaluation(history: Mapping[Any, Sequence[float | None]]) -> int | None:
+    """Returns the number of the best evaluation in a training history, counted from 0.
+
+    The best has the highest `valid_balanced_accuracy`; of equal ones the lowest `valid_loss`, and
+    of those the first. None and NaN are missing values; without any balanced accuracy there is no
+    best.
+    """
+    accuracy = np.asarray(history.get("valid_balanced_accuracy", ()), dtype=np.float64)
+    loss = np.asarray(history.get("valid_loss", ()), dtype=np.float64)
+    if np.isnan(accuracy).all():
+        return None
+    return int(np.lexsort((loss, -accuracy))[0])  # stable, and NaN comes last
 
 
 def safe_ratio(numerators: np.ndarray, denominators: np.ndarray, of_nothing: float) -> np.ndarray:
@@ -183,8 +232,8 @@ def _areas(y_true: np.ndarray, y_prob: np.ndarray) -> tuple[np.ndarray, np.ndarr
         is_class = y_true == label
         if 0 < is_class.sum() < len(is_class):
             areas[:, label] = (
-                roc_auc_score(is_class, scores),
-                average_precision_score(is_class, scores),
+                compute_roc_curve(is_class, scores).area,
+                compute_precision_recall_curve(is_class, scores).area,
             )
     return areas[0], areas[1]
 

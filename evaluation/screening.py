@@ -2,10 +2,9 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from evaluation.intervals import (
     basic_interval,
@@ -15,7 +14,7 @@ from evaluation.intervals import (
     resampled_counts,
     wilson_interval,
 )
-from evaluation.metrics import safe_ratio
+from evaluation.metrics import compute_roc_curve, safe_ratio
 from imaging.lesions import DIAGNOSES, find_diagnosis, is_malignant, is_melanoma, normalize_name
 
 AIMS = (("sensitivity", 0.90), ("sensitivity", 0.95), ("specificity", 0.90), ("specificity", 0.95))
@@ -129,6 +128,35 @@ def left_out_of_screening(
     }
 
 
+class ScreeningScores(NamedTuple):
+    """How probable it is that each of N images is what is screened for, and whether it is."""
+
+    is_positive: np.ndarray  # NaN where it is not known
+    score: np.ndarray
+
+
+def screening_scores(
+    y_true: np.ndarray,
+    y_prob: np.ndarray,
+    class_names: Sequence[str],
+    malignant: Sequence[str] = MALIGNANT,
+    unknown: Sequence[str] | None = None,
+) -> dict[str, ScreeningScores]:
+    """Returns the scores of the images for each of `screening_targets`.
+
+    The score is the sum of the probabilities of the target's classes. A target is left out where
+    there are no images of it, or none of anything else.
+    """
+    left_out = left_out_of_screening(class_names, malignant, unknown)
+    scores = {}
+    for name, labels in screening_targets(class_names, malignant, unknown).items():
+        is_known = ~np.isin(y_true, left_out[name])
+        is_positive = np.where(is_known, np.isin(y_true, labels), np.nan)
+        if np.isin([0, 1], is_positive).all():
+            scores[name] = ScreeningScores(is_positive, y_prob[:, labels].sum(axis=1))
+    return scores
+
+
 def _screening_truths(
     class_names: Sequence[str], malignant: Sequence[str], unknown: Sequence[str] | None
 ) -> dict[str, list[bool | None]]:
@@ -181,10 +209,10 @@ def choose_thresholds(is_positive: np.ndarray, score: np.ndarray) -> dict[str, f
 
     `is_positive` (N,) says which images are what must not be missed, `score` (N,) is higher for
     those; `score >= threshold` is positive. The images are those of validation. Of the thresholds
-    that reach an aim, such as "sensitivity 95%", the one with the best of the other. Raises
-    ValueError when the images are all of one kind.
+    that reach an aim, such as "sensitivity 95%", the one with the best of the other. Images whose
+    `is_positive` is NaN are left out. Raises ValueError when the others are all of one kind.
     """
-    is_positive, score = both_kinds(is_positive, score)
+    is_positive, score = select_known(is_positive, score)
     return {f"{aim} {level:.0%}": _threshold(is_positive, score, aim, level) for aim, level in AIMS}
 
 
@@ -203,11 +231,11 @@ def screen(
     of a bootstrap over `groups` and of Wilson's interval, see `separation`), the numbers of
     `positives` and `negatives`, and `points`: for each threshold its `aim`, `threshold`, the
     `sensitivity` and `specificity` that it has here, and their Wilson intervals for the effective
-    numbers of groups (`effective_sample_size`). Raises ValueError when the images are all of one
-    kind.
+    numbers of groups (`effective_sample_size`). Images whose `is_positive` is NaN are left out.
+    Raises ValueError when the others are all of one kind.
     """
-    is_positive, score = both_kinds(is_positive, score)
     groups = group_numbers(groups, len(is_positive))
+    is_positive, score, groups = select_known(is_positive, score, groups)
     points = [
         {"aim": aim, "threshold": float(threshold)}
         | _sensitivity_and_specificity(is_positive, score >= threshold, groups)
@@ -234,7 +262,7 @@ def separation(
             2 * rank[:, None] + is_positive[:, None], 2 * len(values), groups, seed
         )
     ]
-    areas, roc_auc = np.concatenate(areas), float(roc_auc_score(is_positive, score))
+    areas, roc_auc = np.concatenate(areas), compute_roc_curve(is_positive, score).area
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
     weights = np.where(is_positive, 1 / positives, 1 / negatives)
     size = effective_sample_size(groups, weights)
@@ -247,12 +275,17 @@ def separation(
     }
 
 
-def both_kinds(is_positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both as arrays of bool and float; ValueError for images of one kind alone."""
-    is_positive, score = np.asarray(is_positive, bool), np.asarray(score, float)
+def select_known(is_positive: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns the arrays without the images whose `is_positive` is NaN, and that as bool.
+
+    Raises ValueError when these images are all positive or all negative.
+    """
+    is_positive = np.asarray(is_positive, float)
+    is_known = ~np.isnan(is_positive)
+    is_positive = is_positive[is_known].astype(bool)
     if is_positive.all() or not is_positive.any():
         raise ValueError("the images are all of one kind; nothing can be told apart")
-    return is_positive, score
+    return is_positive, *(np.asarray(values)[is_known] for values in others)
 
 
 def _roc_auc(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:

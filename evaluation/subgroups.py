@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
 
 from evaluation.intervals import Z, basic_interval, bootstrap, group_numbers
-from evaluation.metrics import safe_ratio
-from evaluation.screening import both_kinds, separation
+from evaluation.metrics import compute_roc_curve, safe_ratio
+from evaluation.screening import select_known, separation
 
 SMALLEST_SUBGROUP = 30  # images; of fewer, intervals by bootstrap mean little
 MOST_SUBGROUPS = 20  # a column of more values names images or patients, not kinds of them
@@ -90,15 +89,13 @@ def _screen_within(
     groups: np.ndarray,
     seed: int,
 ) -> dict[str, Any]:
-    is_known = ~np.isnan(np.asarray(is_positive, float))
-    kind_of_image, is_positive, score, groups = (
-        np.asarray(values)[is_known] for values in (kind_of_image, is_positive, score, groups)
+    is_positive, score, kind_of_image, groups = select_known(
+        is_positive, score, kind_of_image, groups
     )
-    is_positive, score = both_kinds(is_positive, score)
     share = np.bincount(kind_of_image, is_positive) / np.bincount(kind_of_image)
     parts = {str(name): kind_of_image == kind for kind, name in enumerate(names)}
     return {
-        "roc_auc_of_column": float(roc_auc_score(is_positive, share[kind_of_image])),
+        "roc_auc_of_column": compute_roc_curve(is_positive, share[kind_of_image]).area,
         "groups": {
             name: separation(is_positive[part], score[part], groups[part], seed)
             for name, part in parts.items()

@@ -1,21 +1,16 @@
-"""What the two commands have in common: how they take flags, how they speak, how they stop."""
+"""What the two commands have in common: how they take flags and what they print."""
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from learning.allocator import keep_freed_memory
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -177,45 +172,6 @@ def exit_status(
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether this is torch's error for a GPU without memory left, without torch."""
     return type(error).__name__ == "OutOfMemoryError"
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the command: SIGINT (Ctrl-C) or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signal.Signals(signum)
-
-
-@contextlib.contextmanager
-def stoppable(in_order: bool = True) -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end the block with Stopped, in the main thread.
-
-    A second one, later than a moment after the first, ends the process as it would without this.
-    Without `in_order` the first one does so already.
-    """
-    before = {}
-    stopped_at = None
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopped_at
-        if stopped_at is None:
-            stopped_at = time.monotonic()
-            raise Stopped(signum)
-        if time.monotonic() - stopped_at > 1:  # timeout(1) and torchrun send a signal twice
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in STOPPING:
-            # None is a handler that is not Python's, and whoever ignores a signal means it.
-            if signal.getsignal(signum) not in (None, signal.SIG_IGN):
-                before[signum] = signal.signal(signum, stop if in_order else signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def print_stopped(program: str, interruption: KeyboardInterrupt, what_now: str) -> int:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.console import STOPPING, format_duration
+from experiment.console import format_duration
 from experiment.run_folder import (
     AUDIT,
     TRAINING,
@@ -27,8 +27,11 @@ from experiment.settings import (
     NOT_RESULTS,
     Settings,
     command,
+)
+from learning.processes import (
+    default_signals,
+    get_world_size,
     is_first_process,
-    launched_processes,
     torchrun_variable,
 )
 
@@ -149,28 +152,24 @@ def silence_other_processes() -> Iterator[None]:
 @contextlib.contextmanager
 def _process_group(device: "torch.device") -> Iterator[None]:
     """Joins the processes; by now the images are prepared, so none waits long for another."""
-    if launched_processes() == 1:
+    if get_world_size() == 1:
         yield
         return
     import torch.distributed as dist
 
     # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
-    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOPPING}
-    try:
+    with default_signals():
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
     yield
     dist.destroy_process_group()  # after an error torchrun ends the others instead
 
 
 def exit_with_launcher() -> None:
     """Has Linux send SIGTERM when torchrun is killed, which cannot tell its processes then."""
-    if launched_processes() > 1 and sys.platform == "linux":
+    if get_world_size() > 1 and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
@@ -240,15 +239,15 @@ def _load_data(
         seed=settings.seed,
         num_workers=settings.num_workers or 0,
         rank=torchrun_variable("RANK", 0),
-        world_size=launched_processes(),
+        world_size=get_world_size(),
     )
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
     num_classes = len(datasets["train"].classes)
     print(f"{len(metadata):,} images of {num_classes} classes: {sizes}", flush=True)
-    if launched_processes() > 1:
-        images = launched_processes() * settings.batch_size
+    if get_world_size() > 1:
+        images = get_world_size() * settings.batch_size
         print(
-            f"{launched_processes()} processes, together with batches of {images:,} images",
+            f"{get_world_size()} processes, together with batches of {images:,} images",
             flush=True,
         )
     return loaders, metadata
@@ -358,12 +357,10 @@ def _check_given_splits(names: set[str], settings: Settings) -> None:
 
 
 def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
-    processes = launched_processes()
+    processes = get_world_size()
     together = settings.batch_size * processes
     if together > num_images:
-        of_all = f" in {launched_processes()} processes, {together} together," * (
-            launched_processes() > 1
-        )
+        of_all = f" in {get_world_size()} processes, {together} together," * (get_world_size() > 1)
         raise ValueError(
             f"--batch_size {settings.batch_size}{of_all} is more than the {num_images} {which}; "
             "choose a smaller one"
@@ -430,7 +427,7 @@ def _choose_device(name: str) -> "torch.device":
 
     from training import choose_device
 
-    if launched_processes() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+    if get_world_size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
     device = choose_device(name)
     if device.type == "cuda":
@@ -496,9 +493,7 @@ def _describe_run(
     run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
     # The precision that is used: "auto" is another one on another machine.
     run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
-    run |= {"processes": launched_processes()} | (
-        {} if metadata is None else describe_data(metadata)
-    )
+    run |= {"processes": get_world_size()} | ({} if metadata is None else describe_data(metadata))
     return json.loads(json.dumps(run))
 
 
@@ -579,7 +574,7 @@ def _train_one(
     evaluation = evaluate(model, loaders["test"], device=device, precision=settings.precision)
     if not is_first_process():
         return
-    images_a_step = settings.batch_size * settings.accumulate * launched_processes()
+    images_a_step = settings.batch_size * settings.accumulate * get_world_size()
     about = {
         "model": name,
         "precision": name_of_precision(resolve_precision(settings.precision, device)),

@@ -20,7 +20,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from evaluation import counted_as, why_screening_is_off
+from evaluation import best_evaluation, counted_as, why_screening_is_off
 from experiment.console import format_duration
 from imaging.audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
 from imaging.lesions import is_melanoma
@@ -148,6 +148,8 @@ def _read_run(save_dir: Path) -> Run:
         raise ValueError(f"{save_dir}: no model in it has a metrics.json; train one first")
     comparison = _read_numbers(save_dir / "comparison.csv")
     rows = [] if comparison is None else comparison.to_dict("records")
+    # Runs of earlier versions call the gap `behind_best`.
+    rows = [{n.replace("behind_best", "gap_to_best"): v for n, v in row.items()} for row in rows]
     behind = {row["model"]: row for row in rows}
     compared = [metrics for metrics in found if metrics["model"] in behind] or found
     return Run(
@@ -174,12 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_table(path: Path) -> pd.DataFrame | None:
-    if not path.exists():
-        return None
-    try:
-        return read_csv(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a table in CSV ({error})") from error
+    return read_csv(path) if path.exists() else None
 
 
 def _read_numbers(path: Path) -> pd.DataFrame | None:
@@ -307,7 +304,7 @@ def _comparison(run: Run) -> Section:
 
     names = [metrics["model"] for metrics in run.models]
     columns = {"model": names, "balanced accuracy": of_all("balanced_accuracy")}
-    if any("behind_best" in gap for gap in run.behind.values()):
+    if any("gap_to_best" in gap for gap in run.behind.values()):
         columns["behind the best"] = [_behind(run, name) for name in names]
     columns["weighted precision"] = of_all("precision")
     columns["weighted recall (accuracy)"] = of_all("recall")
@@ -332,11 +329,11 @@ def _behind(run: Run, model: str) -> str:
     if model == run.models[0]["model"]:
         return "best"
     gap = run.behind.get(model, {})
-    return _with_interval(gap.get("behind_best"), _interval_of_gap(gap))
+    return _with_interval(gap.get("gap_to_best"), _interval_of_gap(gap))
 
 
 def _interval_of_gap(gap: Mapping[str, float]) -> tuple[float, float] | None:
-    names = ("behind_best_low", "behind_best_high")
+    names = ("gap_to_best_low", "gap_to_best_high")
     return tuple(gap[name] for name in names) if set(names) <= set(gap) else None
 
 
@@ -734,11 +731,14 @@ def _training(metrics: dict[str, Any]) -> list[Block]:
         blocks.append(f"{_whole(metrics['parameters'])} parameters, of which {trained} trained.")
     alt = "Losses, precision, recall and learning rate over the training steps."
     history = _read_numbers(metrics["folder"] / "history.csv")
-    ranks = ["valid_balanced_accuracy", "valid_loss"]
-    if history is not None and {"step", *ranks} <= set(history) and len(history):
-        best = history.sort_values(ranks, ascending=[True, False], na_position="first").iloc[-1]
+    columns = {"step", "valid_balanced_accuracy", "valid_loss"}
+    if history is None or not columns <= set(history):
+        history = pd.DataFrame(columns=sorted(columns))
+    number = best_evaluation(history.to_dict("list"))
+    if number is not None:
+        best = history.iloc[number]
         alt += (
-            f" Best balanced accuracy on validation: {best[ranks[0]]:.2f} at step "
+            f" Best balanced accuracy on validation: {best['valid_balanced_accuracy']:.2f} at step "
             f"{best['step']:,.0f} of {history['step'].max():,}."
         )
     return blocks + _figure(metrics["folder"] / "learning_curves.png", "Learning curves", alt)

@@ -632,7 +632,8 @@ def _with_labels_of(dataset: LesionDataset, classes: Sequence[str]) -> LesionDat
             stacklevel=3,
         )
     metadata = dataset.metadata.assign(label=dataset.metadata["class"].map(label_of))
-    return LesionDataset(dataset.array_path, dataset.rows, metadata, classes)
+    inputs = dataset.extra_inputs
+    return LesionDataset(dataset.array_path, dataset.rows, metadata, classes, extra_inputs=inputs)
 
 
 def _label_of(name: str, classes: Sequence[str]) -> int:

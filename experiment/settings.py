@@ -22,6 +22,7 @@ from experiment.console import (
     print_message,
     with_underscores,
 )
+from learning.processes import get_world_size, is_first_process, torchrun_variable
 
 PROGRAM = "train_models.py"
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
@@ -261,24 +262,9 @@ def command(settings: Settings, is_demo: bool = False) -> str:
     return shlex.join(words)
 
 
-def torchrun_variable(name: str, default: int) -> int:
-    """RANK, WORLD_SIZE or LOCAL_RANK; the default when it is not torchrun that started this."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
-
-
-def launched_processes() -> int:
-    """Returns the number of processes that torchrun started, 1 without it."""
-    return torchrun_variable("WORLD_SIZE", 1)
-
-
-def is_first_process() -> bool:
-    """Returns whether this process prints, draws and writes for all."""
-    return torchrun_variable("RANK", 0) == 0
-
-
 def _launcher() -> list[str]:
     """The words of the command before the script."""
-    if launched_processes() == 1:
+    if get_world_size() == 1:
         return ["python"]
     processes, nodes = os.environ["LOCAL_WORLD_SIZE"], torchrun_variable("GROUP_WORLD_SIZE", 1)
     of_nodes = [f"--nnodes={nodes}"] if nodes > 1 else []

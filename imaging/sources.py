@@ -3,7 +3,8 @@
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -34,6 +35,36 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layout of a folder of images.
+
+    `recognizes` says whether a folder has this layout. `read` returns a row for each image: `path`
+    (relative to the folder, with forward slashes), `class`, `source_split` (the part of the set as
+    published, such as Train, or empty), and any further columns, which become part of the metadata.
+    """
+
+    recognizes: Callable[[Path], bool]
+    read: Callable[[Path], pd.DataFrame]
+
+
+def read_folder(data_dir: str | Path) -> pd.DataFrame:
+    """Returns the images of a folder, sorted by path, from the last reader that recognizes it."""
+    data_dir = Path(data_dir)
+    name, reader = next(
+        (name, reader) for name, reader in reversed(READERS.items()) if reader.recognizes(data_dir)
+    )
+    images = reader.read(data_dir)
+    required = ["path", "class", "source_split"]
+    for column in required:
+        if column not in images or images[column].isna().any():
+            raise ValueError(
+                f"{printable(data_dir)}: the reader of {name} gave images without {column}"
+            )
+    columns = [*required, *images.columns.drop(required)]
+    return images[columns].sort_values("path", kind="stable", ignore_index=True)
 
 
 def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.DataFrame:
@@ -87,6 +118,10 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     )
 
 
+# A reader added here is asked before those above it.
+READERS = {"class folders": Reader(recognizes=lambda folder: True, read=find_images)}
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
@@ -122,10 +157,7 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{printable(path)}: no such file")
-    try:
-        table = read_csv(path)
-    except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
-        raise ValueError(f"{printable(path)}: not a table in CSV ({error})") from error
+    table = read_csv(path)
     missing = [name for name in columns if name not in table]
     if missing:
         raise ValueError(

@@ -48,7 +48,8 @@ def gradcam(
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         return functional_call(module, parameters, values)
 
-    hook = _last_stage(model, min(images.shape[2:])).register_forward_hook(start_graph_here)
+    layer = model.feature_map_layer(min(images.shape[2:]), SMALLEST_MAP)
+    hook = layer.register_forward_hook(start_graph_here)
     try:
         with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
             # Not model(images): a frozen backbone switches gradients off in there.
@@ -64,21 +65,6 @@ def gradcam(
     maps = interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     highest = maps.amax(dim=(1, 2), keepdim=True)
     return (maps / highest.clamp_min(torch.finfo(maps.dtype).tiny)).cpu().numpy()
-
-
-def _last_stage(model: LesionClassifier, image_size: int) -> nn.Module:
-    """The last convolution stage; of a ResNet, the last whose maps still tell places apart."""
-    from torch import nn
-
-    from models import SimpleCNN
-
-    if isinstance(model, SimpleCNN):
-        layers = list(model.backbone)
-        last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
-        return layers[last + 1]  # the ReLU after it
-    strides = {"layer4": 32, "layer3": 16, "layer2": 8, "layer1": 4}
-    large = [name for name, stride in strides.items() if image_size / stride >= SMALLEST_MAP]
-    return getattr(model.backbone, large[0] if large else "layer1")
 
 
 def overlay_name(path: str) -> str:

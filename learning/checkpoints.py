@@ -14,6 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dataset import LesionLoader
+from evaluation import best_evaluation
 from models import ModelInfo
 from storage.files import write_csv
 from storage.tensors import check_alike, is_number, load_tensors, save_tensors
@@ -51,11 +52,7 @@ class Progress:
         }
         for name, value in entry.items():
             self.history.setdefault(name, []).append(value)
-
-        def rank(metrics: dict[str, Any]) -> tuple[float, float]:
-            return metrics["balanced_accuracy"], -metrics["loss"]
-
-        is_best = not self.best_metrics or rank(metrics) > rank(self.best_metrics)
+        is_best = best_evaluation(self.history) == len(self.history["step"]) - 1
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         if is_best:
             self.best_metrics = metrics
@@ -114,7 +111,7 @@ class Checkpoint:
             metrics=progress.best_metrics,
             **fitted,
         )
-        save_tensors(self.folder / "model.pth", {**info, "state_dict": progress.best_state})
+        info.save(self.folder / "model.pth", progress.best_state)
 
     def save_last(self, progress: Progress) -> None:
         """Writes `last.pth`, all that is needed to go on from this step."""

@@ -1,11 +1,8 @@
-"""Several processes, and the signals that stop one: ranks, exchanges, stopping together."""
+"""Several processes that train one model: exchanges between them, stopping together."""
 
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,86 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-SECONDS_OF_ONE_SIGNAL = 1.0
+from learning.processes import get_rank, get_world_size
+
 SECONDS_BETWEEN_EXCHANGES = 0.5
-
-
-class Signals:
-    """Holds SIGINT and SIGTERM back while it is entered; a second one acts at once.
-
-    On leaving, the handlers are what they were before, and get the signal that was held back.
-    """
-
-    def __init__(self) -> None:
-        self.noted = 0  # the number of the signal, 0 for none
-        self._noted_at = 0.0
-        self._is_raised = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                # None is a handler that is not Python's, and whoever ignores a signal means it.
-                if signal.getsignal(signum) not in (None, signal.SIG_IGN):
-                    self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._restore()
-        if self.noted and kind is None:
-            self._deliver(self.noted)
-
-    @contextlib.contextmanager
-    def ending_this(self) -> Iterator[None]:
-        """A block that can be done again, and that a signal therefore ends at once.
-
-        Not in one process of several: the others would wait for it in theirs.
-        """
-        self._is_raised = get_world_size() == 1
-        try:
-            yield
-        except KeyboardInterrupt:
-            if not self.noted:
-                raise
-        finally:
-            self._is_raised = False
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        # timeout(1) and torchrun send a signal to the process that its group has had already.
-        if self.noted and time.monotonic() - self._noted_at > SECONDS_OF_ONE_SIGNAL:
-            self._restore()
-            self._deliver(signum)
-        if not self.noted:
-            self.noted, self._noted_at = signum, time.monotonic()
-        if self._is_raised:
-            self._is_raised = False
-            raise KeyboardInterrupt
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _deliver(self, signum: int) -> None:
-        handler = self._before.get(signum)
-        if callable(handler):
-            handler(signum, None)
-        elif handler is signal.SIG_DFL:
-            signal.raise_signal(signum)
-        raise KeyboardInterrupt  # the training ends, whatever a handler of the user's makes of it
-
-
-def get_rank() -> int:
-    """Returns the number of this process, 0 where it is the only one."""
-    return dist.get_rank() if _is_distributed() else 0
-
-
-def get_world_size() -> int:
-    """Returns the number of processes that train together."""
-    return dist.get_world_size() if _is_distributed() else 1
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def is_progress_hidden() -> bool | None:

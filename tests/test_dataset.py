@@ -1,15 +1,7 @@
-import functools
-import multiprocessing
 import os
 import pickle
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,499 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 import dataset
-from dataset import (
-    DatasetBuilder,
-    LesionLoader,
-    UnreadableImageError,
-    balanced_frequencies,
-    center_crop,
-    create_dataloaders,
-    find_images,
-    fingerprint,
-    group_images,
-    k_fold_splits,
-    normalize,
-    prepare_image,
-    resize,
-    stratified_split,
-)
-from imaging import cache, prepare
+from dataset import DatasetBuilder, create_dataloaders, find_images, to_float
+from imaging import batches
+from imaging.batches import DeviceDataset
 from imaging.synthetic import CLASSES, draw_lesion
-from models import get_model
-from storage.files import lock
-
-ROOT = Path(__file__).parents[1]
 
 
 def build(root, image_size=16, splits=None, preprocessors=(), **options):
     builder = DatasetBuilder(root, image_size=image_size, **options)
     return builder.build(preprocessors=preprocessors, splits=splits)
-
-
-def array_file(root):
-    (path,) = (root.parent / "processed").glob("*/images-*.npy")
-    return path
-
-
-# ---------------------------------------------------------------------------- folders
-
-
-def test_train_and_test_are_pooled_and_remembered(make_images):
-    root = make_images({"Train/melanoma": 2, "Test/melanoma": 1, "Train/nevus": 3})
-    images = find_images(root)
-    assert images["path"].tolist() == sorted(images["path"])
-    assert images["path"][0] == "Test/melanoma/0000.png"
-    assert images.groupby(["class", "source_split"]).size().to_dict() == {
-        ("melanoma", "Test"): 1,
-        ("melanoma", "Train"): 2,
-        ("nevus", "Train"): 3,
-    }
-
-
-def test_classes_alone_work_with_spaces_and_unicode(make_images):
-    root = make_images({"basal cell carcinoma": 1, "Нévus – 痣": 2})
-    images = find_images(root)
-    assert set(images["class"]) == {"basal cell carcinoma", "Нévus – 痣"}
-    assert set(images["source_split"]) == {""}
-
-
-def test_one_class_written_in_two_ways_is_one_class(make_images):
-    root = make_images({"Train/n\u00e9vus": 2, "Test/ne\u0301vus": 1, "Train/b": 1})
-    assert sorted(find_images(root)["class"]) == ["b"] + ["n\u00e9vus"] * 3
-
-
-def test_a_class_name_that_no_table_could_hold_is_refused(make_images):
-    root = make_images({"a": 1, "b": 1})
-    os.rename(root / "b", os.fsencode(root) + b"/caf\xe9")
-    with pytest.raises(ValueError, match="not valid UTF-8; rename it"):
-        find_images(root)
-
-
-def test_hidden_files_and_files_of_other_kinds_are_passed_over(make_images):
-    root = make_images({"a": 1, "b": 1, ".cache/c": 1})
-    shutil.copy(root / "a/0000.png", root / "a/._0000.png")
-    (root / "a/notes.txt").write_text("no image")
-    shutil.copy(root / "a/0000.png", root / "a/UPPER.PNG")
-    assert find_images(root)["path"].tolist() == ["a/0000.png", "a/UPPER.PNG", "b/0000.png"]
-
-
-def test_a_link_to_the_folder_it_lies_in_ends(make_images):
-    root = make_images({"a": 1, "b": 1})
-    (root / "a/again").symlink_to(root)
-    assert len(find_images(root)) == 2
-
-
-def test_folders_that_cannot_be_used_are_named(make_images, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        find_images(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no images"):
-        find_images(tmp_path / "empty")
-    with pytest.raises(ValueError, match="one class, a"):
-        find_images(make_images({"Train/a": 1, "Test/a": 1}, name="single"))
-    stray = make_images({"a": 1, "b": 1}, name="stray")
-    shutil.copy(stray / "a/0000.png", stray / "loose.png")
-    with pytest.raises(ValueError, match="loose.png stands directly"):
-        find_images(stray)
-
-
-# ---------------------------------------------------------------------------- preprocessing
-
-
-@pytest.mark.parametrize("size", [(33, 57), (60, 45), (224, 224), (7, 5), (300, 256), (100, 900)])
-def test_resize_and_crop_are_those_of_torchvision(size):
-    width, height = size
-    rng = np.random.default_rng(width)
-    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(image)
-    difference = np.abs(np.asarray(prepare._fit(image, 224)).astype(int) - np.asarray(expected))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 0.3
-    resized = resize(np.asarray(image), 64)
-    assert np.array_equal(resized, np.asarray(transforms.Resize(64)(image)))
-    if min(size) >= 5:
-        crop = center_crop(np.asarray(image), 5)
-        assert np.array_equal(crop, np.asarray(transforms.CenterCrop(5)(image)))
-
-
-def test_a_large_jpeg_is_decoded_smaller_but_looks_the_same(make_images, tmp_path):
-    root = make_images({"a": 4, "b": 4}, size=30)
-    rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    large = small.resize((1600, 1200), Image.Resampling.BICUBIC)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    large.save(root / "a/large.jpg", quality=95)
-    large.rotate(90, expand=True).save(root / "a/turned.jpg", quality=95, exif=exif)
-    splits, metadata = build(root, image_size=56)
-    sizes = metadata.set_index("path")[["width", "height"]]
-    assert sizes.loc["a/large.jpg"].tolist() == [1600, 1200]  # of the original, upright
-    assert sizes.loc["a/turned.jpg"].tolist() == [1600, 1200]
-    expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(large)
-    for path in ("a/large.jpg", "a/turned.jpg"):
-        difference = np.abs(shown(splits, path).astype(int) - np.asarray(expected))
-        assert difference.mean() < 2
-    seen = []
-    build(root, image_size=56, preprocessors=[lambda x: seen.append(x.shape) or x])
-    assert seen.count((1200, 1600, 3)) == 2  # a preprocessor gets the original
-
-
-def test_preprocessors_run_in_order_and_may_change_size_and_range(make_images):
-    root = make_images({"a": 5, "b": 5}, size=50)
-    seen = []
-
-    def look(image):
-        seen.append((image.shape, image.dtype))
-        return image
-
-    chain = [functools.partial(resize, size=30), functools.partial(center_crop, size=20), look]
-    splits, _ = build(root, preprocessors=[*chain, normalize, look])
-    assert set(seen[-10:]) == {((20, 20, 3), np.dtype(np.uint8))}
-    plain, _ = build(root, preprocessors=chain)
-    for name in splits:  # x / 255 and back is exact
-        everything = np.arange(len(splits[name]))
-        assert np.array_equal(splits[name].gather(everything), plain[name].gather(everything))
-
-
-CORES = """
-import os, sys
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-import dataset, predict
-from imaging import cache
-from inference import ensemble
-class Pool:
-    def __init__(self, num_workers):
-        print(num_workers)
-        raise KeyboardInterrupt
-cache.ThreadPoolExecutor = ensemble.ThreadPoolExecutor = Pool
-model, images = sys.argv[1:]
-for work in (
-    dataset.DatasetBuilder(images, image_size=16).build,
-    lambda: predict.predict(model, images, device="cpu"),
-):
-    try:
-        work()
-    except KeyboardInterrupt:
-        pass
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
-def test_no_more_threads_than_the_process_may_use_cores(make_images, tmp_path):
-    model = get_model("simple_cnn", 2, image_size=16)
-    contents = {"config": model.config, "classes": ["a", "b"], "image_size": 16}
-    contents |= {"preprocessors": "", "metrics": {}, "state_dict": model.state_dict()}
-    torch.save(contents, tmp_path / "model.pth")
-    root = make_images({"a": 1, "b": 1})
-    done = subprocess.run(
-        [sys.executable, "-c", CORES, str(tmp_path / "model.pth"), str(root)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["1", "1"]
-
-
-@pytest.mark.parametrize(
-    ("preprocessor", "message"),
-    [
-        (lambda x: x[:, :, 0], r"<lambda>.*shape \(40, 40\)"),
-        (lambda x: x.astype(np.int32), "<lambda>.*int32"),
-        (lambda x: x.astype(np.float32), r"<lambda>.*not in \[0, 1\]"),
-        (lambda x: x.astype(np.float32) * np.nan, r"<lambda>.*not in \[0, 1\]"),
-        (lambda x: x.nonsense, "<lambda>: AttributeError.*on a/0000.png"),
-    ],
-)
-def test_a_preprocessor_that_gives_no_image_is_named(make_images, preprocessor, message):
-    root = make_images({"a": 4, "b": 4})
-    with pytest.raises(ValueError, match=message):
-        build(root, preprocessors=[preprocessor], num_workers=1)
-
-
-def function_from(source):
-    namespace = {"np": np}
-    exec(source, namespace)
-    return namespace["f"]
-
-
-def with_options(image, **options):
-    return image
-
-
-CALLABLES = """
-class Base:
-    LIMIT = {0}
-    def __call__(self, x):
-        return x if x.size else {1}
-    @property
-    def size(self):
-        return {2}
-    @staticmethod
-    def helper():
-        return {3}
-class Sub(Base):
-    def __init__(self):
-        self.a, self.b, self.c, self.d = 1, 1, {4}, {5}
-f = Sub()
-one = two = three = 1
-four = {6}
-def g(x):
-    return f(x) if x.size else one + two + three + four
-"""
-
-
-def test_a_fingerprint_sees_all_of_an_object_and_of_what_a_function_uses():
-    def printed(numbers):
-        namespace = {"__name__": "of_the_user"}
-        exec(CALLABLES.format(*numbers), namespace)
-        return fingerprint([namespace["g"]])
-
-    plain = [1] * 7
-    found = [printed(plain)] + [printed([*plain[:i], 2, *plain[i + 1 :]]) for i in range(7)]
-    assert len(set(found)) == 8
-    assert printed(plain) == found[0]
-
-
-def test_a_fingerprint_tells_preprocessors_apart_and_the_same_ones_alike():
-    rare = "def f(x, limit={}):\n    return x * 0 if x.shape == (1, {}, 3) else {}"
-    helper = "def g(x):\n    return x if x.size else {}\ndef f(x):\n    return g(x)"
-    sources = [
-        rare.format(1, 2, "x"),
-        rare.format(2, 2, "x"),  # another default, which changes nothing in the probes
-        rare.format(1, 3, "x"),  # another constant
-        rare.format(1, 2, "x.copy()"),
-        helper.format("1"),
-        helper.format("2"),  # another function that it calls
-        "limit = 1\ndef f(x):\n    return x if x.size else limit",
-        "limit = 2\ndef f(x):\n    return x if x.size else limit",
-    ]
-    prints = [fingerprint([function_from(source)]) for source in sources]
-    assert len(set(prints)) == len(prints)
-    assert prints == [fingerprint([function_from(source)]) for source in sources]
-
-    def enclosing(value):
-        return lambda x: x if x.size else value
-
-    assert fingerprint([enclosing(1)]) == fingerprint([enclosing(1)])
-    assert fingerprint([enclosing(1)]) != fingerprint([enclosing(2)])
-    many = dict.fromkeys("abcd", 1)
-    changed = [fingerprint([functools.partial(with_options, **many | {k: 2})]) for k in many]
-    assert len({*changed, fingerprint([functools.partial(with_options, **many)])}) == 5
-    assert fingerprint([functools.partial(resize, size=9)]) != fingerprint([resize])
-    assert fingerprint([resize, normalize]) != fingerprint([normalize, resize])
-    assert fingerprint([]) == ""
-
-
-class Noise:
-    def __init__(self):
-        self.rng = np.random.default_rng(0)
-
-    def __call__(self, image):
-        return self.rng.integers(0, 2, image.shape, dtype=np.uint8) + image // 2
-
-
-class Counter:
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, image):
-        self.calls += 1
-        return image // self.calls
-
-
-class LikeTheLast:
-    """Brings each image to the brightness of the one before."""
-
-    mean = 128.0
-
-    def __call__(self, image):
-        shift, self.mean = self.mean - image.mean(), image.mean()
-        return np.clip(image + shift, 0, 255).astype(np.uint8)
-
-
-def flipped_by(chance):
-    def flip(image):
-        return image[:, ::-1] if chance() < 0.5 else image
-
-    return flip
-
-
-def hardly_ever(image):
-    return image[::-1] if random.random() < 1e-9 else image
-
-
-def counting():
-    number = 0
-
-    def count(image):
-        nonlocal number
-        number = (number + 1) % 7
-        return np.roll(image, number, axis=0)
-
-    return count
-
-
-NOT_REPEATABLE = {
-    "flip": [
-        flipped_by(random.random),
-        flipped_by(np.random.random),
-        flipped_by(lambda: torch.rand(1)),
-        flipped_by(np.random.default_rng(1).random),
-        flipped_by(lambda: np.random.default_rng().random()),
-        flipped_by(random.Random(1).random),
-        functools.partial(flipped_by(random.random)),
-        flipped_by(lambda: time.perf_counter_ns() % 2),
-        flipped_by(lambda: os.urandom(1)[0] % 2),
-    ],
-    "hardly_ever": [hardly_ever],
-    "count": [counting()],
-    "Noise": [Noise()],
-    "Counter": [Counter()],
-    "LikeTheLast": [LikeTheLast()],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "preprocessor"),
-    [(name, f) for name, several in NOT_REPEATABLE.items() for f in several],
-)
-def test_a_preprocessor_that_is_not_repeatable_is_refused_at_once(make_images, name, preprocessor):
-    np.random.seed(0)
-    with pytest.raises(ValueError, match=f"preprocessor {name} does not make the same") as error:
-        fingerprint([resize, preprocessor])
-    assert "augmentation" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_build_with_a_random_preprocessor_prepares_nothing(make_images):
-    root = make_images({"a": 3, "b": 3})
-    with pytest.raises(ValueError, match="preprocessor flip does not make the same"):
-        build(root, preprocessors=[flipped_by(random.random)])
-    assert not (root.parent / "processed").exists()
-
-
-class Lazy:
-    table = None
-
-    def __call__(self, image):
-        if self.table is None:
-            self.table = np.arange(256, dtype=np.uint8)[::-1].copy()
-        return self.table[image]
-
-
-def seeded(image):
-    np.random.seed(3)
-    random.seed(3)
-    torch.manual_seed(3)
-    noise = np.random.default_rng(3).random(image.shape) + np.random.random(image.shape)
-    return np.clip(image + noise + random.random() + torch.rand(1).item(), 0, 255).astype(np.uint8)
-
-
-def refusing(image):
-    if image.shape != (40, 40, 3):
-        raise ValueError("of no use to me")
-    return image
-
-
-def test_preprocessors_that_seed_themselves_keep_a_table_or_refuse_the_probes_are_allowed(
-    make_images,
-):
-    root = make_images({"a": 3, "b": 3})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        build(root, preprocessors=[seeded, Lazy()])
-        build(root, preprocessors=[refusing])
-    lazy = Lazy()
-    assert fingerprint([lazy]) == fingerprint([lazy])
-
-
-OF_ANY_RUN = """
-import collections, functools, logging, re, threading, weakref
-import numpy as np
-from dataset import fingerprint
-
-log = logging.getLogger("prepare")
-logging.getLogger(str(id(log)))
-
-class Slots:
-    __slots__ = ("limit",)
-
-class Keeps:
-    def __init__(self):
-        self.lock, self.rng = threading.Lock(), np.random.default_rng(0)
-        self.old, self.view, self.log = np.random.RandomState(0), memoryview(b"x"), log
-        self.names = frozenset(f"name {i}" for i in range(9))
-        self.numbers = dict.fromkeys(self.names, 1)
-        self.method, self.queue = "a".__add__, collections.deque([object(), Slots()])
-        self.array = np.array([object(), {1}], dtype=object)
-        self.pattern, self.ref = re.compile("x"), weakref.ref(log)
-    def __call__(self, image):
-        log.debug("at work")
-        return image if "name 1" in {"name 1", "name 2", "x"} else self.numbers
-
-print(fingerprint([Keeps()]), fingerprint([lambda image: None]))
-"""
-
-
-def test_a_fingerprint_is_the_same_in_every_run():
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", OF_ANY_RUN],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in "12"
-    ]
-    one, other = (run.communicate()[0] for run in runs)
-    assert one == other and len(one.split()) == 2
-
-
-# ---------------------------------------------------------------------------- the array on disk
-
-
-def test_a_second_build_reads_the_array_of_the_first(make_images):
-    root = make_images({"a": 6, "b": 6})
-    first, metadata = build(root)
-    before = array_file(root).stat()
-    images = first["train"].gather(np.arange(len(first["train"])))
-    second, metadata_again = build(root)
-    assert array_file(root).stat().st_ino == before.st_ino
-    assert metadata.equals(metadata_again)
-    assert np.array_equal(second["train"].gather(np.arange(len(second["train"]))), images)
-
-
-def test_new_times_alone_rebuild_nothing(make_images):
-    root = make_images({"a": 6, "b": 6})
-    build(root)
-    before = array_file(root).stat()
-    os.utime(root / "a/0000.png")
-    build(root)
-    assert array_file(root).stat().st_ino == before.st_ino
-
-
-def test_whoever_has_the_lock_of_the_array_removes_leftovers_and_others_write_nothing(make_images):
-    root = make_images({"a": 6, "b": 6})
-    build(root)
-    folder = array_file(root).parent
-    leftover = folder / ".index.0123456789abcdef.tmp.json"
-    leftover.write_text("{")
-    index = folder / "index.json"
-    before = index.read_bytes()
-    with lock(folder / ".lock"):
-        os.utime(root / "a/0000.png")
-        build(root)  # without waiting
-        assert leftover.exists() and index.read_bytes() == before
-    build(root)
-    assert not leftover.exists() and index.read_bytes() != before
-    leftover.write_text("{")
-    (root / "a/0000.png").unlink()
-    build(root)
-    assert not leftover.exists()
 
 
 def shown(splits, path):
@@ -522,203 +32,7 @@ def shown(splits, path):
     raise KeyError(path)
 
 
-def test_a_changed_image_is_read_again_even_with_its_old_size_and_time(make_images):
-    root = make_images({"a": 6, "b": 6})
-    path = root / "a/0000.png"
-    for i, name in enumerate(("black", "white")):
-        Image.new("RGB", (40, 40), name).save(root / f"{name}.bmp")
-        (root / f"{name}.bmp").rename(root / f"a/{i}.bmp")
-    build(root)
-    before = (root / "a/0.bmp").stat()
-    (root / "a/0.bmp").write_bytes((root / "a/1.bmp").read_bytes())
-    (root / "a/1.bmp").unlink()
-    os.utime(root / "a/0.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert (root / "a/0.bmp").stat().st_size == before.st_size
-    splits, metadata = build(root)
-    assert (shown(splits, "a/0.bmp") == 255).all()
-    assert len(metadata) == 13
-    path.unlink()
-    assert len(build(root)[1]) == 12
-
-
-def test_another_size_or_preprocessor_is_another_array(make_images):
-    root = make_images({"a": 6, "b": 6})
-    assert build(root)[0]["train"].image_size == 16
-    assert build(root, image_size=24)[0]["train"].image_size == 24
-    inverted, _ = build(root, preprocessors=[lambda x: 255 - x])
-    plain, _ = build(root)
-    assert (shown(inverted, "a/0000.png") != shown(plain, "a/0000.png")).mean() > 0.9
-    assert inverted["train"].preprocessors and not plain["train"].preprocessors
-
-
-SLOW_BUILD = """
-import sys, time
-sys.path.insert(0, {root!r})
-from dataset import DatasetBuilder
-def slow(image):
-    print("at work", flush=True)
-    time.sleep({seconds})
-    return image
-DatasetBuilder({data!r}, image_size=16).build(preprocessors=[slow])
-"""
-
-
-def test_a_build_that_is_killed_leaves_nothing_that_counts(make_images):
-    root = make_images({"a": 4, "b": 4})
-    script = SLOW_BUILD.format(root=str(ROOT), data=str(root), seconds=0.2)
-    command, processed = [sys.executable, "-c", script], root.parent / "processed"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        while not list(processed.glob("*/images-*.npy")):  # until then it sees probe images
-            assert process.stdout.readline()
-        process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-    killed = array_file(root)  # it was in the middle of it
-    assert not list(processed.glob("*/index.json"))
-    subprocess.run(command, check=True, capture_output=True)
-    assert len(list(processed.glob("*/index.json"))) == 1
-    assert array_file(root) != killed
-    assert (np.load(array_file(root)).reshape(8, -1).max(axis=1) > 0).all()
-
-
-def test_two_builds_at_once_give_one_array(make_images):
-    root = make_images({"a": 30, "b": 30})
-    script = SLOW_BUILD.format(root=str(ROOT), data=str(root), seconds=0.02)
-    command = [sys.executable, "-c", script]
-    pair = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in pair:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    assert array_file(root).exists()
-
-
-def test_builds_killed_at_any_moment_are_followed_by_correct_ones(make_images):
-    root = make_images({"a": 150, "b": 150}, size=120)
-    started = time.monotonic()
-    expected, metadata = build(root)
-    duration = time.monotonic() - started
-    moments = random.Random(0)
-    folder = array_file(root).parent
-    num_killed = 0
-    for _ in range(200):
-        before = array_file(root).name
-        (folder / "index.json").unlink()
-        child = multiprocessing.get_context("fork").Process(target=build, args=(root,))
-        child.start()
-        time.sleep(moments.uniform(0, duration))
-        child.kill()
-        child.join()
-        arrays = {path.name for path in folder.glob("images-*.npy")}
-        num_killed += bool(arrays - {before}) and not (folder / "index.json").exists()
-        splits, metadata_after = build(root)
-        assert metadata_after.equals(metadata)
-        for name, split in splits.items():
-            numbers = np.arange(len(split))
-            assert np.array_equal(split.gather(numbers), expected[name].gather(numbers))
-        assert len(list(folder.glob("*.npy"))) == 2  # what the killed one left is gone
-        if num_killed == 20:
-            return
-    raise AssertionError(f"only {num_killed} of 200 builds were killed at work")
-
-
-@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder not even root writes")
-def test_a_cache_folder_that_cannot_be_written_is_named_with_the_flag(make_images, tmp_path):
-    root = make_images({"a": 3, "b": 3})
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", Path("/sys/kernel")):
-        with pytest.raises(OSError, match="--cache_dir") as caught:
-            build(root, cache_dir=folder)
-        assert str(folder) in str(caught.value)
-
-
-def test_a_read_only_data_folder_is_only_read(make_images, tmp_path):
-    root = make_images({"a": 3, "b": 3})
-    before = sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*"))
-    for folder in (root, root / "a", root / "b"):
-        folder.chmod(0o555)
-    build(root, cache_dir=tmp_path / "cache")
-    assert sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*")) == before
-
-
-def test_a_damaged_index_or_array_is_made_anew(make_images):
-    root = make_images({"a": 6, "b": 6})
-    expected = shown(build(root)[0], "a/0000.png")
-    path = array_file(root)
-    (path.parent / "index.json").write_text("{")
-    assert np.array_equal(shown(build(root)[0], "a/0000.png"), expected)
-    for name in ("images", "thumbnails"):
-        (path,) = array_file(root).parent.glob(f"{name}-*.npy")
-        path.write_bytes(path.read_bytes()[:-1])
-        assert np.array_equal(shown(build(root)[0], "a/0000.png"), expected)
-        assert not path.exists()
-
-
 # ---------------------------------------------------------------------------- splits
-
-THREE = {"train": 0.7, "valid": 0.2, "test": 0.1}
-several_classes = st.lists(st.integers(1, 60), min_size=2, max_size=6)
-
-
-@given(several_classes, st.integers(0, 5))
-def test_single_images_are_split_by_the_largest_remainder(sizes, seed):
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    split = stratified_split(labels, np.arange(len(labels)), THREE, seed)
-    for label, size in enumerate(sizes):
-        names = split[labels == label]
-        assert (names == "train").any()
-        for name, fraction in THREE.items():
-            count = (names == name).sum()
-            if size >= 3:
-                assert count >= 1
-            if size >= 10:  # with fewer, having every class everywhere comes first
-                assert abs(count - size * fraction) < 1
-
-
-@settings(deadline=None)
-@given(st.data())
-def test_groups_are_never_divided_and_every_image_has_a_split(data):
-    num_images = data.draw(st.integers(2, 60))
-    numbers = st.lists(st.integers(0, 14), min_size=num_images, max_size=num_images)
-    labels = np.unique(data.draw(numbers), return_inverse=True)[1] % 4
-    labels = np.unique(labels, return_inverse=True)[1]
-    groups = np.array(data.draw(numbers))
-    split = stratified_split(labels, groups, THREE, data.draw(st.integers(0, 5)))
-    assert set(split) <= set(THREE)
-    for group in np.unique(groups):
-        assert len(set(split[groups == group])) == 1
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_splits_of_whole_groups_are_within_the_largest_group_of_their_share(seed):
-    rng = np.random.default_rng(seed)
-    sizes = rng.geometric(rng.uniform(0.2, 1), size=rng.integers(5, 200))
-    groups = np.repeat(np.arange(len(sizes)), sizes)
-    num_classes = rng.integers(2, 10)
-    shares = rng.dirichlet(np.full(num_classes, rng.uniform(0.3, 3)))
-    of_group = rng.choice(num_classes, len(sizes), p=shares)[groups]
-    of_image = rng.choice(num_classes, len(groups), p=shares)
-    is_mixed = (rng.random(len(sizes)) < rng.random())[groups]  # these hold several classes
-    labels = np.unique(np.where(is_mixed, of_image, of_group), return_inverse=True)[1]
-    split = stratified_split(labels, groups, THREE, seed)
-    for group in range(len(sizes)):
-        assert len(set(split[groups == group])) == 1
-    for label, size in enumerate(np.bincount(labels)):
-        # A class too small for one image in each split comes into each all the same.
-        lacking = sum(max(0, 1 - size * fraction) for fraction in THREE.values())
-        for name, fraction in THREE.items():
-            count = (split[labels == label] == name).sum()
-            assert abs(count - size * fraction) <= sizes.max() + lacking + 1e-9
-
-
-def test_the_seed_decides_who_and_not_how_many():
-    labels = np.repeat([0, 1, 2], [50, 20, 10])
-    groups = np.arange(80)
-    first, again, other = (stratified_split(labels, groups, THREE, seed) for seed in (1, 1, 2))
-    assert (first == again).all()
-    assert (first != other).any()
-    for label in range(3):
-        counts = [sorted((s[labels == label] == n).sum() for n in THREE) for s in (first, other)]
-        assert counts[0] == counts[1]
 
 
 def test_any_names_and_fractions_work(make_images):
@@ -862,123 +176,10 @@ def write(path, table):
     return path
 
 
-def test_labels_from_a_table_override_those_of_the_folders(make_images, tmp_path):
-    root = make_images({"a": 12, "b": 12})
-    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "b/0003.png"], "class": ["b", "c"]})
-    with pytest.warns(UserWarning, match=r"c \(1 images\) is not in valid, test"):
-        _, metadata = build(root, labels_csv=labels)
-    found = metadata.set_index("path")["class"]
-    assert (found["a/0000.png"], found["b/0003.png"]) == ("b", "c")
-    assert found.drop(["a/0000.png", "b/0003.png"]).value_counts().to_dict() == {"a": 11, "b": 11}
-
-
-def test_rows_of_a_table_of_labels_that_name_no_image_are_said(make_images, tmp_path):
-    root = make_images({"a": 12, "b": 12})
-    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "a/nine.png"], "class": ["b", "b"]})
-    with pytest.warns(
-        UserWarning, match="l.csv: 1 of its 2 rows name no image here, such as a/nine"
-    ):
-        build(root, labels_csv=labels)
-    write(labels, {"image_id": ["0000", "0001"], "class": ["b", "b"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        build(root, labels_csv=labels)
-
-
-def test_a_flat_folder_trains_from_a_table_alone(make_images, tmp_path):
-    root = make_images({"all": 20})
-    names = [f"{i:04d}" for i in range(20)]
-    table = {"image_id": names, "dx": ["mel", "nv"] * 10, "age": [None, *range(19)]}
-    table = write(tmp_path / "HAM10000_metadata.csv", table)
-    splits, metadata = build(root / "all", metadata_csv=table, label_column="dx")
-    assert splits["train"].classes == ["mel", "nv"]
-    assert metadata.set_index("path").loc["0003.png", ["class", "dx", "age"]].tolist() == [
-        "nv", "nv", "2.0",
-    ]  # fmt: skip
-    write(table, {"image_id": names[1:], "dx": ["mel"] * 19})
-    with pytest.raises(ValueError, match=r"no dx for 1 of 20 images, such as 0000\.png"):
-        build(root / "all", metadata_csv=table, label_column="dx")
-
-
-def test_the_columns_of_a_table_come_into_the_metadata_and_its_groups_stay_whole(
-    make_images, tmp_path
-):
-    root = make_images({"Train/a": 30, "Train/b": 30})
-    paths = find_images(root)["path"].tolist()
-    table = {
-        "path": paths[:50],
-        "patient_id": [f"p{i // 5}" for i in range(45)] + [None] * 5,
-        "lesion_id": [i // 2 for i in range(50)],
-        "sex": ["f", "m"] * 25,
-        "split": ["x"] * 50,
-    }
-    table = write(tmp_path / "m.csv", table)
-    _, metadata = build(root, metadata_csv=table, group_by=["patient_id", "lesion_id"])
-    assert metadata.columns.tolist()[-4:] == ["patient_id", "lesion_id", "sex", "split_given"]
-    for key in ("patient_id", "lesion_id", "picture"):
-        assert metadata.groupby(key)["split"].nunique().max() == 1
-    with_none = metadata[metadata["patient_id"].isna()]
-    assert with_none["group"].nunique() > 5  # an empty value joins nothing
-    assert metadata["sex"].isna().sum() == 10
-
-
-def test_groups_are_joined_by_any_key():
-    metadata = pd.DataFrame(
-        {"picture": [0, 1, 2, 3, 3, 4], "patient": ["x", None, "y", "y", None, None]}
-    )
-    groups = group_images(metadata, ["picture", "patient"])
-    assert groups.tolist() == [0, 1, 2, 2, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("table", "options", "message"),
-    [
-        ({"path": ["x.png"], "class": ["a"]}, {"labels_csv": 1}, "matches no image"),
-        ({"path": ["a/0000.png"] * 2, "class": ["a"] * 2}, {"labels_csv": 1}, "more than one row"),
-        ({"path": [], "class": []}, {"labels_csv": 1}, "has no rows"),
-        ({"path": ["a/0000.png"]}, {"labels_csv": 1}, "no column class; it has path"),
-        ({"name": ["a/0000.png"], "class": ["a"]}, {"labels_csv": 1}, "no column path, image_id"),
-        (
-            {"path": ["a/0000.png"]},
-            {"metadata_csv": 1, "group_by": ["lesion_id"]},
-            "no column lesion_id",
-        ),
-        ({"path": ["a/0000.png"], "split": ["train"]}, {"splits_csv": 1}, "no split for 7 of 8"),
-    ],
-)
-def test_tables_that_do_not_fit_are_refused(make_images, tmp_path, table, options, message):
-    root = make_images({"a": 4, "b": 4})
-    path = write(tmp_path / "t.csv", table)
-    options = {name: path if value == 1 else value for name, value in options.items()}
-    with pytest.raises(ValueError, match=message):
-        build(root, **options)
-    assert not (root.parent / "processed").exists() or "splits_csv" in options
-
-
-def test_rows_of_images_that_are_not_here_may_be_anything(make_images, tmp_path):
-    root = make_images({"a": 4, "b": 4})
-    rows = {"path": ["a/0000.png", "x.png", "x.png"], "age": [60, 1, 2]}
-    _, metadata = build(root, metadata_csv=write(tmp_path / "t.csv", pd.DataFrame(rows)))
-    assert metadata["age"].dropna().tolist() == ["60"]
-
-
-def test_files_that_are_no_tables_are_refused(make_images, tmp_path):
-    root = make_images({"a": 4, "b": 4})
-    with pytest.raises(FileNotFoundError, match="gone.csv"):
-        build(root, labels_csv=tmp_path / "gone.csv")
-    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 4)
-    with pytest.raises(ValueError, match="binary.csv"):
-        build(root, labels_csv=tmp_path / "binary.csv")
-    (tmp_path / "empty.csv").touch()
-    with pytest.raises(ValueError, match="empty.csv"):
-        build(root, labels_csv=tmp_path / "empty.csv")
-
-
 def test_options_that_contradict_one_another_are_refused(tmp_path):
     for options, message in [
         ({"split_by": "folders", "splits_csv": "x.csv"}, "not from both"),
         ({"label_column": "dx"}, "label_column needs the table"),
-        ({"group_by": ["lesion_id"]}, "group_by needs the table"),
         ({"split_by": "chance"}, "split_by is 'chance'"),
         ({"label_conflicts": "ignore"}, "label_conflicts is 'ignore'"),
     ]:
@@ -1050,71 +251,6 @@ def test_an_earlier_table_of_splits_gives_the_same_splits(make_images, tmp_path)
         build(root, splits_csv=path)
 
 
-def test_classes_of_fewer_groups_than_folds_are_warned_of():
-    sizes = {"common": 20, "rare": 3, "lone": 1}
-    names = np.repeat(list(sizes), list(sizes.values()))
-    metadata = pd.DataFrame({"class": names, "label": pd.factorize(names)[0], "group": range(24)})
-    message = r"classes with fewer groups than k=5: lone \(1 group\), rare \(3 groups\);"
-    with pytest.warns(UserWarning, match=message) as caught:
-        k_fold_splits(metadata, 5)
-    assert len(caught) == 1 and caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        k_fold_splits(metadata[metadata["class"] == "common"], 5)
-    with pytest.warns(UserWarning, match=r"k=2: 7 \(1 group\);"):
-        k_fold_splits(pd.DataFrame({"label": [7, 7, 0, 0], "group": [0, 0, 1, 2]}), 2)
-
-
-@pytest.mark.filterwarnings("ignore:classes with fewer groups")
-def test_the_seed_decides_which_fold_has_a_class_of_one_group():
-    metadata = pd.DataFrame({"label": [0] * 20 + [1, 2], "group": range(22)})
-    found = {}
-    for seed in range(12):
-        folds = k_fold_splits(metadata, 5, seed)
-        found[seed] = [[20 in valid for _, valid in folds].index(True)]
-        found[seed] += [[21 in valid for _, valid in folds].index(True)]
-        assert found[seed][0] != found[seed][1]  # no fold lacks more than it must
-    assert len({first for first, _ in found.values()}) > 2
-
-
-@pytest.mark.filterwarnings("ignore:classes with fewer groups")
-@settings(deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_every_training_part_has_every_class_of_two_groups(seed):
-    rng = np.random.default_rng(seed)
-    num_groups, k = rng.integers(5, 40), int(rng.integers(2, 6))
-    groups = np.repeat(np.arange(num_groups), rng.geometric(0.5, num_groups))
-    shares = rng.dirichlet(np.full(rng.integers(2, 7), 0.5))
-    of_image = rng.choice(len(shares), len(groups), p=shares)
-    of_group = rng.choice(len(shares), num_groups, p=shares)[groups]
-    is_mixed = (rng.random(num_groups) < rng.random())[groups]
-    metadata = pd.DataFrame({"label": np.where(is_mixed, of_image, of_group), "group": groups})
-    num_groups_of = metadata.groupby("label")["group"].nunique()
-    for train, valid in k_fold_splits(metadata, k, seed % 1000):
-        labels = metadata["label"].to_numpy()
-        assert set(num_groups_of.index[num_groups_of >= 2]) <= set(labels[train])
-        assert set(num_groups_of.index[num_groups_of >= k]) <= set(labels[valid])
-
-
-@pytest.mark.filterwarnings("ignore:classes with fewer groups")
-@given(several_classes, st.integers(2, 5))
-def test_folds_are_stratified_and_each_row_is_validated_once(sizes, k):
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    metadata = pd.DataFrame({"label": labels, "group": np.arange(len(labels)) // 2})
-    if metadata["group"].nunique() < k:
-        with pytest.raises(ValueError, match="k is"):
-            k_fold_splits(metadata, k)
-        return
-    folds = k_fold_splits(metadata, k)
-    validated = np.concatenate([valid for _, valid in folds])
-    assert sorted(validated) == list(range(len(labels)))
-    for train, valid in folds:
-        assert sorted([*train, *valid]) == list(range(len(labels)))
-        assert not set(metadata["group"][train]) & set(metadata["group"][valid])
-        for label, size in enumerate(sizes):
-            assert abs((labels[valid] == label).sum() - size / k) <= 4
-
-
 # ---------------------------------------------------------------------------- data sets, loaders
 
 
@@ -1130,17 +266,6 @@ def test_an_item_is_a_float_image_and_a_label(splits):
     stored = torch.from_numpy(train.gather([3])[0])
     assert torch.equal(image, stored.permute(2, 0, 1) / 255)
     assert label == train.labels[3] == train.classes.index(train.metadata["class"][3])
-
-
-@pytest.mark.parametrize("preprocessors", [[], [lambda image: image[:, ::-1]]])
-def test_a_single_image_is_prepared_as_the_builder_does(make_images, preprocessors):
-    root = make_images({"a": 4, "b": 4}, size=50)
-    splits, _ = build(root, splits={"train": 1.0}, preprocessors=preprocessors)
-    for i, path in enumerate(splits["train"].metadata["path"]):
-        alone = prepare_image(root / path, 16, preprocessors)
-        assert np.array_equal(alone, splits["train"].gather([i])[0])
-    with pytest.raises(UnreadableImageError, match="nothing.jpg: No such file"):
-        prepare_image(root / "nothing.jpg")
 
 
 def test_a_copy_in_another_process_opens_the_array_again(splits):
@@ -1237,14 +362,15 @@ def test_each_image_of_an_epoch_goes_to_exactly_one_process(splits, world_size, 
 
 def test_images_that_lie_on_the_device_are_those_in_the_array(splits):
     train, indices = splits["train"], np.array([5, 0, 48, 5])
-    kept = dataset._OnDevice(train, torch.device("cpu"))[indices]
-    assert same([kept], [dataset._Gatherer(train)[indices]])
+    (images, labels) = DeviceDataset(train, torch.device("cpu")).gather_batch(indices)
+    assert np.array_equal(images["images"], train.gather(indices))
+    assert np.array_equal(labels, train.labels[indices])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_batches_on_the_gpu_are_those_on_the_cpu(splits, monkeypatch, share):
-    monkeypatch.setattr(dataset, "SHARE_OF_GPU_FOR_IMAGES", share)  # 0: from pinned memory
+    monkeypatch.setattr(batches, "MAX_GPU_FRACTION", share)  # 0: from pinned memory
     streams = [create_dataloaders(splits, 8, device=d)["train"].batches() for d in ("cpu", "cuda")]
     for (images, labels), (on_gpu, labels_on_gpu) in zip(
         *(take(s, 6) for s in streams), strict=True
@@ -1271,32 +397,6 @@ def test_only_the_training_split_is_augmented(splits):
     assert not any(image.numpy().tobytes() in originals for image, _ in loaders["train"])
 
 
-@given(st.lists(st.integers(1, 200), min_size=2, max_size=9))
-def test_balanced_sampling_is_even_but_repeats_no_image_too_often(sizes):
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    frequency = balanced_frequencies(labels)
-    assert frequency.sum() == pytest.approx(len(labels))
-    assert frequency.max() <= 10 * (1 + 1e-9)
-    totals = np.bincount(labels, weights=frequency)
-    free = totals[frequency[np.cumsum(sizes) - 1] < 10 * (1 - 1e-9)]
-    assert np.allclose(free, free[:1])  # classes that are not held back are drawn alike
-    assert totals.max() <= free.max(initial=totals.max()) * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("sizes", [(300, 30, 20), (300, 2, 98)])
-def test_balanced_epochs_draw_what_they_should(make_images, sizes):
-    counts = dict(zip("abc", sizes, strict=True))
-    splits, _ = build(make_images(counts, size=8), image_size=8, splits={"train": 1.0})
-    loader = LesionLoader(splits["train"], 50, shuffle=True, balanced=True, device="cpu")
-    drawn = np.concatenate([loader._order(epoch) for epoch in range(4)])
-    expected = balanced_frequencies(splits["train"].labels)
-    times = np.bincount(drawn, minlength=len(expected))
-    assert (np.abs(times - 4 * expected) <= 4).all()
-    by_class = np.bincount(splits["train"].labels, weights=times)
-    wanted = np.bincount(splits["train"].labels, weights=4 * expected)
-    assert np.abs(by_class - wanted).max() <= 8
-
-
 def test_mistakes_in_loaders_are_said(splits):
     with pytest.raises(ValueError, match="batch_size is 0"):
         create_dataloaders(splits, batch_size=0)
@@ -1315,17 +415,53 @@ def test_a_split_without_images_is_named(make_images):
         create_dataloaders(splits)
 
 
-def test_an_older_file_is_not_hashed_again(make_images, monkeypatch):
-    root = make_images({"a": 6, "b": 6})
-    long_ago = time.time() - 3600
-    build(root)
-    for path in root.rglob("*.png"):
-        os.utime(path, (long_ago, long_ago))
-    now = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: now() + 10_000_000_000)
-    _, expected = build(root)  # takes the new times into the index
-    read = []
-    monkeypatch.setattr(cache, "read_regular_file", read.append)
-    _, metadata = build(root)
-    assert read == []
-    assert metadata.equals(expected)
+@pytest.fixture
+def with_ages(splits):
+    """Splits with an input beside the images, from which each image's row can be told."""
+    for split in splits.values():
+        numbers = torch.arange(len(split), dtype=torch.float32)
+        split.add_input("age", torch.stack([numbers, split.image_size * numbers], dim=1))
+    return splits
+
+
+@pytest.mark.parametrize("place", ["this process", "workers", "device memory"])
+def test_a_further_input_comes_in_a_dict_beside_its_images(with_ages, monkeypatch, place):
+    if place == "device memory":
+        monkeypatch.setattr(dataset, "fits_in_gpu_memory", lambda dataset, device: True)
+    options = {"device": "cpu", "num_workers": int(place == "workers"), "augmentation": False}
+    loaders = create_dataloaders(with_ages, 8, **options)
+    epoch, stream = list(loaders["valid"]), take(loaders["train"].batches(), 9)
+    for name, found in (("valid", epoch), ("train", stream)):
+        split = with_ages[name]
+        for inputs, labels in found:
+            assert list(inputs) == ["images", "age"]
+            rows = inputs["age"][:, 0].long()
+            assert torch.equal(inputs["age"], split.extra_inputs["age"][rows])
+            assert torch.equal(inputs["images"], to_float(torch.from_numpy(split.gather(rows))))
+            assert torch.equal(labels, torch.from_numpy(split.labels)[rows])
+    assert torch.cat([inputs["age"][:, 0] for inputs, _ in epoch]).tolist() == list(range(14))
+
+
+def test_a_further_input_changes_neither_images_nor_order(make_images):
+    root = make_images({"a": 12, "b": 12})
+    plain, extended = build(root)[0], build(root)[0]
+    extended["train"].add_input("age", torch.zeros(len(extended["train"])))
+    streams = [create_dataloaders(s, 8, device="cpu")["train"].batches() for s in (plain, extended)]
+    alone, with_age = (take(stream, 6) for stream in streams)
+    assert same(alone, [(inputs["images"], labels) for inputs, labels in with_age])
+
+
+def test_an_item_of_a_data_set_with_a_further_input_is_a_dict_and_a_label(with_ages):
+    train = with_ages["train"]
+    inputs, label = train[3]
+    assert inputs["images"].shape == (3, 16, 16) and label == train.labels[3]
+    assert inputs["age"].tolist() == [3, 48]
+    inputs, labels = next(iter(DataLoader(train, batch_size=4)))
+    assert inputs["age"].shape == (4, 2) and labels.tolist() == train.labels[:4].tolist()
+
+
+def test_an_input_that_does_not_fit_the_images_is_refused(splits):
+    with pytest.raises(ValueError, match="input age has 3 rows for 49 images"):
+        splits["train"].add_input("age", torch.zeros(3))
+    with pytest.raises(ValueError, match="cannot be called images"):
+        splits["train"].add_input("images", torch.zeros(49))

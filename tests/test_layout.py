@@ -16,11 +16,13 @@ ORDER = (
     "storage.files", "storage.tensors",
     "imaging.lesions", "imaging.decode", "imaging.synthetic", "imaging.audit", "imaging.prepare",
     "imaging.sources", "imaging.splits", "imaging.cache",
+    "imaging.batches",
     "augmentation", "dataset",
     "evaluation.metrics", "evaluation.intervals", "evaluation.calibration", "evaluation.screening",
     "evaluation.subgroups", "evaluation",
     "models",
-    "learning.allocator", "learning.hardware", "learning.distributed", "learning.checkpoints",
+    "learning.allocator", "learning.processes", "learning.hardware", "learning.distributed",
+    "learning.checkpoints",
     "training", "visualizations",
     "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.report",
@@ -31,7 +33,7 @@ ORDER = (
 PUBLIC = {
     "dataset": """
         DEFAULT_SPLITS DatasetBuilder EVALUATION_BATCHES IMAGE_SUFFIXES LesionDataset
-        LesionLoader MAX_REPETITIONS METADATA_COLUMNS MOST_REPEATS Preprocessor
+        LesionLoader MAX_REPETITIONS METADATA_COLUMNS MAX_REPEATS MOST_REPEATS Preprocessor
         SECONDS_OF_PROBING SHARE_OF_GPU_FOR_IMAGES SPLIT_FOLDERS STEM_COLUMNS
         UNSUPPORTED_SUFFIXES UnreadableImageError balanced_frequencies center_crop
         check_seed create_dataloaders derive_seed find_images fingerprint group_images

@@ -4,6 +4,7 @@ import urllib.error
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -11,14 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dataset import DatasetBuilder, create_dataloaders
 from evaluation import Calibration, counted_as
+from inference.explain import gradcam
 from models import (
+    BACKBONES,
     MODELS,
+    Backbone,
     FinetunedHeadResNet,
     FinetunedResNet,
     ModelInfo,
     ResNetFromScratch,
     SimpleCNN,
+    check_model_name,
     count_parameters,
     get_model,
     imagenet_weights,
@@ -26,6 +32,7 @@ from models import (
     load_model,
 )
 from storage.tensors import save_tensors
+from training import make_optimizer, train
 
 NAMES = ["simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned"]
 SCRATCH, PRETRAINED = NAMES[:2], NAMES[2:]
@@ -511,13 +518,92 @@ def test_weights_that_are_not_there_are_a_file_not_found_error_that_names_them(t
         small_model(weights=tmp_path / "none.pth")
 
 
+# The table of backbones
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A backbone of two layers as an entry of the table, added from outside."""
+
+    def build():
+        layers = [nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Linear(8, 6)), 6
+
+    entry = Backbone(build, feature_maps=(("1", 4),), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
+    monkeypatch.setitem(BACKBONES, "toy", entry)
+    return entry
+
+
+@pytest.mark.parametrize("start", ["scratch", "head", "finetuned"])
+def test_a_backbone_added_to_the_table_is_trained_saved_loaded_and_explained(
+    toy, start, make_images, tmp_path
+):
+    splits, _ = DatasetBuilder(make_images({"a": 12, "b": 10, "c": 10}), image_size=16).build()
+    loaders = create_dataloaders(splits, batch_size=8, device="cpu")
+    model = get_model(f"toy_{start}", 3, weights=None, seed=0)
+    before = copy_of(backbone_of(model))
+    data = (loaders["train"], loaders["valid"], 3)
+    model, _ = train(model, *data, 3, make_optimizer(model), eval_every=2, save_path=tmp_path)
+    assert is_same(backbone_of(model), before) == (start == "head")
+
+    loaded, info = load_model(tmp_path / "model.pth")
+    assert info.config == model.config == get_model(**model.config).config
+    assert is_same(loaded.state_dict(), model.state_dict())
+    assert torch.allclose(loaded(images()), model(images()), atol=1e-6)
+    assert torch.equal(loaded.mean.flatten(), torch.tensor(toy.mean))
+    assert torch.equal(loaded.std.flatten(), torch.tensor(toy.std))
+    assert model.backbone[:2](images()).shape == (2, 8, 8, 8)
+    heatmaps = gradcam(loaded, images(), [0, 1])
+    assert heatmaps.shape == (2, 32, 32) and np.isfinite(heatmaps).all()
+    assert (np.ptp(heatmaps, axis=(1, 2)) > 0.1).any()
+
+
+def test_weights_of_a_backbone_in_the_table_come_from_a_file_without_its_classifier(toy, tmp_path):
+    weights = toy.build()[0].state_dict()
+    save_tensors(tmp_path / "toy.pth", weights | {"fc.weight": torch.zeros(2, 6)})
+    model = get_model("toy_finetuned", 3, weights=tmp_path / "toy.pth")
+    assert is_same(backbone_of(model), weights)
+    with pytest.raises(ValueError, match=r"not a state dict of resnet18 \("):
+        get_model("resnet18_finetuned", 3, weights=tmp_path / "toy.pth")
+    with pytest.raises(FileNotFoundError, match="toy has no default weights"):
+        get_model("toy_finetuned", 3)
+    with pytest.raises(ValueError, match="toy_scratch starts from random weights"):
+        get_model("toy_scratch", 3, weights=tmp_path / "toy.pth")
+
+
+def test_the_resnets_of_the_table_are_those_of_the_four_models(imagenet_file):
+    for start, name in zip(["scratch", "head", "finetuned"], NAMES[1:], strict=True):
+        ours, theirs = (small_model(n, weights="imagenet") for n in (f"resnet18_{start}", name))
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        assert count_parameters(ours, True) == count_parameters(theirs, True)
+        ours.load_state_dict(theirs.state_dict())
+        assert torch.equal(ours.eval()(images()), theirs.eval()(images()))
+        assert is_pretrained(f"resnet18_{start}") == is_pretrained(name)
+
+
+def test_names_of_models_can_be_checked_without_building_one(toy):
+    for name in (*NAMES, "resnet34_head", "toy_scratch"):
+        check_model_name(name)
+    for name in ("toy", "toy_", "resnet_18", "", "simple_cnn_scratch"):
+        with pytest.raises(ValueError, match=f"no model is named '{name}'; the nearest names are"):
+            check_model_name(name)
+
+
+def test_a_model_without_feature_maps_says_so_when_asked_for_them(toy, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "toy", Backbone(toy.build))
+    with pytest.raises(ValueError, match="feature maps"):
+        gradcam(get_model("toy_scratch", 3), images(), [0, 1])
+
+
 # What is refused
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"name": "vgg"}, "simple_cnn, resnet_scratch, resnet_head, resnet_finetuned"),
+        ({"name": "resnet_scratched"}, "'resnet_scratched'; the nearest names are resnet_scratch"),
+        ({"name": "resnet51_head"}, "no model is named 'resnet51_head'.* resnet50_head"),
+        ({"name": "resnet18_frozen"}, "no model is named 'resnet18_frozen'"),
         ({"num_classes": 1}, "two classes"),
         ({"num_classes": 0}, "two classes"),
         ({"layers": 101}, "18, 34 or 50"),

@@ -157,7 +157,7 @@ def test_a_second_signal_ends_the_step_and_leaves_the_former_checkpoint(
     loaders, tmp_path, at_step, handled, monkeypatch
 ):
     whole = run(loaders, tmp_path / "whole")
-    monkeypatch.setattr("learning.distributed.SECONDS_OF_ONE_SIGNAL", 0.0)
+    monkeypatch.setattr("learning.processes.SECONDS_OF_ONE_SIGNAL", 0.0)
     at_step(6, send(signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(loaders, tmp_path / "halves")
