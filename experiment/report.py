@@ -22,7 +22,7 @@ from PIL import Image
 
 from evaluation import counted_as, why_screening_is_off
 from experiment.console import format_duration
-from imaging.audit import FEWEST_PICTURES, KINDS, summarise, unavoidable_errors
+from imaging.audit import KINDS, MIN_DISTINCT_IMAGES, summarise, unavoidable_errors
 from imaging.lesions import is_melanoma
 from storage.files import read_csv, split_names, write_text
 
@@ -392,10 +392,12 @@ def _about_test_size(run: Run) -> list[tuple[str, str]]:
             "and of sensitivity and specificity, are for the effective number of groups."
         )
     points = [("Test split.", text)]
-    few = {name: n for name, n in supports.items() if n < FEWEST_PICTURES}
+    few = {name: n for name, n in supports.items() if n < MIN_DISTINCT_IMAGES}
     if few:
         named = ", ".join(f"{name} ({n})" for name, n in few.items())
-        text = f"{named}: fewer than {FEWEST_PICTURES} each, too few to say anything of the class."
+        text = (
+            f"{named}: fewer than {MIN_DISTINCT_IMAGES} each, too few to say anything of the class."
+        )
         points.append(("Classes with too few test images.", text))
     return points
 

@@ -170,7 +170,7 @@ def test_the_audit_alone_says_what_it_found_and_trains_nothing(arguments, tmp_pa
     (root / "Test/melanoma/empty.jpg").touch()
     assert main([*arguments, "--audit_only"]) == 1
     printed = capfd.readouterr().out
-    for text in ("files that cannot be read: 1", "pictures under several classes: 1,",
+    for text in ("files that cannot be read: 1", "images with several labels: 1,",
                  "groups of identical files: 2"):  # fmt: skip
         assert text in printed
     assert names(out) == {"audit.csv", "audit.png", "config.json"}
@@ -192,7 +192,7 @@ def test_a_run_says_what_no_model_can_get_right(arguments, tmp_path, capfd):
         shutil.copy(root / f"Train/melanoma/{i:04d}.png", copy)
     main([*arguments, "--models", "simple_cnn"])
     printed = capfd.readouterr().out
-    assert "audit: pictures under several classes: 12," in printed
+    assert "audit: images with several labels: 12," in printed
     metadata = pd.read_csv(tmp_path / "out/splits.csv")
     doubled = metadata[(metadata["split"] == "test") & metadata["path"].str.contains("copy")]
     assert len(doubled) > 0
@@ -445,7 +445,7 @@ def test_of_two_processes_one_audits(arguments, tmp_path):
     both = torchrun([*arguments[:6], "--audit_only"], **pipes)
     printed, errors = both.communicate(timeout=240)
     assert both.returncode == 1 and "error: " not in errors, errors
-    assert printed.count("audit: pictures under several classes: 1") == 1
+    assert printed.count("audit: images with several labels: 1") == 1
     assert names(tmp_path / "out") == {"audit.csv", "audit.png", "config.json"}
 
 
