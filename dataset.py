@@ -39,18 +39,24 @@ from imaging.prepare import (
     resize,
 )
 from imaging.sources import (
+    IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     METADATA_COLUMNS,
     SPLIT_FOLDERS,
     STEM_COLUMNS,
     UNSUPPORTED_SUFFIXES,
+    check_complete,
     find_images,
     given_name,
     has_folder_of_split,
     join_table,
+    read_columns,
     read_folder,
+    read_labels,
+    read_metadata,
     read_table,
     split_of_folder,
+    splits_of_folders,
 )
 from imaging.splits import (
     check_at_least,
@@ -60,6 +66,7 @@ from imaging.splits import (
     group_images,
     k_fold_splits,
     stratified_split,
+    warn_of_divided_groups,
     warn_of_missing_classes,
 )
 from storage.files import printable
@@ -89,30 +96,32 @@ class PreparedImages(NamedTuple):
 
 
 class DatasetBuilder:
-    """Makes stratified data sets from a folder of images, one sub-folder a class.
+    """Makes stratified data sets from a folder of images, with a folder for each class.
 
     Parameters
     ----------
-    data_dir : folder of `<class>/<image>`, or of `<split>/<class>/<image>`, which are pooled
+    data_dir : folder of `<class>/<image>`, or of `<split>/<class>/<image>`, which are pooled, or of
+        another layout that `imaging.sources.READERS` has a reader for
     image_size : side in pixels of the square images that the models see
     cache_dir : where the array of prepared images is kept; `processed/` beside `data_dir` if None
-    num_workers : threads that prepare images; None is one a core that the process may use
+    num_workers : threads that prepare images; None is one for each core the process may use
     seed : decides which images go to which split
-    skip_unreadable : go on without images that cannot be read, with a warning, instead of raising
+    skip_unreadable : leave out images that cannot be read, with a warning, instead of raising
     labels_csv : a table whose column `class` overrides the folders of the images that it names
     label_column : the column of `labels_csv`, or else of `metadata_csv`, that alone gives the
         classes; the images then need no class folders
-    label_conflicts : what becomes of pictures that stand under several classes: "keep" them
-        (together, in one split), "drop" them all, or "error"
-    metadata_csv : a table whose columns are added to the metadata; a name that the metadata has
-        already gets the ending `_given`
-    group_by : columns of `metadata_csv`; images with the same lesion or patient stay in one split
+    label_conflicts : what to do with images that are in several classes: "keep" them (together, in
+        one split), "drop" them all, or "error"
+    metadata_csv : a table whose columns are added to the metadata; one whose name the metadata has
+        already gets the suffix `_given`
+    group_by : columns of `metadata_csv` or of the folder's reader; images with the same lesion or
+        patient stay in one split
     split_by : "random", or "folders" for the splits that the folders Train, Test and, if there is
         one, Valid make; without a Valid it is taken out of Train
     splits_csv : a table whose column `split` gives the split of every image, such as an earlier
         run's `splits.csv`
 
-    Tables name the images as `join_table` says.
+    Tables name the images as `join_table` describes.
     """
 
     def __init__(
@@ -132,10 +141,8 @@ class DatasetBuilder:
         split_by: str = "random",
         splits_csv: str | Path | None = None,
     ) -> None:
-        if image_size < 8:
-            raise ValueError(f"image_size is {image_size}; it must be 8 or more")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
+        check_at_least(8, image_size=image_size)
+        check_at_least(0, num_workers=num_workers or 0)
         if label_conflicts not in ("keep", "drop", "error"):
             raise ValueError(f"label_conflicts is {label_conflicts!r}; not keep, drop or error")
         if split_by not in ("random", "folders"):
@@ -163,18 +170,16 @@ class DatasetBuilder:
         self.splits_csv = splits_csv
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
-        """Returns a row an image, without opening one: `path`, `class` and `source_split`.
+        """Returns `path`, `class` and `source_split` of each image, without decoding any.
 
         Where splits are given, the column `split` has them, missing for images without one. With
-        `content_hash` a column of that name tells the contents, for which the files are read as by
-        `build`. Raises what `build` raises for a folder or tables that cannot be used.
+        `content_hash` the files are read as by `build`, and the column of that name identifies
+        their contents. Raises what `build` raises for a folder or tables that cannot be used.
         """
         images, _ = self._read_tables()
-        if self.splits_csv is not None:
-            table = read_table(self.splits_csv, ["split"])
-            images["split"] = join_table(images["path"], table, self.splits_csv)["split"]
-        elif self.split_by == "folders":
-            images["split"] = self._splits_of_folders(images)
+        split = self._given_splits(images)
+        if split is not None:
+            images["split"] = split
         if content_hash:
             index = self._cache(()).load(images["path"].tolist())
             images["content_hash"] = [record.content_hash for record in index.records]
@@ -187,16 +192,18 @@ class DatasetBuilder:
         *,
         prepared: PreparedImages | None = None,
     ) -> tuple[dict[str, LesionDataset], pd.DataFrame]:
-        """The data set of each split, and the metadata of all images.
+        """Returns the data set of each split, and the metadata of all images.
 
         A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
         or float in [0, 1]; they run in the order given, before the images are scaled and cropped.
-        `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Files of the
-        same picture, identical or nearly so, are never divided between splits. `prepared` is what
-        `prepare` gave for these preprocessors, if the files are not to be looked at once more.
+        `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Identical files
+        and near-duplicates are never divided between splits. `prepared` is what `prepare` gave for
+        these preprocessors, if the files are not to be looked at once more.
 
-        The metadata has a row an image: `path`, `class`, `label`, `source_split`, `width`,
-        `height`, `content_hash`, `picture`, `group`, `split`, and the columns of `metadata_csv`.
+        The metadata has a row for each image: `path`, `class`, `label`, `source_split`, `width`,
+        `height`, `content_hash`, `picture` (the same number for identical files and
+        near-duplicates), `group`, `split`, and the columns of the folder's reader and of
+        `metadata_csv`.
 
         Raises FileNotFoundError or ValueError for a folder, tables or splits that cannot be used,
         and UnreadableImageError, which names all images that cannot be read.
@@ -210,13 +217,11 @@ class DatasetBuilder:
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
             raise ValueError(f"{printable(self.data_dir)}: fewer than two classes are left")
-        metadata.insert(2, "label", metadata["class"].map(classes.index))
-        metadata = metadata.join(given)
+        metadata["label"] = metadata["class"].map(classes.index)
         keys = ["picture", *(given_name(name) for name in self.group_by)]
-        groups = group_images(metadata, keys)
-        metadata.insert(metadata.columns.get_loc("picture") + 1, "group", groups)
-        split = self._split(metadata, splits)
-        metadata.insert(metadata.columns.get_loc("group") + 1, "split", split)
+        metadata["group"] = group_images(metadata.join(given), keys)
+        metadata["split"] = split = self._split(metadata, splits)
+        metadata = metadata[list(METADATA_COLUMNS)].join(given)
 
         names = list(splits)
         if self.splits_csv is not None or self.split_by == "folders":
@@ -241,20 +246,19 @@ class DatasetBuilder:
         *,
         prepared: PreparedImages | None = None,
     ) -> pd.DataFrame:
-        """What is wrong with the images, a row a finding, as `audit.audit` describes it.
+        """Returns what is wrong with the images, a row for each finding (see `imaging.audit`).
 
         All images count, whatever `label_conflicts` and `skip_unreadable` say; one that cannot be
-        read is a finding. The splits that no picture should be on both sides of are those of
-        `splits_csv`, or else, unless `split_by` is "folders", of a column `split` of
-        `metadata_csv`, or else of folders named Train, Valid and Test.
+        read is a finding. Leakage is looked for between the splits of `splits_csv`, or else, unless
+        `split_by` is "folders", of a column `split` of `metadata_csv`, or else of folders named
+        Train, Valid and Test.
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
-            table = read_table(self.splits_csv, ["split"])
-            split = join_table(metadata["path"], table, self.splits_csv)["split"]
+            split = read_columns(self.splits_csv, ["split"], metadata["path"])["split"]
         elif self.split_by == "random" and "split_given" in given:
             split = given["split_given"]
         else:
@@ -267,10 +271,11 @@ class DatasetBuilder:
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        images, given = self._read_tables()
+        metadata, given = self._read_tables()
         cache = self._cache(preprocessors)
-        index = cache.load(images["path"].tolist())
-        metadata = _metadata(images, index.records)
+        index = cache.load(metadata["path"].tolist())
+        for name in ("width", "height", "content_hash"):
+            metadata[name] = [getattr(record, name) for record in index.records]
         metadata["picture"] = audit.number_pictures(
             metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
         )
@@ -282,65 +287,17 @@ class DatasetBuilder:
         )
 
     def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Returns `path`, `class` and `source_split` of each image, and the columns beside them."""
-        images = self._find_labelled_images()
-        given = self._read_metadata(images)
-        return images[["path", "class", "source_split"]].copy(), given
-
-    def _find_labelled_images(self) -> pd.DataFrame:
-        if self.label_column is None:
-            images = read_folder(self.data_dir)
-        else:
+        """Returns `path`, `class` and `source_split` of each image, and the further columns."""
+        name = self.labels_csv or self.metadata_csv
+        if self.label_column is not None and name is not None:
             images = find_images(self.data_dir, has_class_folders=False)
-        name = self.labels_csv or (self.metadata_csv if self.label_column else None)
-        if name is None:
-            return images
-        column = self.label_column or "class"
-        table = read_table(name, [column])
-        labels = join_table(images["path"], table, name)[column]
-        if self.label_column is None:
-            warn_of_rows_without_image(images["path"], table, name)
-            labels = labels.fillna(images["class"])
-        elif labels.isna().any():
-            without = images["path"][labels.isna()]
-            raise ValueError(
-                f"{printable(name)}: no {column} for {len(without)} of {len(images)} images, such "
-                f"as {printable(without.iloc[0])}; add them or move these images away"
-            )
-        check_unicode(labels, name)
-        images = images.drop(columns="class", errors="ignore")
-        images.insert(1, "class", labels)
-        if images["class"].nunique() < 2:
-            raise ValueError(f"{printable(name)}: all images are of one class")
-        return images
-
-    def _read_metadata(self, images: pd.DataFrame) -> pd.DataFrame:
-        """The columns of the folder's reader and of the user's table, a row an image."""
-        given = images.drop(columns=["path", "class", "source_split"]).rename(columns=given_name)
-        if self.metadata_csv is None:
-            missing = [name for name in self.group_by if given_name(name) not in given]
-            if missing:
-                raise ValueError(
-                    f"group_by needs the table its columns are in: metadata_csv; {missing[0]} is "
-                    f"no column of {printable(self.data_dir)}"
-                )
-            return given
-        in_table = [name for name in self.group_by if given_name(name) not in given]
-        table = read_table(self.metadata_csv, in_table)
-        added = join_table(images["path"], table, self.metadata_csv).rename(columns=given_name)
-        if added.columns.has_duplicates:
-            name = added.columns[added.columns.duplicated()][0]
-            raise ValueError(
-                f"{printable(self.metadata_csv)}: has both {name.removesuffix('_given')} and "
-                f"{name}, which would both be called {name}; rename or remove one"
-            )
-        in_both = given.columns.intersection(added.columns)
-        if len(in_both) > 0:
-            raise ValueError(
-                f"{printable(self.metadata_csv)}: its column {printable(in_both[0])} is in "
-                f"{printable(self.data_dir)} as well; rename or remove it"
-            )
-        return given.join(added)
+            images = read_labels(images, name, self.label_column)
+        else:
+            images = read_folder(self.data_dir)
+            if self.labels_csv is not None:
+                images = read_labels(images, self.labels_csv, "class")
+        given = read_metadata(images, self.metadata_csv, self.group_by)
+        return images[IMAGE_COLUMNS].copy(), given
 
     def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
@@ -348,73 +305,44 @@ class DatasetBuilder:
             first = metadata[metadata["picture"] == metadata["picture"][conflicting].iloc[0]]
             names = ", ".join(map(printable, first["path"]))
             raise ValueError(
-                f"{conflicting.sum()} images are of pictures that stand under several classes, "
-                f"such as {names}"
+                f"{conflicting.sum()} files show images that are in several classes, such as "
+                f"{names}"
             )
-        return metadata[~conflicting].copy() if self.label_conflicts == "drop" else metadata
+        return (metadata[~conflicting] if self.label_conflicts == "drop" else metadata).copy()
+
+    def _given_splits(self, images: pd.DataFrame) -> pd.Series | None:
+        if self.splits_csv is not None:
+            return read_columns(self.splits_csv, ["split"], images["path"])["split"]
+        if self.split_by == "folders":
+            return splits_of_folders(images, self.data_dir)
+        return None
 
     def _split(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
         if self.splits_csv is not None:
-            split = self._read_splits(metadata)
+            split = read_columns(
+                self.splits_csv, ["split"], metadata["path"], warns_of_other_rows=True
+            )["split"]
+            check_complete(split, metadata["path"], self.splits_csv)
         elif self.split_by == "folders":
             split = self._split_by_folders(metadata, splits)
         else:
             labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()
             return stratified_split(labels, groups, splits, self.seed)
-        divided = pd.Series(split).groupby(metadata["group"].to_numpy()).nunique() > 1
-        if divided.any():
-            affected = metadata["group"].isin(divided.index[divided]).sum()
-            warnings.warn(
-                f"leakage: {divided.sum()} groups of images that belong together (same picture, "
-                f"lesion or patient), {affected} images, are divided between these splits",
-                stacklevel=3,
-            )
-        return split
-
-    def _read_splits(self, metadata: pd.DataFrame) -> np.ndarray:
-        table = read_table(self.splits_csv, ["split"])
-        split = join_table(metadata["path"], table, self.splits_csv)["split"]
-        without = metadata["path"][split.isna().to_numpy()]
-        if len(without) > 0:
-            raise ValueError(
-                f"{printable(self.splits_csv)}: no split for {len(without)} of {len(metadata)} "
-                f"images, such as {printable(without.iloc[0])}"
-            )
-        check_unicode(split, self.splits_csv)
-        if len(table) > len(metadata):
-            extra = len(table) - len(metadata)
-            warnings.warn(
-                f"{printable(self.splits_csv)}: {extra} of its images are not here",
-                stacklevel=4,
-            )
+        warn_of_divided_groups(metadata["group"].to_numpy(), split.to_numpy())
         return split.to_numpy(object)
 
-    def _splits_of_folders(self, metadata: pd.DataFrame) -> pd.Series:
-        split = split_of_folder(metadata["source_split"])
-        if split.isna().any():
-            stray = metadata["path"][split.isna()].iloc[0]
-            raise ValueError(
-                f"{printable(stray)} is in no folder named Train, Valid or Test, which split_by "
-                "needs"
-            )
-        missing = sorted({"train", "test"} - set(split))
-        if missing:
-            raise ValueError(f"{printable(self.data_dir)}: no folder for the {missing[0]} split")
-        return split
-
-    def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
-        split = self._splits_of_folders(metadata)
+    def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> pd.Series:
+        split = splits_of_folders(metadata, self.data_dir)
         if "valid" not in set(split):
             if not {"train", "valid"} <= set(splits):
                 raise ValueError("splits must have train and valid to take valid out of Train")
             whole = splits["train"] + splits["valid"]
             parts = {name: splits[name] / whole for name in ("train", "valid")}
-            rows = metadata[split == "train"]
-            labels = pd.factorize(rows["label"], sort=True)[0]
-            split[split == "train"] = stratified_split(
-                labels, rows["group"].to_numpy(), parts, self.seed
-            )
-        return split.to_numpy()
+            is_train = split == "train"
+            labels = pd.factorize(metadata["label"][is_train], sort=True)[0]
+            groups = metadata["group"][is_train].to_numpy()
+            split[is_train] = stratified_split(labels, groups, parts, self.seed)
+        return split
 
     def _check_readable(self, records: Sequence[FileRecord]) -> np.ndarray:
         unreadable = [record for record in records if record.error]
@@ -423,7 +351,7 @@ class DatasetBuilder:
             found = f"{len(unreadable)} of {len(records)} images cannot be read"
             if not self.skip_unreadable:
                 raise UnreadableImageError(
-                    f"{found}: {names}; mend or remove them, or go on without them with "
+                    f"{found}: {names}; repair or remove them, or leave them out with "
                     "--skip_unreadable (skip_unreadable=True)"
                 )
             warnings.warn(f"{found} and are left out: {names}", stacklevel=3)

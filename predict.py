@@ -1,3 +1,11 @@
+"""The command and the function that predict the classes of new images with trained models.
+
+    python predict.py --model models/resnet_finetuned/model.pth IMAGE_OR_FOLDER...
+
+As in train_models.py, what imports torch is imported where it is needed, so that neither `--help`
+nor a mistyped flag waits for it.
+"""
+
 import argparse
 import importlib
 import os
@@ -19,7 +27,6 @@ from experiment.console import (
     given_flags,
     in_one_line,
     is_out_of_memory,
-    noting,
     number_type,
     print_message,
     start,
@@ -29,26 +36,23 @@ from inference.options import NUM_VIEWS, Paths, check_file_to_write
 from learning.processes import StopSignals
 from storage.files import printable
 
-__all__ = ["main", "predict", *(name for names in LATE_NAMES.values() for name in names)]
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from imaging.prepare import Preprocessor
 
 PROGRAM = "predict.py"
-
-
-# By mode, the flags that have no effect there, with what to do instead.
-WITHOUT_EFFECT = {
-    mode: {
-        each.name: each.metadata["no_effect"][f"--{mode}"]
-        for each in fields(Settings)
-        if f"--{mode}" in each.metadata["no_effect"]
-    }
-    for mode in ("evaluate", "export")
-}
+MAX_ROWS_PRINTED = 20  # where there is a file that has them all
+MAX_PATH_WIDTH = 60  # characters that the printed table leaves for paths; longer ones stick out
+MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
 # Public names of this module that need torch: imported from these modules when first used.
 LATE_NAMES = {
     "inference.ensemble": ("AIM", "BATCHES_AHEAD", "Ensemble", "find_files", "predict_batches"),
     "inference.explain": ("SMALLEST_MAP", "gradcam"),
     "inference.export": ("ONNX_PACKAGES", "export_onnx"),
 }
+__all__ = ["main", "predict", *(name for names in LATE_NAMES.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
@@ -122,6 +126,30 @@ def predict(
     return pd.concat([t for t in tables if len(t) > 0] or tables[:1], ignore_index=True)
 
 
+_positive = number_type(int, lambda n: 1 <= n < 2**31, "1 or more, and less than 2**31")
+_views = number_type(int, lambda n: 1 <= n <= NUM_VIEWS, f"from 1 to {NUM_VIEWS}")
+_probability = number_type(float, lambda p: 0 <= p <= 1, "a probability from 0 to 1")
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, probability = text.rpartition("=")
+    if not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=0.2")
+    return name.strip(), _probability(probability)
+
+
+def _text(text: str) -> str:
+    if not text.strip():  # such as a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _flag(*arguments: Any, evaluate: str | None = None, **options: Any) -> Any:
+    """Returns the field of a flag without effect with --export, and, given advice, --evaluate."""
+    no_effect = {"--export": ""} | ({} if evaluate is None else {"--evaluate": evaluate})
+    return flag_field(*arguments, no_effect=no_effect, **options)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of the command; each is a flag of the same name, but for `images`."""
@@ -170,6 +198,17 @@ class Settings:
     overwrite: bool = flag_field(False, "replace files that are to be written and exist")
 
 
+# By mode, the flags that have no effect there, with what to do instead.
+WITHOUT_EFFECT = {
+    mode: {
+        each.name: each.metadata["no_effect"][f"--{mode}"]
+        for each in fields(Settings)
+        if f"--{mode}" in each.metadata["no_effect"]
+    }
+    for mode in ("evaluate", "export")
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 when an image could not be read.
 
@@ -193,21 +232,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(settings: Settings, command: str = "") -> int:
-    """Exports the model, or predicts and prints; gives the exit status."""
+    """Exports the model, or predicts and prints; returns the exit status."""
     _check_nothing_is_lost(settings)
-    if settings.export is not None:
-        from inference.export import export_onnx
-
-        export_onnx(settings.model[0], settings.export)
-        print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
-        return 0
     if settings.evaluate is not None:
-        with noting("the same command goes on with the models that are left, without --overwrite"):
-            return _evaluate_and_print(settings, command)
-    if settings.gradcam is not None:
-        with noting(f"the overlays drawn so far are in {settings.gradcam}"):
-            return _predict_and_print(settings)
-    return _predict_and_print(settings)
+        return _evaluate_and_print(settings, settings.evaluate, command)
+    if settings.export is None:
+        return _predict_and_print(settings)
+    from inference.export import export_onnx
+
+    export_onnx(settings.model[0], settings.export)
+    print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
+    return 0
 
 
 def _check_nothing_is_lost(settings: Settings) -> None:
@@ -241,13 +276,13 @@ def _is_same_file(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-def _evaluate_and_print(settings: Settings, command: str) -> int:
+def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
     from experiment.results import EvaluationSettings, evaluate_folder
 
     comparison, unreadable = evaluate_folder(
         settings.model,
         settings.images[0],
-        settings.evaluate,
+        save_dir,
         EvaluationSettings(
             labels_csv=settings.labels_csv,
             label_column=settings.label_column,
@@ -263,7 +298,7 @@ def _evaluate_and_print(settings: Settings, command: str) -> int:
         print_message(PROGRAM, "warning", problem)
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
-    print(f"\nEverything is in {settings.evaluate}; begin with {settings.evaluate}/report.html.")
+    print(f"\nEverything is in {save_dir}; begin with {save_dir}/report.html.")
     return 1 if unreadable else 0
 
 
@@ -395,63 +430,6 @@ def _check_mode(
             parser.error(f"--threshold {name} is given twice")
 
 
-def _threshold(text: str) -> tuple[str, float]:
-    name, _, probability = text.rpartition("=")
-    if not name.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=0.2")
-    return name.strip(), _probability(probability)
-
-
-if __name__ == "__main__":
-    start(main)
-
-
-"""The command and the function that predict the classes of new images with trained models.
-
-    python predict.py --model models/resnet_finetuned/model.pth IMAGE_OR_FOLDER...
-
-As in train_models.py, what imports torch is imported where it is needed, so that neither `--help`
-nor a mistyped flag waits for it.
-"""
-
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-
-    from imaging.prepare import Preprocessor
-
-
-MAX_ROWS_PRINTED = 20  # where there is a file that has them all
-
-
-MAX_PATH_WIDTH = 60  # characters that the printed table leaves for paths; longer ones stick out
-
-
-MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
-
-
-_positive = number_type(int, lambda n: 1 <= n < 2**31, "1 or more, and less than 2**31")
-
-
-_views = number_type(int, lambda n: 1 <= n <= NUM_VIEWS, f"from 1 to {NUM_VIEWS}")
-
-
-_probability = number_type(float, lambda p: 0 <= p <= 1, "a probability from 0 to 1")
-
-
-def _text(text: str) -> str:
-    if not text.strip():  # such as a variable of the shell that is not set
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def _flag(*arguments: Any, evaluate: str | None = None, **options: Any) -> Any:
-    """Returns the field of a flag without effect with --export, and, given advice, --evaluate."""
-    no_effect = {"--export": ""} | ({} if evaluate is None else {"--evaluate": evaluate})
-    return flag_field(*arguments, no_effect=no_effect, **options)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all flags, with the defaults of `Settings`."""
     parser = Parser(
@@ -466,3 +444,7 @@ def make_parser() -> argparse.ArgumentParser:
         name = each.name if each.name == "images" else f"--{each.name}"
         parser.add_argument(name, default=each.default, **each.metadata["options"])
     return parser
+
+
+if __name__ == "__main__":
+    start(main)
