@@ -1,7 +1,6 @@
 """Image folders → metadata → memory-mapped arrays → stratified splits → loaders."""
 
 import os
-import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from augmentation import Views, apply_views, draw_views
 from imaging import audit
@@ -23,6 +21,7 @@ from imaging.batches import (
     LesionDataset,
     balanced_frequencies,
     fits_in_gpu_memory,
+    gather_batches,
     shuffled_epoch,
     to_float,
 )
@@ -45,7 +44,6 @@ from imaging.sources import (
     SPLIT_FOLDERS,
     STEM_COLUMNS,
     UNSUPPORTED_SUFFIXES,
-    check_unicode,
     find_images,
     given_name,
     has_folder_of_split,
@@ -53,9 +51,9 @@ from imaging.sources import (
     read_folder,
     read_table,
     split_of_folder,
-    warn_of_rows_without_image,
 )
 from imaging.splits import (
+    check_at_least,
     check_seed,
     check_splits,
     derive_seed,
@@ -67,41 +65,16 @@ from imaging.splits import (
 from storage.files import printable
 
 __all__ = [
-    "DEFAULT_SPLITS",
-    "IMAGE_SUFFIXES",
-    "MAX_REPETITIONS",
-    "METADATA_COLUMNS",
-    "SECONDS_OF_PROBING",
-    "SPLIT_FOLDERS",
-    "STEM_COLUMNS",
-    "UNSUPPORTED_SUFFIXES",
-    "DatasetBuilder",
-    "LesionDataset",
-    "LesionLoader",
-    "Preprocessor",
-    "UnreadableImageError",
-    "balanced_frequencies",
-    "center_crop",
-    "check_seed",
-    "create_dataloaders",
-    "derive_seed",
-    "find_images",
-    "fingerprint",
-    "group_images",
-    "has_folder_of_split",
-    "join_table",
-    "k_fold_splits",
-    "normalize",
-    "prepare_image",
-    "read_image",
-    "read_table",
-    "resize",
-    "stratified_split",
-    "to_float",
-]
+    "DEFAULT_SPLITS", "IMAGE_SUFFIXES", "MAX_REPETITIONS", "METADATA_COLUMNS", "SECONDS_OF_PROBING",
+    "SPLIT_FOLDERS", "STEM_COLUMNS", "UNSUPPORTED_SUFFIXES", "DatasetBuilder", "LesionDataset",
+    "LesionLoader", "Preprocessor", "UnreadableImageError", "balanced_frequencies", "center_crop",
+    "check_seed", "create_dataloaders", "derive_seed", "find_images", "fingerprint", "group_images",
+    "has_folder_of_split", "join_table", "k_fold_splits", "normalize", "prepare_image",
+    "read_image", "read_table", "resize", "stratified_split", "to_float",
+]  # fmt: skip
 
 DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
-EVALUATION_BATCHES = 4  # times as many images a batch, on GPUs, where nothing is trained
+EVALUATION_BATCHES = 4  # times as many images in a batch, on GPUs, where nothing is trained
 SHARE_OF_GPU_FOR_IMAGES = MAX_GPU_FRACTION  # its former name
 MOST_REPEATS = MAX_REPEATS  # its former name
 
@@ -457,27 +430,19 @@ class DatasetBuilder:
         return np.array([not record.error for record in records])
 
 
-def _metadata(images: pd.DataFrame, records: Sequence[FileRecord]) -> pd.DataFrame:
-    metadata = images.copy()
-    for name in ("width", "height", "content_hash"):
-        metadata[name] = [getattr(record, name) for record in records]
-    return metadata
-
-
 class LesionLoader:
-    """Batches `(images, labels)` of a data set, ready on the device: float32 in [0, 1], and int64.
+    """Batches `(images, labels)` of a data set on the device: float32 in [0, 1], and int64.
 
-    Where the data set has further inputs, a dict stands in place of the images: these under
+    If the data set has further inputs, a dict takes the place of the images and holds them under
     `images`, the others under their names.
 
-    `for images, labels in loader` is one epoch, the last batch as small as it comes.
+    `for images, labels in loader` is one epoch; its last batch may be smaller.
     `loader.batches(start=k)` is the endless stream of full batches that training reads; batch k
-    depends on the seed and k alone.
+    depends only on the seed and k.
 
-    Of several processes each has a loader with its own `rank` below `world_size`, and gets its part
-    of what one loader would give: of every batch of `batches`, which then has `batch_size` times
-    `world_size` images in all, and of the images of an epoch, each of which exactly one process
-    gets.
+    Where several processes train together, each has a loader with its own `rank` below
+    `world_size`, and gets its part of each batch of `batches`, which then has `batch_size` times
+    `world_size` images in all, and of the images of an epoch, each of which exactly one gets.
     """
 
     def __init__(
@@ -494,10 +459,8 @@ class LesionLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
+        check_at_least(1, batch_size=batch_size)
+        check_at_least(0, num_workers=num_workers)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must be 0 or more and below world_size")
         if len(dataset) == 0:
@@ -529,7 +492,7 @@ class LesionLoader:
             yield self._finish(batch, views)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
-        """The batches from number `start` on, without end; each has `batch_size` images."""
+        """Yields batch number `start` and all that follow, each of `batch_size` images."""
         size = self.batch_size * self.world_size
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         parts = (part[own] for part in self._endless_order(start, size))
@@ -546,7 +509,6 @@ class LesionLoader:
         return shuffled_epoch(labels, self.seed, epoch, balanced=self.balanced)
 
     def _endless_order(self, start: int, size: int) -> Iterator[np.ndarray]:
-        """The numbers of the images of each batch of this size, epoch after epoch."""
         epoch, skip = divmod(start * size, len(self.dataset))
         waiting = self._order(epoch)[skip:]
         while True:
@@ -561,18 +523,8 @@ class LesionLoader:
             self._on_device = DeviceDataset(self.dataset, self.device)
         if self._on_device is not None:
             return map(self._on_device.gather_batch, parts)
-        # The numbers of the images are the items; their batch is gathered when they are collated.
-        return iter(
-            DataLoader(
-                range(len(self.dataset)),  # type: ignore[arg-type]  # which DataLoader takes
-                batch_sampler=parts,
-                collate_fn=self.dataset.gather_batch,
-                num_workers=self.num_workers,
-                generator=torch.Generator(),  # instead of the global random state
-                pin_memory=self.device.type == "cuda",  # it reaches a busy GPU from there alone
-                worker_init_fn=_leave_ctrl_c_to_the_parent,
-            )
-        )
+        pin_memory = self.device.type == "cuda"  # so that copying a batch need not wait for the GPU
+        return gather_batches(self.dataset, parts, self.num_workers, pin_memory)
 
     def _views(self, count: int, purpose: str, *numbers: int) -> Views:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, purpose, *numbers))
@@ -589,11 +541,6 @@ class LesionLoader:
         return images if len(inputs) == 1 else inputs | {"images": images}, labels
 
 
-def _leave_ctrl_c_to_the_parent(worker: int) -> None:
-    """A terminal sends it to all processes; the parent may still want a batch to end its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def create_dataloaders(
     dataset_splits: Mapping[str, LesionDataset],
     batch_size: int = 32,
@@ -606,13 +553,13 @@ def create_dataloaders(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, LesionLoader]:
-    """A loader for each split; the one named `train` is shuffled and augmented, the others neither.
+    """Returns a loader for each split; only the one named `train` is shuffled and augmented.
 
-    `balanced` draws the classes of the training split evenly, but no image more than ten times as
-    often as plain shuffling would. `device` is where the batches are made ready, None for CUDA
-    where there is one; there the other splits come in batches four times as large, as evaluation
-    needs less memory. `num_workers` are processes that read ahead, 0 for none. With several
-    processes that train together, `batch_size` is that of one, and `rank` says which this is of
+    `balanced` draws the classes of the training split equally often, but no image more than ten
+    times as often as plain shuffling would. `device` is where the batches go, None for CUDA if it
+    is available; there the other splits come in batches four times as large, as evaluation needs
+    less memory. `num_workers` are processes that read ahead, 0 for none. Where several processes
+    train together, `batch_size` is that of each, and `rank` is the number of this one of
     `world_size`. Raises ValueError for a split without images.
     """
     device = torch.device(device) if device is not None else _default_device()

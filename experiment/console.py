@@ -8,6 +8,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field, fields
+from types import MappingProxyType
 from typing import Any, NoReturn, TextIO
 
 from learning.allocator import keep_freed_memory
@@ -169,3 +171,54 @@ def use_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def flag_field(
+    default: Any,
+    help: str,
+    metavar: str | tuple[str, ...] | None = None,
+    *,
+    no_effect: Mapping[str, str] = MappingProxyType({}),
+    about: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> Any:
+    """Returns a dataclass field that is a flag of a command.
+
+    Parameters
+    ----------
+    no_effect : flags, such as "--device cpu", beside which it has no effect, which is an error; for
+        each what to do instead, which may be empty
+    about : more metadata of the field
+    options : more for `add_argument`, such as `type` and `choices`; what follows from a default
+        that is a bool or a tuple is there already
+    """
+    if isinstance(default, bool):
+        options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+    else:
+        options["metavar"] = metavar
+    if isinstance(default, tuple):
+        options.setdefault("nargs", "+")
+    metadata = {"no_effect": dict(no_effect), "options": options | {"help": help}}
+    return field(default=default, metadata=metadata | dict(about))
+
+
+def check_flag_fields(
+    parser: argparse.ArgumentParser,
+    settings_class: type,
+    given: set[str],
+    arguments: Mapping[str, Any],
+) -> None:
+    """Ends with status 2 when a flag was given beside another with which it has no effect.
+
+    The fields of `settings_class` are those of `flag_field`.
+    """
+    for each in fields(settings_class):
+        for mode, advice in each.metadata["no_effect"].items():
+            if _is_chosen(mode, arguments):
+                check_flags_have_effect(parser, given, mode, {each.name: advice})
+
+
+def _is_chosen(mode: str, arguments: Mapping[str, Any]) -> bool:
+    """Returns whether a mode such as "--audit_only" or "--device cpu" is among the arguments."""
+    name, _, value = mode.removeprefix("--").partition(" ")
+    return arguments[name] == value if value else arguments[name] not in (None, False)

@@ -1,5 +1,7 @@
 """The results of a run as one HTML page that needs no network and no file beside it.
 
+from dataclasses import dataclass
+from imaging.lesions import is_melanoma
     python -c "from experiment.report import write_report; write_report('models')"
 
 What the page says is in `report.html.j2`, how it looks in `report.css`; here are its tables and the

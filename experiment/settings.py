@@ -8,13 +8,15 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
 from experiment.console import (
     Parser,
+    check_flag_fields,
     check_flags_have_effect,
+    flag_field,
     given_flags,
     number_type,
     print_message,
@@ -53,25 +55,13 @@ def flag(
     ----------
     audit : whether it has an effect with --audit_only, which neither splits nor trains
     result : whether a model's results depend on it, so that a run is resumed only with the same
-    no_effect : flags, such as "--device cpu", beside which it has no effect, which is an error; for
-        each what to do instead, which may be empty
     used_by : whether the model of a name makes use of a value; None: every model does
-    options : more for `add_argument`, such as `type` and `choices`; what follows from a default
-        that is a bool or a tuple is there already
+
+    All else is as in `flag_field`.
     """
-    if isinstance(default, bool):
-        options["action"] = argparse.BooleanOptionalAction if default else "store_true"
-    else:
-        options["metavar"] = metavar
-    if isinstance(default, tuple):
-        options.setdefault("nargs", "+")
-    metadata = {
-        "result": result,
-        "no_effect": dict(no_effect) | ({} if audit else {"--audit_only": ""}),
-        "used_by": used_by,
-        "options": options | {"help": help},
-    }
-    return field(default=default, metadata=metadata)
+    no_effect = dict(no_effect) | ({} if audit else {"--audit_only": ""})
+    about = {"result": result, "used_by": used_by}
+    return flag_field(default, help, metavar, no_effect=no_effect, about=about, **options)
 
 
 @dataclass(frozen=True)
@@ -225,10 +215,7 @@ def _check_effects(
     """
     if arguments["resume"] and arguments["overwrite"]:
         parser.error("--resume goes on with a run, --overwrite starts it afresh; give one of them")
-    for each in fields(settings_class):
-        for mode, advice in each.metadata["no_effect"].items():
-            if _is_chosen(mode, arguments):
-                check_flags_have_effect(parser, given, mode, {each.name: advice})
+    check_flag_fields(parser, settings_class, given, arguments)
     if "splits" in given and arguments["split_by"] == "folders":
         from imaging.sources import has_folder_of_split
 
@@ -242,12 +229,6 @@ def _check_effects(
         if each.name in given and is_unused and is_first_process():
             message = f"--{each.name} has no effect with --models {' '.join(models)}"
             print_message(PROGRAM, "warning", message)
-
-
-def _is_chosen(mode: str, arguments: Mapping[str, Any]) -> bool:
-    """Returns whether a mode such as "--audit_only" or "--device cpu" is among the arguments."""
-    name, _, value = mode.removeprefix("--").partition(" ")
-    return arguments[name] == value if value else arguments[name] not in (None, False)
 
 
 def make_parser(settings_class: type[Settings] = Settings) -> argparse.ArgumentParser:

@@ -1,10 +1,11 @@
-"""What is wrong with a set of images, from a table of their hashes, thumbnails and labels.
+"""Finds what is wrong with a set of images, given their hashes, thumbnails and labels.
 
-Knows neither image files nor torch: whoever decodes the images makes the thumbnails, grey and
-`THUMBNAIL_SIZE` on each side whatever the shape of the picture, and gives them here.
+Whoever decodes the images makes the thumbnails: grey, `THUMBNAIL_SIZE` on each side whatever the
+shape of the image. Images of the same original, identical files and near-duplicates, have the same
+number in the column `picture`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,59 +18,64 @@ THUMBNAIL_SIZE = 32
 # Chosen on the ISIC nine-class set from the curve that benchmarks/near_duplicates.py prints.
 MAX_DISTANCE = 0.14
 TREE_DIMENSIONS = 12  # in more, a k-d tree looks almost everywhere
-FLAT = 1.0  # standard deviation of a thumbnail's grey levels, of 255
-SMALL_SIDE = 32  # pixels, below which nothing of a lesion can be seen
-FEWEST_PICTURES = 10  # of a class, below which nothing can be learnt or measured
+MIN_CONTRAST = 1.0  # standard deviation of a thumbnail's grey levels, of 255
+MIN_SIDE = 32  # pixels, below which nothing of a lesion can be seen
+MIN_DISTINCT_IMAGES = 10  # of a class, below which nothing can be learnt or measured
 
-# What a finding may be, the gravest first, and how the summary says it.
+# The kinds of findings, the gravest first, and how the summary names them.
 KINDS = {
     "unreadable": "files that cannot be read: {}",
-    "contradiction": "pictures under several classes: {}, of which one label each must be wrong; "
-    "--labels_csv corrects it, --label_conflicts drop leaves these pictures out",
-    "leakage": "pictures in several of the given splits: {}; pooled and split anew, each comes "
-    "into one",
+    "contradiction": "images with several labels: {}, each of which has at most one that is right; "
+    "--labels_csv corrects them, --label_conflicts drop leaves these images out",
+    "leakage": "images in several of the given splits: {}; new splits of the pooled images keep "
+    "the copies of each together",
     "identical": "groups of identical files: {}",
-    "near-duplicate": "pairs of other files that show the same picture: {}",
-    "tiny": "images of less than " + str(SMALL_SIDE) + " pixels on a side: {}",
-    "flat": "images of one colour: {}",
-    "small class": "classes of fewer than " + str(FEWEST_PICTURES) + " pictures, too few to learn "
-    "or to measure: {}",
+    "near-duplicate": "pairs of near-duplicates: {}",
+    "tiny": f"images of less than {MIN_SIDE} pixels on a side: {{}}",
+    "flat": "images of a single colour: {}",
+    "small class": f"classes of fewer than {MIN_DISTINCT_IMAGES} different images, too few to "
+    "learn or to measure: {}",
 }
+PAIR_KINDS = ("contradiction", "leakage", "identical", "near-duplicate")
 # Thumbnails are compared at half their size, where re-encoding and resizing change least, and
-# within a disc: dark corners and the black frame round a lens are alike in all pictures of a
-# camera, and would outweigh the lesions.
+# within a disc: dark corners and the black frame of a lens are alike in all images of a camera,
+# and would outweigh the lesions.
 _GRID = THUMBNAIL_SIZE // 2
 _AXIS = (np.arange(_GRID) + 0.5) * 2 / _GRID - 1
 _DISC = np.hypot(_AXIS[:, None], _AXIS) < 0.7
-PAIRS = ("contradiction", "leakage", "identical", "near-duplicate")
 
 
 def find_near_duplicates(
-    thumbnails: np.ndarray, content_hashes: Sequence[str], max_distance: float = MAX_DISTANCE
+    thumbnails: np.ndarray, content_hashes: Iterable[str], max_distance: float = MAX_DISTANCE
 ) -> pd.DataFrame:
-    """The pairs of files that show the same picture, re-encoded, resized, mirrored or turned.
+    """Returns the pairs of files that show the same image, re-encoded, resized, flipped or rotated.
 
-    `thumbnails` is uint8 grey (N, 32, 32). Gives a row a pair: `first` and `second`, row numbers
-    with first < second, and `distance`, up to `max_distance`: the root mean square difference in
-    the best of the eight orientations, each thumbnail brought to mean 0 and standard deviation 1,
-    within a disc about the middle. That is 0 for the same, the root of 2 for what has nothing in
-    common. Of files with equal `content_hashes` the first alone is compared, and images of one
-    colour are not.
+    `thumbnails` is uint8 grey (N, 32, 32). A row for each pair has `first` and `second`, row
+    numbers with first < second, and `distance`, at most `max_distance`: the root mean square
+    difference, within a disc about the middle, in the best of the eight orientations, each
+    thumbnail standardized to mean 0 and standard deviation 1. That is 0 for the same image and
+    √2 for unrelated ones. Of files with equal `content_hashes` only the first is compared, and
+    images of a single colour are not.
 
-    Mirroring and turning by 90 degrees change only signs and order of the coefficients of the
-    discrete cosine transform, so these without sign, averaged with their transposes, are the same
-    for all eight orientations, and no further apart than the thumbnails are: a k-d tree over them
-    gives candidates without missing any.
+    Flips and rotations by 90 degrees change only the signs and the order of the coefficients of
+    the discrete cosine transform. Their absolute values, averaged with their transposes, are the
+    same in all eight orientations, and no further apart than the thumbnails are, so a k-d tree of
+    them gives candidates without missing any.
     """
     compared = pd.Series(content_hashes).drop_duplicates().index.to_numpy()
-    compared = compared[_contrast(thumbnails[compared]) >= FLAT]
+    compared = compared[_contrast(thumbnails[compared]) >= MIN_CONTRAST]
     if len(compared) < 2:
         return pd.DataFrame({"first": [], "second": [], "distance": []})
-    described = _describe(thumbnails[compared])
-    reach = np.sqrt(_DISC.sum()) * max_distance
-    tree = cKDTree(described[:, -TREE_DIMENSIONS:])
-    candidates = np.sort(tree.query_pairs(reach, output_type="ndarray"), axis=1)
-    candidates = candidates[_is_within(described, candidates, reach)]
+    features = _invariant_features(thumbnails[compared])
+    radius = np.sqrt(_DISC.sum()) * max_distance
+    tree = cKDTree(features[:, -TREE_DIMENSIONS:])
+    candidates = np.sort(tree.query_pairs(radius, output_type="ndarray"), axis=1)
+    squares = _in_chunks(
+        lambda pairs: ((features[pairs[:, 0]] - features[pairs[:, 1]]) ** 2).sum(axis=1),
+        candidates,
+        100_000,
+    )
+    candidates = candidates[squares <= radius**2]
     candidates = compared[candidates[np.lexsort(candidates.T[::-1])]]
     distance = _distances(thumbnails, candidates)
     found = distance <= max_distance
@@ -78,13 +84,13 @@ def find_near_duplicates(
 
 
 def number_pictures(
-    content_hashes: Sequence[str], near_duplicates: pd.DataFrame, thumbnails: np.ndarray
+    content_hashes: Iterable[str], near_duplicates: pd.DataFrame, thumbnails: np.ndarray
 ) -> np.ndarray:
-    """The number of the picture that each image shows, int (N,), from 0 in order of appearance.
+    """Returns a number for each image, int (N,), the same for images of the same original.
 
-    Files with equal contents show one picture, and so do near-duplicates, nearest first, as long as
-    no two files of a picture are further apart than copies of one original can be (twice
-    `MAX_DISTANCE`): a series that changes by small steps does not become one picture.
+    Numbers count from 0 in order of appearance. Identical files share one, and so do
+    near-duplicates, nearest first, as long as no two of them are further apart than copies of one
+    original can be (twice `MAX_DISTANCE`), so that a series that changes by small steps is divided.
     """
     content = pd.factorize(pd.Series(content_hashes))[0]
     first_rows = np.unique(content, return_index=True)[1]
@@ -106,51 +112,53 @@ def number_pictures(
 def audit(
     metadata: pd.DataFrame, near_duplicates: pd.DataFrame, thumbnails: np.ndarray
 ) -> pd.DataFrame:
-    """What is wrong with the images, a row a finding, the gravest first.
+    """Returns what is wrong with the images, a row for each finding, the gravest first.
 
-    `metadata` has a row an image and the columns `path`, `class`, `content_hash`, `picture` (of
-    `number_pictures`), `width`, `height`, `split` (of a folder or a table, empty for none) and
-    `error` (empty for images that could be read); `near_duplicates` comes from
-    `find_near_duplicates`; `thumbnails` (N, 32, 32) are in the same order.
+    `metadata` has a row for each image and the columns `path`, `class`, `content_hash`, `picture`
+    (see `number_pictures`), `width`, `height`, `split` (empty for none) and `error` (empty for
+    images that could be read). `near_duplicates` comes from `find_near_duplicates`; `thumbnails`
+    (N, 32, 32) are in the same order.
 
-    The columns: `kind`; `images` and `classes`, a tuple of paths and one of the class of each;
-    `distance`, the largest between near-duplicates among them, 0 for identical files. The kinds:
-    `unreadable`; `contradiction`, one picture under several classes; `leakage`, one in several
-    splits; `identical`, files with the same contents; `near-duplicate`, two others of one picture;
-    `tiny`, less than 32 pixels on a side; `flat`, of one colour; `small class`, fewer than 10
-    pictures.
+    The columns: `kind`, see `KINDS`; `images` and `classes`, the paths and the class of each;
+    `distance`, the largest between near-duplicates among them, 0 for identical files.
     """
     names = ("path", "class", "split", "content_hash", "picture")
     paths, classes, splits, contents, pictures = (metadata[n].to_numpy(object) for n in names)
     is_readable = (metadata["error"] == "").to_numpy()
     readable = np.flatnonzero(is_readable)
-    first = near_duplicates["first"].to_numpy(int)
-    apart = near_duplicates["distance"].groupby(pictures[first]).max().to_dict()
+    first, second = (near_duplicates[name].to_numpy(int) for name in ("first", "second"))
+    max_distance = near_duplicates["distance"].groupby(pictures[first]).max().to_dict()
     findings = []
 
-    def add(kind: str, rows: Sequence[int], distance: float = np.nan) -> None:
+    def add(kind: str, rows: Iterable[int], distance: float = np.nan) -> None:
         rows = list(rows)
         findings.append((kind, tuple(paths[rows]), tuple(classes[rows]), distance))
 
+    def rows_by(values: np.ndarray, sort: bool = False) -> Iterator[np.ndarray]:
+        groups = pd.Series(readable).groupby(values[readable], sort=sort)
+        return (rows.to_numpy() for _, rows in groups)
+
     for row in np.flatnonzero(~is_readable):
         add("unreadable", [row])
-    for picture, rows in pd.Series(readable).groupby(pictures[readable], sort=False):
+    for rows in rows_by(pictures):
+        distance = max_distance.get(pictures[rows[0]], 0.0)
         if len(set(classes[rows])) > 1:
-            add("contradiction", rows, apart.get(picture, 0.0))
+            add("contradiction", rows, distance)
         if len(set(splits[rows]) - {""}) > 1:
-            add("leakage", rows, apart.get(picture, 0.0))
-    for _, rows in pd.Series(readable).groupby(contents[readable], sort=False):
+            add("leakage", rows, distance)
+    for rows in rows_by(contents):
         if len(rows) > 1:
             add("identical", rows, 0.0)
-    for pair in near_duplicates.itertuples():
-        add("near-duplicate", [pair.first, pair.second], pair.distance)
+    for *pair, distance in zip(first, second, near_duplicates["distance"], strict=True):
+        add("near-duplicate", pair, distance)
     shorter_side = metadata[["width", "height"]].min(axis=1).to_numpy()
-    for row in readable[shorter_side[readable] < SMALL_SIDE]:
+    for row in readable[shorter_side[readable] < MIN_SIDE]:
         add("tiny", [row])
-    for row in readable[_contrast(thumbnails[readable], np.ones_like(_DISC)) < FLAT]:
+    whole = np.ones_like(_DISC)
+    for row in readable[_contrast(thumbnails[readable], whole) < MIN_CONTRAST]:
         add("flat", [row])
-    for _, rows in pd.Series(readable).groupby(classes[readable]):
-        if len(set(pictures[rows])) < FEWEST_PICTURES:
+    for rows in rows_by(classes, sort=True):
+        if len(set(pictures[rows])) < MIN_DISTINCT_IMAGES:
             add("small class", rows)
     table = pd.DataFrame(findings, columns=["kind", "images", "classes", "distance"])
     table["kind"] = pd.Categorical(table["kind"], categories=list(KINDS))
@@ -158,14 +166,17 @@ def audit(
 
 
 def summarise(findings: pd.DataFrame) -> str:
-    """The findings in a few lines that a person can act on; one line when there are none.
+    """Returns a line for each kind of finding, or one that says that there are none.
 
-    Single files and classes are named, three of each kind at most.
+    Single files and classes are named, at most three of each kind.
     """
     lines = []
-    for kind, rows in findings.groupby("kind", observed=True):
-        line = KINDS[kind].format(len(rows))
-        if kind not in PAIRS:
+    for kind, text in KINDS.items():
+        rows = findings[findings["kind"] == kind]
+        if len(rows) == 0:
+            continue
+        line = text.format(len(rows))
+        if kind not in PAIR_KINDS:
             named = rows["classes"] if kind == "small class" else rows["images"]
             names = [printable(name) for name, *_ in named[:3]]
             line += f" ({', '.join(names)}{', …' if len(rows) > 3 else ''})"
@@ -173,94 +184,88 @@ def summarise(findings: pd.DataFrame) -> str:
     return "\n".join(lines) if lines else "nothing found"
 
 
-def worst_pairs(findings: pd.DataFrame, most: int = 12) -> pd.DataFrame:
-    """A choice of findings to look at, a row a pair: `kinds`, `images`, `classes`, `distance`.
+def worst_pairs(findings: pd.DataFrame, max_pairs: int = 12) -> pd.DataFrame:
+    """Returns the findings to look at first, a row for each pair of files.
 
-    `images` and `classes` are those of two files, of different classes where there are such, and
-    `kinds` all that was found of these two. The gravest kinds come first, and of each combination
-    of classes one before any has a second.
+    The columns: `images` and `classes` of the two files, of different classes where there are
+    any; `kinds`, all that was found of these two; `distance`. The gravest kinds come first, and
+    each combination of classes once before any comes twice.
     """
-    pairs = findings[findings["kind"].isin(PAIRS)].copy()
-    chosen = [_two_of(classes) for classes in pairs["classes"]]
+    pairs = findings[findings["kind"].isin(PAIR_KINDS)].copy()
+    seconds = [_second_of_pair(classes) for classes in pairs["classes"]]
     for name in ("images", "classes"):
-        values = zip(pairs[name], chosen, strict=True)
-        pairs[name] = [tuple(of_all[i] for i in two) for of_all, two in values]
+        pairs[name] = [(v[0], v[second]) for v, second in zip(pairs[name], seconds, strict=True)]
     kinds = pairs.groupby("images", sort=False)["kind"].agg(tuple).rename("kinds")
     pairs = pairs.drop_duplicates("images").join(kinds, on="images")
     pairs["turn"] = pairs.groupby(["kinds", "classes"], observed=True).cumcount()
-    pairs = pairs.sort_values(["turn", "kind"], kind="stable", ignore_index=True)[:most]
+    pairs = pairs.sort_values(["turn", "kind"], kind="stable", ignore_index=True)[:max_pairs]
     return pairs[["kinds", "images", "classes", "distance"]]
 
 
-def _two_of(classes: Sequence[str]) -> tuple[int, int]:
-    other = [i for i, name in enumerate(classes) if name != classes[0]]
-    return 0, other[0] if other else 1
+def _second_of_pair(classes: Sequence[str]) -> int:
+    return next((i for i, name in enumerate(classes) if name != classes[0]), 1)
 
 
 def unavoidable_errors(metadata: pd.DataFrame) -> int:
-    """How many of these images any classifier must call wrong: it gives equal files one answer.
+    """Returns how many of these images any classifier gets wrong.
 
-    `metadata` has the columns `content_hash` and `class`; of equal files the commonest class is
-    right.
+    Identical files get the same answer, so at best those of their commonest class are right.
+    `metadata` has the columns `content_hash` and `class`.
     """
     counts = metadata.groupby(["content_hash", "class"]).size()
     return int(counts.sum() - counts.groupby("content_hash").max().sum())
 
 
+def _in_chunks(
+    function: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, size: int
+) -> np.ndarray:
+    """Returns what the function makes of the rows, `size` at a time to bound the memory."""
+    starts = range(0, max(len(rows), 1), size)
+    return np.concatenate([function(rows[start : start + size]) for start in starts])
+
+
 def _contrast(thumbnails: np.ndarray, where: np.ndarray = _DISC) -> np.ndarray:
-    """The standard deviation of the grey levels, (N,)."""
-    parts = [np.empty(0, dtype=np.float32)]
-    for start in range(0, len(thumbnails), 8192):
-        parts.append(_halved(thumbnails[start : start + 8192])[:, where].std(axis=1))
-    return np.concatenate(parts)
+    """Returns the standard deviation of the grey levels of each thumbnail, (N,)."""
+    return _in_chunks(lambda part: _halved(part)[:, where].std(axis=1), thumbnails, 8192)
 
 
 def _halved(thumbnails: np.ndarray) -> np.ndarray:
-    """The means of 2 x 2 pixels, float32 (N, 16, 16)."""
+    """Returns the means of 2 x 2 pixels, float32 (N, 16, 16)."""
     blocks = thumbnails.reshape(-1, _GRID, 2, _GRID, 2)
     return blocks.mean(axis=(2, 4), dtype=np.float32)
 
 
-def _describe(thumbnails: np.ndarray) -> np.ndarray:
-    """136 numbers a thumbnail that mirroring and turning do not change, float32 (N, 136).
+def _invariant_features(thumbnails: np.ndarray) -> np.ndarray:
+    """Returns features that flips and rotations by 90 degrees do not change, float32 (N, 136).
 
-    They are turned so that the last ones tell most (principal components).
+    They are principal components, those of the largest variance last.
     """
     rows, columns = np.triu_indices(_GRID)
+    # A feature that stands for two coefficients counts twice in a distance.
     weights = np.where(rows == columns, 1, np.sqrt(2)).astype(np.float32)
-    parts = []
-    for start in range(0, len(thumbnails), 8192):
-        part = _standardise(thumbnails[start : start + 8192])
-        sizes = np.abs(dctn(part, axes=(1, 2), norm="ortho"))
-        sizes = (sizes + sizes.transpose(0, 2, 1)) / 2
-        # What stands for two coefficients counts twice in a distance.
-        parts.append(sizes[:, rows, columns] * weights)
-    described = np.concatenate(parts)
-    centred = described - described.mean(axis=0)
+
+    def features_of(part: np.ndarray) -> np.ndarray:
+        sizes = np.abs(dctn(_standardized(part), axes=(1, 2), norm="ortho"))
+        return ((sizes + sizes.transpose(0, 2, 1)) / 2)[:, rows, columns] * weights
+
+    features = _in_chunks(features_of, thumbnails, 8192)
+    centred = features - features.mean(axis=0)
     return centred @ np.linalg.eigh(centred.T @ centred)[1]
 
 
-def _is_within(described: np.ndarray, pairs: np.ndarray, reach: float) -> np.ndarray:
-    near = [np.empty(0, dtype=bool)]
-    for start in range(0, len(pairs), 100_000):
-        first, second = pairs[start : start + 100_000].T
-        near.append(((described[first] - described[second]) ** 2).sum(axis=1) <= reach**2)
-    return np.concatenate(near)
-
-
 def _distances(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """How far apart the thumbnails of each pair of rows (P, 2) are, (P,)."""
-    parts = [np.empty(0)]
-    for start in range(0, len(pairs), 4096):
-        rows = pairs[start : start + 4096].T
-        first, second = (_standardise(thumbnails[side]) for side in rows)
+    """Returns how far apart the thumbnails of each pair of rows (P, 2) are, (P,)."""
+
+    def distances_of(part: np.ndarray) -> np.ndarray:
+        first, second = (_standardized(thumbnails[rows]) for rows in part.T)
         squares = [((first - view) ** 2).sum(axis=(1, 2)) for view in _orientations(second)]
-        parts.append(np.sqrt(np.min(squares, axis=0) / _DISC.sum()))
-    return np.concatenate(parts)
+        return np.sqrt(np.min(squares, axis=0) / _DISC.sum()).astype(np.float64)
+
+    return _in_chunks(distances_of, pairs, 4096)
 
 
-def _standardise(thumbnails: np.ndarray) -> np.ndarray:
-    """Mean 0 and standard deviation 1 within the disc, 0 outside, float32 (N, 16, 16)."""
+def _standardized(thumbnails: np.ndarray) -> np.ndarray:
+    """Returns mean 0 and standard deviation 1 within the disc, 0 outside, float32 (N, 16, 16)."""
     values = _halved(thumbnails)
     inside = values[:, _DISC]
     inside -= inside.mean(axis=1, keepdims=True)
@@ -269,6 +274,6 @@ def _standardise(thumbnails: np.ndarray) -> np.ndarray:
     return values
 
 
-def _orientations(images: np.ndarray) -> Iterable[np.ndarray]:
+def _orientations(images: np.ndarray) -> Iterator[np.ndarray]:
     for view in (images, images.transpose(0, 2, 1)):
         yield from (view, view[:, ::-1], view[:, :, ::-1], view[:, ::-1, ::-1])

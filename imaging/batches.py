@@ -1,6 +1,7 @@
 """The images of one split, the order in which an epoch shows them, and how batches are gathered."""
 
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from imaging.splits import derive_seed
 
@@ -64,12 +65,11 @@ class LesionDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Inputs, int]:
-        inputs, _ = self.gather_batch([index])
-        image = to_float(inputs["images"])[0].contiguous()
+        image = to_float(torch.from_numpy(self.gather([index])))[0].contiguous()
         label = int(self.labels[index])
         if not self.extra_inputs:
             return image, label
-        return {name: values[0] for name, values in inputs.items()} | {"images": image}, label
+        return {"images": image} | {n: v[index] for n, v in self.extra_inputs.items()}, label
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns these images as they are stored, uint8 `(B, H, W, 3)`."""
@@ -90,6 +90,33 @@ class LesionDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_array": None}
+
+
+def gather_batches(
+    dataset: LesionDataset, parts: Iterator[np.ndarray], num_workers: int, pin_memory: bool
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Returns the batch of each part, numbers of images, read ahead by processes if there are any.
+
+    The global random state is not used.
+    """
+    # DataLoader takes the numbers for the items, and gathers a batch to collate them.
+    numbers = range(len(dataset))
+    return iter(
+        DataLoader(
+            numbers,  # type: ignore[arg-type]  # anything indexable, whatever the stubs say
+            batch_sampler=parts,  # type: ignore[arg-type]  # the same
+            collate_fn=dataset.gather_batch,
+            num_workers=num_workers,
+            generator=torch.Generator(),
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_interrupts,
+        )
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leaves Ctrl-C to the parent, which may still need a batch to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class DeviceDataset:

@@ -1,8 +1,8 @@
 """Diagnoses of skin lesions: how the published data sets spell them, and which are malignant.
 
-What is not in the table, such as "unknown" or "indeterminate", is not known: never benign by
-default. A name is recognised as a whole, never by a part of it: "melanoma (in situ)" is a melanoma,
-"melanoma-like nevus" is not known.
+A name that is not in the table, such as "unknown" or "indeterminate", is unknown, never benign by
+default. Names are recognised as a whole: "melanoma (in situ)" is a melanoma, but "melanoma-like
+nevus" is unknown.
 """
 
 import re
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 class Diagnosis:
     """A row of the table.
 
-    `spellings` are the names and codes that mean it, besides `name`; `qualifiers` the phrases that
-    may stand before and after those without making it another diagnosis. Several rows with the same
-    name are variants of one diagnosis that take different qualifiers.
+    `spellings` are its other names and codes; `qualifiers` the phrases that may come before and
+    after these without making it another diagnosis. Several rows with the same name are variants of
+    one diagnosis that take different qualifiers.
     """
 
     name: str
@@ -244,10 +244,10 @@ _THICKNESS = re.compile(
 
 
 def normalize_name(name: str) -> str:
-    """Returns the name without what makes no difference between two spellings of it.
+    """Returns the same text for all spellings of a name.
 
-    That is case, `_`, `-`, punctuation and brackets, accents, a plural s and British spelling. A
-    question mark, an exclamation mark and symbols such as + do make one.
+    Case, `_`, `-`, punctuation and brackets, accents, a plural s and British spelling make no
+    difference; question marks, exclamation marks and symbols such as + do.
     """
     text = unicodedata.normalize("NFKD", name).casefold()
     text = "".join(c for c in text if not "\u0300" <= c <= "\u036f" and c not in "'’`´")
@@ -268,21 +268,19 @@ def _phrases(*phrases: str) -> frozenset[str]:
     return frozenset(map(normalize_name, phrases))
 
 
-def _all_qualifiers(diagnosis: Diagnosis) -> frozenset[str]:
+def all_qualifiers(diagnosis: Diagnosis) -> frozenset[str]:
+    """Returns the normalized qualifiers that the diagnosis takes, the general ones included."""
     by_malignancy = {True: MALIGNANT_QUALIFIERS, False: BENIGN_QUALIFIERS, None: ()}
     return _phrases(*QUALIFIERS, *by_malignancy[diagnosis.is_malignant], *diagnosis.qualifiers)
 
 
-_TABLE = tuple((d, _phrases(d.name, *d.spellings), _all_qualifiers(d)) for d in DIAGNOSES)
+_TABLE = tuple((d, _phrases(d.name, *d.spellings), all_qualifiers(d)) for d in DIAGNOSES)
 # Without spaces, as folders and columns have them: BasalCellCarcinoma, BENOTH.
 _BY_SPELLING = {s.replace(" ", ""): d for d, spellings, _ in _TABLE for s in spellings}
 
 
 def find_diagnosis(name: str) -> Diagnosis | None:
-    """Returns the diagnosis that a class of this name stands for; None where it is not known.
-
-    The name is a spelling of it, or consists of spellings and qualifiers of it alone.
-    """
+    """Returns the diagnosis of which the name is a spelling, qualifiers aside, or None."""
     text = normalize_name(name)
     diagnosis = _BY_SPELLING.get(text.replace(" ", ""))
     if diagnosis is not None:
@@ -297,13 +295,13 @@ def find_diagnosis(name: str) -> Diagnosis | None:
 
 
 def is_malignant(name: str) -> bool | None:
-    """Returns whether a class of this name is malignant; None where that is not known."""
+    """Returns whether a class of this name is malignant; None if that is unknown."""
     diagnosis = find_diagnosis(name)
     return None if diagnosis is None else diagnosis.is_malignant
 
 
 def is_melanoma(name: str) -> bool | None:
-    """Returns whether a class of this name is melanoma; None where that is not known."""
+    """Returns whether a class of this name is melanoma; None if that is unknown."""
     diagnosis = find_diagnosis(name)
     if diagnosis is None or diagnosis.name == "malignant":
         return None
@@ -311,7 +309,7 @@ def is_melanoma(name: str) -> bool | None:
 
 
 def _consists_of(words: list[str], spellings: frozenset[str], qualifiers: frozenset[str]) -> bool:
-    """Returns whether the words are phrases of these one after another, a spelling among them."""
+    """Returns whether the words are a sequence of these phrases, with at least one spelling."""
     longest = max(len(phrase.split()) for phrase in spellings | qualifiers)
     reached = {(0, False)}  # (number of words, whether a spelling is among them)
     for end in range(1, len(words) + 1):

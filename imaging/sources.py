@@ -1,9 +1,9 @@
-"""Where images and labels come from: folders and tables."""
+"""Reads folders and tables into one table with a row for each image."""
 
 import os
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -12,20 +12,14 @@ import pandas as pd
 from storage.files import printable, read_csv
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # named, as they are pictures too
+UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # images as well, so reported
 STEM_COLUMNS = ("image_id", "image_name", "isic_id")  # HAM10000's, the 2020 challenge's, ISIC's
+_KEY_COLUMNS = ("path", *STEM_COLUMNS)  # by which tables name images
+IMAGE_COLUMNS = ["path", "class", "source_split"]  # which every reader gives
 METADATA_COLUMNS = (
-    "path",
-    "class",
-    "label",
-    "source_split",
-    "width",
-    "height",
-    "content_hash",
-    "picture",
-    "group",
+    "path", "class", "label", "source_split", "width", "height", "content_hash", "picture", "group",
     "split",
-)
+)  # fmt: skip
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -57,27 +51,25 @@ def read_folder(data_dir: str | Path) -> pd.DataFrame:
         (name, reader) for name, reader in reversed(READERS.items()) if reader.recognizes(data_dir)
     )
     images = reader.read(data_dir)
-    required = ["path", "class", "source_split"]
-    for column in required:
+    for column in IMAGE_COLUMNS:
         if column not in images or images[column].isna().any():
             raise ValueError(
                 f"{printable(data_dir)}: the reader of {name} gave images without {column}"
             )
-    columns = [*required, *images.columns.drop(required)]
+    columns = [*IMAGE_COLUMNS, *images.columns.drop(IMAGE_COLUMNS)]
     return images[columns].sort_values("path", kind="stable", ignore_index=True)
 
 
 def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.DataFrame:
-    """The images below a folder, a row each: `path`, `class`, `source_split`, sorted by path.
+    """Returns the images below a folder, sorted by path: `path`, `class`, `source_split`.
 
     `path` is relative to `data_dir` with forward slashes, `class` the parent folder's name, and
     `source_split` what lies above that. Without class folders there is no `class`, and
-    `source_split` is all that lies above the image. Hidden files and folders are passed over, links
-    followed. What has an image's name but is none, or of a format that is not supported, has its
-    row too: whoever reads it hears of it.
+    `source_split` is all that lies above the image. Hidden files and folders are ignored, links
+    followed. Whatever is named like an image is listed, so that reading it reports an error.
 
-    Raises FileNotFoundError for no such folder; ValueError for no images, and where there are class
-    folders for images that stand directly in `data_dir` and for fewer than two classes.
+    Raises FileNotFoundError if the folder does not exist, ValueError if it has no images and, with
+    class folders, for images directly in `data_dir` and for fewer than two classes.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -85,40 +77,41 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     paths = sorted(path.relative_to(data_dir).as_posix() for path in _walk(data_dir, frozenset()))
     if not paths:
         raise ValueError(
-            f"{printable(data_dir)}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}); the layout "
-            "is one sub-folder a class"
+            f"{printable(data_dir)}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}); put those of "
+            "each class into a folder of its own"
         )
     parents = [path.split("/")[:-1] for path in paths]
-    if not has_class_folders:
-        source_splits = ["/".join(parent) for parent in parents]
-        return pd.DataFrame({"path": paths, "source_split": source_splits}, dtype=object)
+    # As str, pandas with pyarrow could not hold names that are not valid UTF-8.
+    images = pd.DataFrame({"path": paths}, dtype=object)
+    if has_class_folders:
+        images["class"] = pd.Series(_classes_of(data_dir, paths, parents), dtype=object)
+        parents = [parent[:-1] for parent in parents]
+    images["source_split"] = pd.Series(["/".join(parent) for parent in parents], dtype=object)
+    return images
+
+
+def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> list[str]:
+    folder = printable(data_dir)
     if not all(parents):
-        stray = paths[parents.index([])]
-        raise ValueError(
-            f"{printable(data_dir)}: {printable(stray)} stands directly in it; the layout is one "
-            "sub-folder a class"
-        )
+        stray = printable(paths[parents.index([])])
+        raise ValueError(f"{folder}: {stray} is in no class folder; move it into one")
     # One system writes é as one character, another as e and an accent: it is the same class.
     classes = [unicodedata.normalize("NFC", parent[-1]) for parent in parents]
-    unwritable = [name for name in classes if not _is_unicode(name)]
-    if unwritable:
-        raise ValueError(
-            f"{printable(data_dir)}: the name of the class folder {printable(unwritable[0])} is "
-            "not valid UTF-8; rename it"
-        )
+    for name in classes:
+        if not _is_unicode(name):
+            raise ValueError(
+                f"{folder}: the name of the class folder {printable(name)} is not valid UTF-8; "
+                "rename it"
+            )
     if len(set(classes)) < 2:
         raise ValueError(
-            f"{printable(data_dir)}: all images are of one class, {printable(classes[0])}; a "
-            "classifier needs two or more"
+            f"{folder}: all images are of one class, {printable(classes[0])}; a classifier needs "
+            "two or more"
         )
-    source_splits = ["/".join(parent[:-1]) for parent in parents]
-    # As str, pandas with pyarrow could not hold names that are not valid UTF-8.
-    return pd.DataFrame(
-        {"path": paths, "class": classes, "source_split": source_splits}, dtype=object
-    )
+    return classes
 
 
-# A reader added here is asked before those above it.
+# To add a layout, add its reader at the end; the last one that recognizes a folder reads it.
 READERS = {"class folders": Reader(recognizes=lambda folder: True, read=find_images)}
 
 
@@ -148,12 +141,10 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
 
 
 def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """A CSV file with a row an image, which it names in `path` or in one of `STEM_COLUMNS`.
+    """Returns a CSV file with a row for each image, named in `path` or one of `STEM_COLUMNS`.
 
-    All cells are text, whatever they look like, and only empty ones are missing, see `read_csv`.
-
-    Raises FileNotFoundError for no such file, and ValueError for a file that is no such table or
-    lacks one of `columns`.
+    All cells are text, and only empty ones are missing (see `read_csv`). Raises FileNotFoundError
+    if there is no such file, and ValueError if it is no such table or lacks one of `columns`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{printable(path)}: no such file")
@@ -167,30 +158,26 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     return table
 
 
-def join_table(paths: Sequence[str], table: pd.DataFrame, name: str | Path) -> pd.DataFrame:
-    """The table's row for each image, in the images' order; empty values where it has none.
+def join_table(paths: Iterable[str], table: pd.DataFrame, name: str | Path) -> pd.DataFrame:
+    """Returns the table's row for each image, in the images' order; empty values where it has none.
 
-    Images are found by `path`, relative to the data's folder, or else by the file's name without
-    its suffix in one of `STEM_COLUMNS`. `name` is what errors call the table. Raises ValueError
-    when the table names no images, names one twice, or names none of these.
+    Images are matched by `path`, relative to the data's folder, or else by the file's name without
+    its suffix in one of `STEM_COLUMNS`. `name` is what errors call the table. Raises ValueError if
+    the table has no such column, has two rows for an image, or matches no image.
     """
-    keys = [column for column in ("path", *STEM_COLUMNS) if column in table]
-    if not keys:
+    key, wanted = _match_by(paths, table)
+    if key is None:
         raise ValueError(
-            f"{printable(name)}: no column {', '.join(('path', *STEM_COLUMNS))} to know the images "
-            "by"
+            f"{printable(name)}: no column {', '.join(_KEY_COLUMNS)} to match its rows to images"
         )
-    wanted = pd.Index(paths)
-    if keys[0] != "path":
-        wanted = pd.Index([PurePosixPath(path).stem for path in paths])
     if len(table) == 0:
         raise ValueError(f"{printable(name)}: has no rows")
-    rows = table.set_index(keys[0])
+    rows = table.set_index(key)
     found = rows[rows.index.isin(wanted)]
     if len(found) == 0:
         raise ValueError(
-            f"{printable(name)}: matches no image; its {keys[0]} are like {rows.index[0]!r}, those "
-            f"of the images like {wanted[0]!r}"
+            f"{printable(name)}: matches no image; its {key} are like {rows.index[0]!r}, those of "
+            f"the images like {wanted[0]!r}"
         )
     if found.index.has_duplicates:
         twice = found.index[found.index.duplicated()][0]
@@ -198,41 +185,126 @@ def join_table(paths: Sequence[str], table: pd.DataFrame, name: str | Path) -> p
     return found.reindex(wanted).reset_index(drop=True)
 
 
-def check_unicode(values: pd.Series, name: str | Path) -> None:
-    """Raises ValueError for names of classes or splits that no figure could show."""
-    unwritable = values[~values.map(_is_unicode).astype(bool)]
-    if len(unwritable) > 0:
+def _match_by(paths: Iterable[str], table: pd.DataFrame) -> tuple[str | None, pd.Index]:
+    """Returns the column by which the table names images, and what it holds for these images."""
+    key = next((column for column in _KEY_COLUMNS if column in table), None)
+    return key, pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
+
+
+def read_columns(
+    name: str | Path,
+    columns: Sequence[str],
+    paths: Iterable[str],
+    *,
+    warns_of_other_rows: bool = False,
+) -> pd.DataFrame:
+    """Returns a CSV file's row for each image, see `read_table` and `join_table`.
+
+    With `warns_of_other_rows`, rows that match no image are worth a warning.
+    """
+    table = read_table(name, columns)
+    joined = join_table(paths, table, name)
+    if warns_of_other_rows:
+        key, known = _match_by(paths, table)
+        others = table[key][~table[key].isin(known)]
+        if len(others) > 0:
+            warnings.warn(
+                f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such "
+                f"as {printable(others.iloc[0])}",
+                stacklevel=5,
+            )
+    return joined
+
+
+def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataFrame:
+    """Returns the images with the classes in a table's column, or their own if these are missing.
+
+    Raises ValueError for an image that has neither, and if all are of one class.
+    """
+    is_correction = "class" in images
+    labels = read_columns(name, [column], images["path"], warns_of_other_rows=is_correction)[column]
+    if is_correction:
+        labels = labels.fillna(images["class"])
+    check_complete(labels, images["path"], name, advice="; add them or move these images away")
+    if labels.nunique() < 2:
+        raise ValueError(f"{printable(name)}: all images are of one class")
+    return images.assign(**{"class": labels})
+
+
+def read_metadata(
+    images: pd.DataFrame, name: str | Path | None, required: Sequence[str]
+) -> pd.DataFrame:
+    """Returns the columns beside `IMAGE_COLUMNS`: those of the folder's reader and of a table.
+
+    Raises ValueError if a required one is in neither, and if two would have the same name.
+    """
+    given = images.drop(columns=IMAGE_COLUMNS)
+    missing = [column for column in required if column not in given]
+    if name is not None:
+        given = pd.concat([given, read_columns(name, missing, images["path"])], axis=1)
+    elif missing:
         raise ValueError(
-            f"{printable(name)}: {printable(unwritable.iloc[0])} is not valid UTF-8; save the "
-            "table as UTF-8"
+            "group_by needs the table its columns are in: metadata_csv; the folder's layout gives "
+            f"no {printable(missing[0])}"
         )
+    given = given.rename(columns=given_name)
+    if given.columns.has_duplicates:
+        column = printable(given.columns[given.columns.duplicated()][0])
+        table = "" if name is None else f"{printable(name)}: "
+        raise ValueError(
+            f"{table}more than one column would be called {column} in the metadata; rename or "
+            "remove one"
+        )
+    return given
 
 
-def warn_of_rows_without_image(paths: Sequence[str], table: pd.DataFrame, name: str | Path) -> None:
-    """Warns of rows of a table, which `join_table` has taken, that name none of these images."""
-    key = next(column for column in ("path", *STEM_COLUMNS) if column in table)
-    known = set(paths) if key == "path" else {PurePosixPath(path).stem for path in paths}
-    extra = table[key][~table[key].isin(known)]
-    if len(extra) > 0:
-        warnings.warn(
-            f"{printable(name)}: {len(extra)} of its {len(table)} rows name no image here, such as "
-            f"{printable(extra.iloc[0])}",
-            stacklevel=4,
+def check_complete(
+    values: pd.Series, paths: pd.Series, name: str | Path, *, advice: str = ""
+) -> None:
+    """Raises ValueError if a table gives some images no value, or a name that is not Unicode."""
+    without = paths[values.isna().to_numpy()]
+    if len(without) > 0:
+        raise ValueError(
+            f"{printable(name)}: no {values.name} for {len(without)} of {len(paths)} images, such "
+            f"as {printable(without.iloc[0])}{advice}"
+        )
+    invalid = values[~values.map(_is_unicode).astype(bool)]
+    if len(invalid) > 0:
+        raise ValueError(
+            f"{printable(name)}: {printable(invalid.iloc[0])} is not valid UTF-8; save the table "
+            "as UTF-8"
         )
 
 
 def split_of_folder(source_split: pd.Series) -> pd.Series:
-    """The split that a folder's name says, missing where it says none."""
+    """Returns the splits that the names of folders stand for, missing for other names."""
     splits = [SPLIT_FOLDERS.get(folder.split("/")[0].casefold()) for folder in source_split]
     return pd.Series(splits, index=source_split.index, dtype=object)
 
 
+def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
+    """Returns the split of each image's folder.
+
+    Raises ValueError for an image in no such folder, and for no folder for training or test.
+    """
+    split = split_of_folder(images["source_split"])
+    if split.isna().any():
+        stray = images["path"][split.isna()].iloc[0]
+        raise ValueError(
+            f"{printable(stray)} is in no folder named Train, Valid or Test, which split_by needs"
+        )
+    missing = sorted({"train", "test"} - set(split))
+    if missing:
+        raise ValueError(f"{printable(data_dir)}: no folder for the {missing[0]} split")
+    return split
+
+
 def has_folder_of_split(data_dir: str | Path, split: str) -> bool:
     """Returns whether a folder in `data_dir` is named like this split: train, valid or test."""
-    names = [path.name for path in Path(data_dir).glob("*") if path.is_dir()]
-    return split in set(split_of_folder(pd.Series(names, dtype=object).astype(str)))
+    folders = (path for path in Path(data_dir).glob("*") if path.is_dir())
+    return any(SPLIT_FOLDERS.get(path.name.casefold()) == split for path in folders)
 
 
 def given_name(column: str) -> str:
-    """Returns what a user's column is called in the metadata, which has names of its own."""
+    """Returns the name of a user's column in the metadata, which has columns of its own."""
     return f"{column}_given" if column in METADATA_COLUMNS else column

@@ -12,10 +12,10 @@ from storage.files import printable
 
 
 def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
-    """Numbers (N,) of the groups of images that belong together by any of these columns.
+    """Returns for each image the number of its group, int (N,): images that belong together.
 
-    Images with the same value of a key are in one group, and so are those that others join: a
-    patient with two lesions joins the pictures of both. An empty value joins nothing.
+    Images with the same value in any of these columns are in one group, directly or through other
+    images: a patient with two lesions joins the images of both. An empty value joins nothing.
     """
     num_images = len(metadata)
     links = []
@@ -32,20 +32,19 @@ def group_images(metadata: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
 def stratified_split(
     labels: np.ndarray, groups: np.ndarray, splits: Mapping[str, float], seed: int = 42
 ) -> np.ndarray:
-    """The name of the split of each image, stratified by class, no group divided.
+    """Returns the name of each image's split, stratified by class, without dividing a group.
 
     Parameters
     ----------
     labels : int array (N,), the class of each image, from 0
     groups : array (N,), images with equal values stay together
     splits : split names and their fractions, which sum to 1
-    seed : decides which groups go where, the numbers being given
+    seed : decides which groups go where, but not how many
 
-    Each split gets as near to its fraction of each class as whole groups allow; for groups of one
+    Each split gets as close to its fraction of each class as whole groups allow; for groups of one
     image that is the largest-remainder method. Every class is in the training split (the one named
-    `train`, or else the largest), and every split has every class that has at least as many groups
-    as there are splits, where groups of several classes leave that possible; `DatasetBuilder` warns
-    of what lacks. Raises ValueError for fractions that cannot be.
+    `train`, or else the largest), and, unless groups of several classes prevent it, a class with at
+    least as many groups as there are splits is in all of them. Raises ValueError as `check_splits`.
     """
     names, fractions = check_splits(splits)
     training = names.index("train") if "train" in names else int(fractions.argmax())
@@ -55,13 +54,13 @@ def stratified_split(
 def _assign_splits(
     labels: np.ndarray, groups: np.ndarray, fractions: np.ndarray, training: int | None, seed: int
 ) -> np.ndarray:
-    """The number of the split of each image; `training` as `_numbers_of_groups` takes it."""
+    """Returns the number of each image's split; for `training` see `_numbers_of_groups`."""
     group_ids, first_rows, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
     num_classes = int(labels.max()) + 1
     contents = np.zeros((len(group_ids), num_classes), dtype=np.int64)
     np.add.at(contents, (group_of_row, labels), 1)
 
-    # Groups with the same number of images of each class are one kind, and stand for one another.
+    # Groups with the same number of images of each class are of one kind, and interchangeable.
     kinds, kind_of_group = np.unique(contents, axis=0, return_inverse=True)
     kind_of_group = kind_of_group.ravel()  # numpy 2.0 alone gives it a second dimension
     kind_sizes = np.bincount(kind_of_group, minlength=len(kinds))
@@ -81,14 +80,14 @@ def _assign_splits(
 def k_fold_splits(
     metadata: pd.DataFrame, k: int = 5, seed: int = 42
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Cross-validation, stratified and grouped: k pairs of training and validation row numbers.
+    """Returns k stratified folds: pairs of the row numbers to train and to validate on.
 
     `metadata` is that of `DatasetBuilder.build`, or some rows of it; its columns `label` and
     `group` are used. Row numbers count from 0, whatever its index. Each row is in one validation
-    part, with all of its group. Every training part has every class of at least two groups, and
-    every validation part every class of at least k, where groups of several classes leave that
-    possible. Warns of classes of fewer groups than k. Raises ValueError for fewer than two folds or
-    groups than folds.
+    part, with all of its group. Unless groups of several classes prevent it, every training part
+    has every class of at least two groups, and every validation part every class of at least k.
+    Warns of classes of fewer groups than k. Raises ValueError unless k is from 2 to the number of
+    groups.
     """
     if k < 2 or metadata["group"].nunique() < k:
         raise ValueError(f"k is {k}; it must be from 2 to the number of groups")
@@ -96,7 +95,7 @@ def k_fold_splits(
     labels = pd.factorize(metadata["label"], sort=True)[0]
     fractions, groups = np.full(k, 1 / k), metadata["group"].to_numpy()
     fold = _assign_splits(labels, groups, fractions, None, seed)
-    # What does not divide evenly comes into the first folds; the seed says which these are.
+    # The remainders of uneven divisions are in the first folds; the seed decides their order.
     order = np.random.default_rng(derive_seed(seed, "order of folds")).permutation(k)
     return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in order]
 
@@ -105,19 +104,19 @@ def _warn_of_classes_with_few_groups(metadata: pd.DataFrame, k: int) -> None:
     name_column = "class" if "class" in metadata else "label"
     num_groups = metadata.groupby(name_column, observed=True)["group"].nunique()
     few = [
-        f"{printable(name)} ({number} {'group' if number == 1 else 'groups'})"
+        f"{printable(str(name))} ({number} {'group' if number == 1 else 'groups'})"
         for name, number in num_groups[num_groups < k].items()
     ]
     if few:
         warnings.warn(
-            f"classes with fewer groups than k={k}: {', '.join(few)}; not every validation part "
-            "has them, and one of a single group is never trained on where it is validated",
+            f"classes with fewer groups than k={k}: {', '.join(few)}; some validation parts lack "
+            "them, and a class of a single group is never both trained and validated on",
             stacklevel=3,
         )
 
 
 def check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
-    """Returns the names and fractions; ValueError for fractions that make no splits."""
+    """Returns names and fractions; raises ValueError unless these are positive and sum to 1."""
     names, fractions = list(splits), np.array(list(splits.values()), dtype=np.float64)
     if not names:
         raise ValueError("splits is empty; give names and fractions, such as {'train': 0.8, ...}")
@@ -131,13 +130,13 @@ def check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
 def _numbers_of_groups(
     kinds: np.ndarray, kind_sizes: np.ndarray, fractions: np.ndarray, training: int | None
 ) -> np.ndarray:
-    """How many groups of each kind go to each split, (kinds, splits).
+    """Returns how many groups of each kind go to each split, (kinds, splits).
 
-    `training` is the number of the split that is trained on; None where it is all but one in turn,
-    so that no split may have the whole of a class.
+    `training` is the number of the training split; None for folds, where each split is left out of
+    training in turn, so that no split may have all images of a class.
 
-    Starts from the largest remainders of each kind, and while that brings the splits nearer to
-    their shares moves a group from one split to another, or exchanges two.
+    Starts from the largest remainders of each kind, and moves a group to another split or exchanges
+    two for as long as that brings the splits closer to their shares.
     """
     numbers = np.stack([_largest_remainder(size, fractions) for size in kind_sizes])
     shares = np.outer(fractions, kind_sizes @ kinds)
@@ -149,7 +148,7 @@ def _numbers_of_groups(
     must_share = (groups_with_class >= 2) & (training is None)
 
     def cost(counts: np.ndarray) -> np.ndarray:
-        """How far splits are from their shares; `counts` (..., splits, classes)."""
+        """Returns how far splits are from their shares; `counts` is (..., splits, classes)."""
         by_class = ((counts - shares) ** 2).sum(axis=-1)
         in_all = (counts.sum(axis=-1) - shares.sum(axis=-1)) ** 2
         lacks = ((counts == 0) & must_have) | ((counts == num_images) & must_share)
@@ -166,15 +165,15 @@ def _numbers_of_groups(
 def _best_step(
     numbers: np.ndarray, kinds: np.ndarray, cost: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray | None:
-    """The change of `numbers` that lowers the cost most, or None where none lowers it.
+    """Returns the change of `numbers` that lowers the cost most, None if none lowers it.
 
-    A step takes a group of one kind out of a split into another, in exchange for one of another
-    kind; with the empty kind in exchange it is a plain move.
+    A step exchanges a group of one kind in a split for one of another kind in another split; to
+    exchange it for the empty kind is to move it.
     """
     num_splits = numbers.shape[1]
     kinds = np.vstack([kinds, np.zeros_like(kinds[:1])])
     available = np.vstack([numbers, np.ones_like(numbers[:1])]) > 0
-    # Exchanging each with each takes too long for hundreds of kinds; moving alone does there.
+    # Trying all exchanges takes too long for hundreds of kinds; moves are enough there.
     others = np.arange(len(kinds)) if len(kinds) <= 64 else np.array([len(kinds) - 1])
     change = (kinds[:-1, None] - kinds[None, others])[:, :, None]
     counts = numbers.T @ kinds[:-1]
@@ -201,9 +200,11 @@ def _largest_remainder(total: int, fractions: np.ndarray) -> np.ndarray:
 
 def warn_of_missing_classes(metadata: pd.DataFrame, names: Sequence[str]) -> None:
     """Warns of classes that have no image in one of the splits."""
-    table = pd.crosstab(metadata["class"], metadata["split"]).reindex(columns=names, fill_value=0)
+    table = pd.crosstab(metadata["class"], metadata["split"]).reindex(
+        columns=list(names), fill_value=0
+    )
     lacks = [
-        f"{printable(name)} ({row.sum()} images) is not in {', '.join(row.index[row == 0])}"
+        f"{printable(str(name))} ({row.sum()} images) is not in {', '.join(row.index[row == 0])}"
         for name, row in table.iterrows()
         if (row == 0).any()
     ]
@@ -212,13 +213,32 @@ def warn_of_missing_classes(metadata: pd.DataFrame, names: Sequence[str]) -> Non
         warnings.warn(f"not every split has every class: {message}", stacklevel=3)
 
 
+def warn_of_divided_groups(groups: np.ndarray, split: np.ndarray) -> None:
+    """Warns of leakage: groups of images that are divided between splits."""
+    is_divided = pd.Series(split).groupby(groups).transform("nunique") > 1
+    if is_divided.any():
+        warnings.warn(
+            f"leakage: {len(set(groups[is_divided]))} groups of images that belong together (same "
+            f"image, lesion or patient), {is_divided.sum()} images, are divided between these "
+            "splits",
+            stacklevel=4,
+        )
+
+
+def check_at_least(minimum: int, **values: int) -> None:
+    """Raises ValueError for a value, given by its name, below the minimum."""
+    for name, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{name} is {value}; it must be {minimum} or more")
+
+
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed that numpy's and torch's generators do not both take."""
+    """Raises ValueError for a seed that numpy's or torch's generators reject."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be 0 or more and less than 2**63")
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A seed of 63 bits for one use of randomness, such as the order of epoch 3."""
+    """Returns a seed of 63 bits for one use of randomness, such as the order of epoch 3."""
     sequence = np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *numbers))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

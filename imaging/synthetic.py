@@ -1,16 +1,18 @@
 """Draws lesion-like images of nine classes, for the demo and the tests.
 
-The classes and their unbalance are those of the ISIC nine-class set; the signs are those that
-textbooks of dermoscopy give, much simplified. Nobody learns anything about skin from these images:
-they are there so that the whole program can be run without data and without a network.
+The classes and their imbalance are those of the ISIC nine-class set; how they look, in
+`synthetic.toml`, follows the signs in textbooks of dermoscopy, much simplified. The images let the
+whole program run without data or a network; they teach nothing about skin.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
@@ -18,8 +20,8 @@ from tqdm import tqdm
 
 from storage.files import lock
 
-Range = tuple[float, float]  # a number is drawn evenly between the two
-Colours = tuple[str, str]  # a colour is drawn on the line between the two
+Range = Sequence[float]  # two ends, between which a number is drawn uniformly
+Colours = Sequence[str]  # two ends, between which a colour is drawn uniformly
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,27 @@ class Structure:
     """Something seen in or over a lesion; `kind` picks the function that draws its mask.
 
     `width` is the size or the spacing of its elements as a fraction of the image's side (for
-    `blotches` and `ring`: of the lesion's radius), `count` how many there are where that can be
-    said, and `reach` where they may lie, from 0, the centre, to 1, the border.
+    `blotches` and `ring`: of the lesion's radius), `count` their number where they can be counted,
+    and `reach` where they may lie, from 0, the centre, to 1, the border.
     """
 
     kind: str
     colours: Colours
     probability: float
     width: Range
-    count: tuple[int, int] = (1, 1)
+    count: Sequence[int] = (1, 1)
     reach: Range = (0.0, 1.0)
     opacity: Range = (0.6, 0.9)
 
 
 @dataclass(frozen=True)
 class Looks:
-    """How the members of a class look, and how many of them the ISIC nine-class set has.
+    """How the lesions of a class look, and how many images the ISIC nine-class set has of it.
 
     `radius` is a fraction of the image's side; `elongation` the ratio of the axes; `asymmetry` how
-    far a second lobe juts out, `irregularity` how deep the border is notched, and `edge` how wide
-    it fades, all three in radii; `opacity` how much of the skin the pigment hides.
+    far a second lobe juts out, `irregularity` the depth of the notches in the border, and `edge`
+    the width over which it fades, all three in radii; `opacity` how much of the skin the pigment
+    hides.
     """
 
     train_images: int
@@ -62,188 +65,17 @@ class Looks:
     structures: tuple[Structure, ...]
 
 
+def _structures(table: Iterable[dict[str, Any]]) -> tuple[Structure, ...]:
+    return tuple(Structure(**fields) for fields in table)
+
+
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 LOOKS = {
-    "actinic keratosis": Looks(
-        train_images=114,
-        test_images=16,
-        border=("#d98f80", "#b9625a"),
-        centre=("#d27a6c", "#a8504c"),
-        radius=(0.22, 0.38),
-        elongation=(1.0, 1.5),
-        asymmetry=(0.1, 0.7),
-        irregularity=(0.15, 0.4),
-        edge=(0.4, 0.9),
-        opacity=(0.4, 0.75),
-        structures=(
-            Structure(
-                "follicles", ("#f3d9c4", "#e8c8a8"), 0.75, (0.045, 0.075), opacity=(0.4, 0.8)
-            ),
-            Structure("scales", ("#f4ead8", "#e3cf9f"), 0.6, (0.02, 0.035), opacity=(0.3, 0.7)),
-            Structure("dots", ("#6e4632", "#94664a"), 0.3, (0.008, 0.02), (2, 8)),
-        ),
-    ),
-    "basal cell carcinoma": Looks(
-        train_images=378,
-        test_images=16,
-        border=("#e3aca6", "#c98580"),
-        centre=("#dc9c9a", "#b8706f"),
-        radius=(0.16, 0.34),
-        elongation=(1.0, 1.5),
-        asymmetry=(0.0, 0.6),
-        irregularity=(0.08, 0.25),
-        edge=(0.12, 0.4),
-        opacity=(0.4, 0.85),
-        structures=(
-            Structure("ring", ("#f6dcd6", "#ffeee8"), 0.5, (0.08, 0.16), opacity=(0.3, 0.65)),
-            Structure("blotches", ("#7a2f26", "#4c211c"), 0.35, (0.15, 0.35), (1, 2), (0.0, 0.5)),
-            Structure("vessels", ("#b3202c", "#8c1a2a"), 0.8, (0.008, 0.014), (2, 5), (0.5, 1.05)),
-            Structure("dots", ("#5a5f72", "#3d3f52"), 0.65, (0.012, 0.035), (2, 10)),
-        ),
-    ),
-    "dermatofibroma": Looks(
-        train_images=95,
-        test_images=16,
-        border=("#c99a78", "#a9765a"),
-        centre=("#cf9f88", "#b0796a"),
-        radius=(0.15, 0.28),
-        elongation=(1.0, 1.2),
-        asymmetry=(0.0, 0.25),
-        irregularity=(0.03, 0.12),
-        edge=(0.25, 0.6),
-        opacity=(0.5, 0.85),
-        structures=(
-            Structure("network", ("#8a5a40", "#6e442f"), 0.75, (0.025, 0.04), reach=(0.45, 1.05)),
-            Structure("blotches", ("#f5e6dc", "#e6c9c4"), 0.85, (0.3, 0.6), (1, 2), (0.0, 0.2)),
-            Structure("dots", ("#b8403e", "#943434"), 0.2, (0.006, 0.012), (3, 10)),
-        ),
-    ),
-    "melanoma": Looks(
-        train_images=438,
-        test_images=16,
-        border=("#985a34", "#562e18"),
-        centre=("#6e3e22", "#22140e"),
-        radius=(0.18, 0.36),
-        elongation=(1.0, 1.5),
-        asymmetry=(0.2, 0.9),
-        irregularity=(0.15, 0.4),
-        edge=(0.06, 0.25),
-        opacity=(0.75, 1.0),
-        structures=(
-            Structure("network", ("#3a2218", "#20140f"), 0.5, (0.035, 0.06)),
-            Structure("blotches", ("#1c1412", "#33211a"), 0.65, (0.2, 0.5), (1, 3), (0.1, 0.9)),
-            Structure("blotches", ("#77808f", "#565c6c"), 0.6, (0.3, 0.6), (1, 2), (0.0, 0.7)),
-            Structure("blotches", ("#e8d5cc", "#cdb6b4"), 0.4, (0.12, 0.35), (1, 2), (0.1, 0.8)),
-            Structure("blotches", ("#b04a44", "#8f3a38"), 0.35, (0.15, 0.35), (1, 2), (0.3, 0.9)),
-            Structure("dots", ("#20140f", "#3a2218"), 0.5, (0.008, 0.022), (4, 16), (0.6, 1.15)),
-        ),
-    ),
-    "nevus": Looks(
-        train_images=357,
-        test_images=16,
-        border=("#be8258", "#864e2e"),
-        centre=("#9a5a34", "#502a18"),
-        radius=(0.13, 0.32),
-        elongation=(1.0, 1.35),
-        asymmetry=(0.0, 0.3),
-        irregularity=(0.02, 0.14),
-        edge=(0.1, 0.4),
-        opacity=(0.65, 0.95),
-        structures=(
-            Structure("network", ("#5c3622", "#3c2417"), 0.75, (0.025, 0.045)),
-            Structure("dots", ("#4e2e1e", "#6a4029"), 0.35, (0.008, 0.02), (6, 20), (0.0, 0.9)),
-        ),
-    ),
-    "pigmented benign keratosis": Looks(
-        train_images=462,
-        test_images=16,
-        border=("#b88a62", "#8a6044"),
-        centre=("#a87854", "#745242"),
-        radius=(0.14, 0.34),
-        elongation=(1.0, 1.6),
-        asymmetry=(0.0, 0.6),
-        irregularity=(0.08, 0.28),
-        edge=(0.06, 0.25),
-        opacity=(0.5, 0.9),
-        structures=(
-            Structure(
-                "fingerprint", ("#6b4a38", "#523a30"), 0.75, (0.025, 0.045), opacity=(0.4, 0.8)
-            ),
-            Structure("dots", ("#6f6a70", "#57525c"), 0.4, (0.006, 0.014), (8, 30)),
-            Structure("dots", ("#f2e6cf", "#e4cf9f"), 0.2, (0.008, 0.018), (2, 6), (0.0, 0.8)),
-            Structure("blotches", ("#c98a52", "#b5703f"), 0.3, (0.2, 0.45), (1, 2), (0.0, 0.8)),
-        ),
-    ),
-    "seborrheic keratosis": Looks(
-        train_images=77,
-        test_images=3,
-        border=("#94663c", "#5a3820"),
-        centre=("#a07248", "#603e28"),
-        radius=(0.2, 0.36),
-        elongation=(1.0, 1.5),
-        asymmetry=(0.0, 0.4),
-        irregularity=(0.05, 0.15),
-        edge=(0.02, 0.08),
-        opacity=(0.85, 1.0),
-        structures=(
-            Structure("fingerprint", ("#4a3022", "#38251b"), 0.3, (0.06, 0.1), opacity=(0.3, 0.6)),
-            Structure("dots", ("#2e1d14", "#42291c"), 0.6, (0.012, 0.026), (4, 14), (0.0, 0.9)),
-            Structure("dots", ("#f7efdc", "#ecd9a4"), 0.85, (0.01, 0.024), (6, 22), (0.0, 0.9)),
-        ),
-    ),
-    "squamous cell carcinoma": Looks(
-        train_images=181,
-        test_images=16,
-        border=("#d88c80", "#b3554f"),
-        centre=("#cb6f64", "#9c4540"),
-        radius=(0.17, 0.34),
-        elongation=(1.0, 1.4),
-        asymmetry=(0.1, 0.6),
-        irregularity=(0.12, 0.35),
-        edge=(0.15, 0.45),
-        opacity=(0.55, 0.9),
-        structures=(
-            Structure("dots", ("#a3202a", "#7d1c24"), 0.5, (0.006, 0.014), (6, 24), (0.5, 1.0)),
-            Structure("blotches", ("#c79a4e", "#8a5a30"), 0.7, (0.25, 0.5), (1, 2), (0.0, 0.25)),
-            Structure("scales", ("#fbf4e4", "#efd9a0"), 0.8, (0.03, 0.05), opacity=(0.6, 0.95)),
-            Structure("blotches", ("#5a1e18", "#3f1814"), 0.3, (0.1, 0.2), (1, 2), (0.0, 0.4)),
-        ),
-    ),
-    "vascular lesion": Looks(
-        train_images=139,
-        test_images=3,
-        border=("#c4485a", "#8c2a4a"),
-        centre=("#b02c44", "#6e1c3c"),
-        radius=(0.1, 0.28),
-        elongation=(1.0, 1.35),
-        asymmetry=(0.0, 0.4),
-        irregularity=(0.04, 0.18),
-        edge=(0.05, 0.25),
-        opacity=(0.65, 0.95),
-        structures=(
-            Structure("dots", ("#a3182e", "#c42a3c"), 0.8, (0.025, 0.055), (5, 14)),
-            Structure("dots", ("#5c1a40", "#3e1530"), 0.65, (0.025, 0.05), (2, 10)),
-            Structure("blotches", ("#e0c0d0", "#c8a8c8"), 0.3, (0.2, 0.4), opacity=(0.3, 0.6)),
-            Structure("blotches", ("#2a0f1a", "#3c1424"), 0.25, (0.15, 0.35), (1, 2)),
-        ),
-    ),
+    name: Looks(**fields | {"structures": _structures(fields["structures"])})
+    for name, fields in _TABLES["classes"].items()
 }
-
 CLASSES = tuple(sorted(LOOKS))
-
-# From the lightest skin to the darkest, as a dermatoscope shows it.
-SKIN_TONES = ("#f0d3c8", "#e6b8ac", "#dba48e", "#c68c72", "#a26c50", "#7a4e36")
-
-# What lies over any lesion, whatever its class.
-NUISANCES = (
-    Structure(
-        "network", ("#9a6a58", "#7a4c3c"), 0.4, (0.03, 0.05), reach=(0, 9), opacity=(0.1, 0.3)
-    ),
-    Structure("hairs", ("#2a1c16", "#5a4030"), 0.4, (0.004, 0.01), (1, 14), opacity=(0.6, 0.95)),
-    Structure("bubbles", ("#fff6f0", "#ffffff"), 0.15, (0.01, 0.04), (1, 6), opacity=(0.3, 0.6)),
-    Structure("ruler", ("#1c1c20", "#3c3c40"), 0.12, (0.03, 0.05), (8, 20), opacity=(0.7, 0.95)),
-    Structure("vignette", ("#080606", "#140e0e"), 0.3, (0.5, 0.62), opacity=(0.85, 1.0)),
-)
-
+NUISANCES = _structures(_TABLES["nuisances"])  # seen over any lesion, whatever its class
 SPLITS = ("Train", "Test")
 MIN_IMAGES_PER_CLASS = (4, 1)  # in Train and in Test
 MIN_IMAGES = len(CLASSES) * sum(MIN_IMAGES_PER_CLASS)
@@ -251,15 +83,15 @@ MIN_SIZE = 16
 
 
 def draw_lesion(class_name: str, rng: np.random.Generator, size: int = 128) -> Image.Image:
-    """An RGB image of `size` x `size` pixels that shows a drawn lesion of the given class.
+    """Draws a lesion of the given class: an RGB image of `size` x `size` pixels.
 
-    The image depends on the class, the size and the state of `rng` alone. Raises ValueError when
-    the class is none of `CLASSES`, or the size is below `MIN_SIZE`.
+    The image depends only on the class, the size and the state of `rng`. Raises ValueError for a
+    class that is not in `CLASSES` and for a size below `MIN_SIZE`.
     """
     if class_name not in LOOKS:
-        raise ValueError(f"{class_name!r} is none of the classes {', '.join(CLASSES)}")
+        raise ValueError(f"unknown class {class_name!r}; the classes are {', '.join(CLASSES)}")
     if size < MIN_SIZE:
-        raise ValueError(f"size {size} is too small to draw in, take at least {MIN_SIZE}")
+        raise ValueError(f"size is {size}; it must be {MIN_SIZE} or more")
     looks = LOOKS[class_name]
     lesion = _Lesion(looks, rng, size)
     canvas, brightness = _draw_skin(rng, size)
@@ -279,16 +111,15 @@ def make_dataset(
     *,
     exist_ok: bool = False,
 ) -> Path:
-    """Draws `num_images` JPEGs into `root/Train/<class>/` and `root/Test/<class>/`, and gives root.
+    """Draws JPEGs into `root/Train/<class>/` and `root/Test/<class>/`, and returns root.
 
-    Classes and splits are as unbalanced as in the ISIC nine-class set, but none is empty. The i-th
-    image of a class in a split depends on (seed, split, class, i) alone, however many others are
-    drawn. `root` appears whole or not at all, drawn by one process while others wait. Raises
-    FileExistsError when `root` holds anything already, unless `exist_ok` leaves that as it is, and
-    ValueError when `num_images` is below `MIN_IMAGES`.
+    Classes and splits are as imbalanced as in the ISIC nine-class set, but none is empty. The i-th
+    image of a class in a split depends only on (seed, split, class, i). `root` appears whole or not
+    at all, drawn by one process while others wait. Raises FileExistsError when `root` is not empty,
+    unless `exist_ok` leaves it as it is, and ValueError when `num_images` is below `MIN_IMAGES`.
     """
     if num_images < MIN_IMAGES:
-        raise ValueError(f"{num_images} images are too few, draw at least {MIN_IMAGES}")
+        raise ValueError(f"num_images is {num_images}; it must be {MIN_IMAGES} or more")
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = root.with_name(f".{root.name}.unfinished")
@@ -296,10 +127,10 @@ def make_dataset(
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             if exist_ok and root.is_dir():
                 return root
-            raise FileExistsError(f"{root}: already exists, remove it or name another folder")
+            raise FileExistsError(f"{root} already exists; remove it or name another folder")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            _draw_files(unfinished, _count_images(num_images), seed, size)
+            _draw_files(unfinished, count_images(num_images), seed, size)
             os.replace(unfinished, root)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -321,19 +152,22 @@ def _draw_files(root: Path, counts: np.ndarray, seed: int, size: int) -> None:
                 progress.update()
 
 
-def _count_images(num_images: int) -> np.ndarray:
-    """How many images each split (rows) has of each class (columns), by largest remainder."""
+def count_images(num_images: int) -> np.ndarray:
+    """Returns the number of images of each split (rows) and class (columns), `num_images` in all.
+
+    They are as in the ISIC set by largest remainder, and at least `MIN_IMAGES_PER_CLASS`.
+    """
     table = [LOOKS[class_name] for class_name in CLASSES]
     real = np.array([(looks.train_images, looks.test_images) for looks in table]).T
     quotas = num_images * real / real.sum()
     counts = np.floor(quotas).astype(int)
     by_remainder = np.argsort((counts - quotas).ravel(), kind="stable")
     counts.flat[by_remainder[: num_images - counts.sum()]] += 1
-    spare = counts - np.array(MIN_IMAGES_PER_CLASS)[:, None]
-    while spare.min() < 0:
-        poorest, richest = spare.argmin(), spare.argmax()
-        spare.flat[[poorest, richest]] += [1, -1]
-    return spare + np.array(MIN_IMAGES_PER_CLASS)[:, None]
+    least = np.array(MIN_IMAGES_PER_CLASS)[:, None]
+    while (counts < least).any():
+        spare = counts - least
+        counts.flat[[spare.argmin(), spare.argmax()]] += [1, -1]
+    return counts
 
 
 class _Lesion:
@@ -372,7 +206,7 @@ class _Lesion:
 
 
 def _draw_skin(rng: np.random.Generator, size: int) -> tuple[np.ndarray, float]:
-    tones = np.array([_rgb(tone) for tone in SKIN_TONES])
+    tones = np.array([_rgb(tone) for tone in _TABLES["skin_tones"]])
     position = rng.uniform() ** 1.5 * (len(tones) - 1)
     tone = [np.interp(position, range(len(tones)), channel) for channel in tones.T]
     mottling = 1 + 0.06 * _noise(rng, size, 5, 25)
@@ -442,7 +276,7 @@ def _fingerprint(structure: Structure, lesion: _Lesion, rng: np.random.Generator
 
 def _dots(structure: Structure, lesion: _Lesion, rng: np.random.Generator) -> np.ndarray:
     image, draw, scale = _vector_canvas(lesion.size)
-    count = rng.integers(*structure.count, endpoint=True)
+    count = int(rng.integers(*structure.count, endpoint=True))
     for x, y in scale * lesion.points(rng, count, structure.reach):
         width, height = scale * rng.uniform(*structure.width) * rng.uniform(0.8, 1.2, 2)
         box = (x - width, y - height, x + width, y + height)
@@ -453,7 +287,7 @@ def _dots(structure: Structure, lesion: _Lesion, rng: np.random.Generator) -> np
 def _blotches(structure: Structure, lesion: _Lesion, rng: np.random.Generator) -> np.ndarray:
     x, y = _warped_grid(lesion.size, rng, 0.08)
     mask = np.zeros_like(x)
-    count = rng.integers(*structure.count, endpoint=True)
+    count = int(rng.integers(*structure.count, endpoint=True))
     for centre_x, centre_y in lesion.points(rng, count, structure.reach).astype(np.float32):
         radius = lesion.radius * rng.uniform(*structure.width)
         mask = np.maximum(mask, _ramp(2 - 2 * _distance(x - centre_x, y - centre_y) / radius))
@@ -473,7 +307,7 @@ def _scales(structure: Structure, lesion: _Lesion, rng: np.random.Generator) -> 
 
 def _vessels(structure: Structure, lesion: _Lesion, rng: np.random.Generator) -> np.ndarray:
     image, draw, scale = _vector_canvas(lesion.size)
-    count = rng.integers(*structure.count, endpoint=True)
+    count = int(rng.integers(*structure.count, endpoint=True))
     for start in lesion.points(rng, count, structure.reach):
         inwards = lesion.centre - start
         heading = math.atan2(inwards[1], inwards[0]) + rng.normal(0, 0.4)
@@ -528,7 +362,7 @@ def _ruler(structure: Structure, lesion: _Lesion, rng: np.random.Generator) -> n
     image, draw, scale = _vector_canvas(lesion.size)
     along = _unit_vector(rng)
     inwards = np.array([-along[1], along[0]])
-    count = rng.integers(*structure.count, endpoint=True)
+    count = int(rng.integers(*structure.count, endpoint=True))
     spacing = rng.uniform(*structure.width)
     corner = 0.5 - rng.uniform(0.42, 0.5) * inwards - spacing * count / 2 * along
     for tick in range(count):
@@ -567,7 +401,7 @@ def _lattice(structure: Structure, lesion: _Lesion, rng: np.random.Generator) ->
     frequency = 2 * math.pi / rng.uniform(*structure.width)
     angles = rng.uniform(0, math.pi) + np.array([0, math.pi / 3, 2 * math.pi / 3])
     waves = frequency * np.array([np.cos(angles), np.sin(angles)], dtype=np.float32).T
-    return sum(np.cos(along_x * x + along_y * y) for along_x, along_y in waves)
+    return np.sum([np.cos(along_x * x + along_y * y) for along_x, along_y in waves], axis=0)
 
 
 def _unevenly(lesion: _Lesion, rng: np.random.Generator) -> np.ndarray:

@@ -106,9 +106,9 @@ class Ensemble:
     """One trained model or several, on a device, that give the mean of their probabilities.
 
     Attributes: `classes`, the names in label order; `image_size`; `malignant_classes`, the names of
-    those counted as malignant; `thresholds`, by name, the mean of those that all models bring. A
-    model's own were chosen on validation for that model and for images as they are; their mean, and
-    views by `tta`, need not reach the same sensitivity.
+    those counted as malignant; `thresholds`, by name, the mean of those that all models have. These
+    were chosen on validation for one model and images as they are; their mean, and more views, need
+    not reach the same sensitivity.
 
     Raises ValueError for models whose classes, image size, preprocessors or malignant classes
     differ, for preprocessors other than those of the training, and for a device or precision that
@@ -159,8 +159,7 @@ class Ensemble:
         raw = [self._raw_probabilities(model, inputs, tta) for model in self.models]
         if not np.isfinite(raw).all():
             raise ValueError(
-                "a model gives something else than finite numbers; it is damaged, or needs "
-                "--precision fp32"
+                "a model's probabilities are not finite; it is damaged, or needs --precision fp32"
             )
         calibrated = [c.apply(p) for c, p in zip(self.calibrations, raw, strict=True)]
         return np.mean(raw, axis=0), np.mean(calibrated, axis=0)
@@ -325,19 +324,17 @@ def _check_alike(
 def _check_preprocessors(
     path: str | os.PathLike, info: ModelInfo, preprocessors: Sequence[Preprocessor]
 ) -> None:
-    trained_with, given = info.preprocessors, fingerprint(preprocessors)
+    trained_with, given = info.preprocessors or "none", fingerprint(preprocessors) or "none"
     if trained_with == given:
         return
-    if not trained_with:
-        raise ValueError(f"{path} was trained without preprocessors; predict without them")
-    if not given:
+    if given == "none":
         raise ValueError(
-            f"{path} was trained with preprocessors of one's own, which a command cannot be told; "
-            "use predict(..., preprocessors=[...]) in Python"
+            f"{path} was trained with custom preprocessors, which the command does not know; use "
+            "predict(..., preprocessors=[...]) in Python"
         )
     raise ValueError(
-        f"{path} was trained with other preprocessors than those given (fingerprint "
-        f"{trained_with}, not {given})"
+        f"{path} was trained with other preprocessors than those given; their fingerprint is "
+        f"{trained_with}, not {given}"
     )
 
 
@@ -355,7 +352,7 @@ def _mean_thresholds(infos: Sequence[ModelInfo]) -> dict[str, float]:
 
 
 def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> None:
-    """Warns when the thresholds that models bring are used for something else than one model."""
+    """Warns when thresholds chosen for one model and view are used for more."""
     used_for = [f"{num_models} models"] * (num_models > 1) + [f"{tta} views"] * (tta > 1)
     if flags and used_for:
         warnings.warn(

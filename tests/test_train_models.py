@@ -181,7 +181,7 @@ def test_the_audit_alone_says_what_it_found_and_trains_nothing(arguments, tmp_pa
     (root / "Test/melanoma/empty.jpg").touch()
     assert main([*arguments, "--audit_only"]) == 1
     printed = capfd.readouterr().out
-    for text in ("files that cannot be read: 1", "pictures under several classes: 1,",
+    for text in ("files that cannot be read: 1", "images with several labels: 1,",
                  "groups of identical files: 2"):  # fmt: skip
         assert text in printed
     assert names(out) == {"audit.csv", "audit.png", "config.json"}
@@ -203,7 +203,7 @@ def test_a_run_says_what_no_model_can_get_right(arguments, tmp_path, capfd):
         shutil.copy(root / f"Train/melanoma/{i:04d}.png", copy)
     main([*arguments, "--models", "simple_cnn"])
     printed = capfd.readouterr().out
-    assert "audit: pictures under several classes: 12," in printed
+    assert "audit: images with several labels: 12," in printed
     metadata = pd.read_csv(tmp_path / "out/splits.csv")
     doubled = metadata[(metadata["split"] == "test") & metadata["path"].str.contains("copy")]
     assert len(doubled) > 0

@@ -217,7 +217,7 @@ def test_the_pairs_to_look_at_are_of_every_sort_before_any_is_shown_twice():
     findings = pd.DataFrame(rows, columns=["kind", "images", "classes", "distance"])
     kinds = ["contradiction", "leakage", "near-duplicate", "flat", "small class"]
     findings["kind"] = pd.Categorical(findings["kind"], categories=kinds)
-    chosen = worst_pairs(findings, most=6)
+    chosen = worst_pairs(findings, max_pairs=6)
     assert chosen["kinds"].tolist() == [
         ("contradiction", "leakage"),
         ("contradiction",),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from imaging.lesions import (
     DIAGNOSES,
     Diagnosis,
-    _all_qualifiers,
+    all_qualifiers,
     find_diagnosis,
     is_malignant,
     is_melanoma,
@@ -85,7 +85,7 @@ PUBLISHED = {  # by set, the malignant names, the benign ones, and those that te
 MALIGNANT_SPELLINGS = [s for d in DIAGNOSES if d.is_malignant for s in (d.name, *d.spellings)]
 BENIGN_SPELLINGS = [s for d in DIAGNOSES if d.is_malignant is False for s in (d.name, *d.spellings)]
 NORMALIZED_SPELLINGS = {normalize_name(s) for s in (*MALIGNANT_SPELLINGS, *BENIGN_SPELLINGS)}
-ALL_QUALIFIERS = sorted({q for diagnosis in DIAGNOSES for q in _all_qualifiers(diagnosis)})
+ALL_QUALIFIERS = sorted({q for diagnosis in DIAGNOSES for q in all_qualifiers(diagnosis)})
 STATEMENTS = [
     "no {0}", "not {0}", "non-{0}", "suspected {0}", "possible {0}", "{0}?", "rule out {0}",
     "{0}-like lesion", "{0} 2", "{0}oid", "un{0}", "anti{0}", "{0} vs {1}", "{0} or {1}",
@@ -154,7 +154,7 @@ def test_what_is_said_about_a_diagnosis_is_not_the_diagnosis(spelling, other, st
 
 @given(st.sampled_from(DIAGNOSES), st.data())
 def test_qualifiers_before_and_after_never_make_it_another_diagnosis(diagnosis, data):
-    qualifiers = st.lists(st.sampled_from(sorted(_all_qualifiers(diagnosis))), max_size=3)
+    qualifiers = st.lists(st.sampled_from(sorted(all_qualifiers(diagnosis))), max_size=3)
     spelling = data.draw(st.sampled_from((diagnosis.name, *diagnosis.spellings)))
     name = " ".join([*data.draw(qualifiers), spelling, *data.draw(qualifiers)])
     assert find_diagnosis(name).is_malignant is find_diagnosis(spelling).is_malignant

@@ -47,7 +47,7 @@ def test_groups_are_never_divided_and_every_image_has_a_split(data):
 @given(st.integers(0, 2**32 - 1))
 def test_splits_of_whole_groups_are_within_the_largest_group_of_their_share(seed):
     rng = np.random.default_rng(seed)
-    sizes = rng.geometric(rng.uniform(0.2, 1), size=rng.integers(5, 200))
+    sizes = rng.geometric(rng.uniform(0.2, 1), size=rng.integers(5, 100))
     groups = np.repeat(np.arange(len(sizes)), sizes)
     num_classes = rng.integers(2, 10)
     shares = rng.dirichlet(np.full(num_classes, rng.uniform(0.3, 3)))
