@@ -19,11 +19,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage, which is a page long."""
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
         self.exit(2, f"{self.prog}: error: {in_one_line(message)}\n")
 
 
 def with_underscores(word: str) -> str:
-    """The flag as argparse knows it: dashes and underscores both work, after `--no-` as well."""
+    """Returns a flag with underscores for the dashes in its name; other words as they are."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
@@ -38,7 +39,8 @@ def number_type(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Cal
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of that kind") from None
+            wanted_kind = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted_kind}") from None
         if not is_valid(value):
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
@@ -147,6 +149,7 @@ def print_message(program: str, kind: str, message: object) -> None:
 
 
 def in_one_line(message: object) -> str:
+    """Returns the message with single spaces for its line breaks and indentation."""
     return " ".join(str(message).split())
 
 
@@ -157,10 +160,10 @@ def format_duration(seconds: float) -> str:
 
 
 def use_utf8() -> None:
-    """Lets file names be read as what they are, and any of them be printed; call it first of all.
+    """Has Python read file names as UTF-8 and print any of them; call it first of all.
 
-    Where the locale is not UTF-8, Python reads names of files as other text, which no table could
-    give to another machine. Its UTF-8 mode can only be chosen at its start: it is started again.
+    Where the locale is another one, Python would decode names of files to text that is wrong on
+    other machines. Its UTF-8 mode can only be chosen at its start, so the process starts again.
     """
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
         os.environ["PYTHONUTF8"] = "1"

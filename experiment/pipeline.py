@@ -310,12 +310,12 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
 def _write_config(
     kind: str, settings: Settings, is_demo: bool, device: torch.device | None, **more: Any
 ) -> None:
-    told, defaults = asdict(settings), asdict(Settings())
+    chosen, defaults = asdict(settings), asdict(Settings())
     config = {
         "kind": kind,
         "command": command(settings, is_demo),
-        "settings": told,
-        "not_default": [name for name, value in told.items() if value != defaults[name]],
+        "settings": chosen,
+        "not_default": [name for name, value in chosen.items() if value != defaults[name]],
     }
     about = environment(device, settings.precision)
     write_config(settings.save_dir, config | more | about)

@@ -374,9 +374,9 @@ def evaluate_folder(
             left = {name: loaded[name] for name in named if name not in kept}
             _warn_of_measured(save_dir, [name for name in named if name not in left])
             if left:
-                told = {"model": list(map(str, models)), "data_dir": str(data_dir)}
-                told |= asdict(settings) | {"device": str(device)}
-                about = {"kind": EVALUATION, "command": command, "settings": told}
+                shown = {"model": list(map(str, models)), "data_dir": str(data_dir)}
+                shown |= asdict(settings) | {"device": str(device)}
+                about = {"kind": EVALUATION, "command": command, "settings": shown}
                 about |= {"runs": kept | runs} | environment(device, settings.precision)
                 write_config(save_dir, about)
             write_csv(metadata, save_dir / "splits.csv")

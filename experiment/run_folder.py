@@ -221,9 +221,11 @@ class TrainingFolder:
         return _valid_records(self.config.get("runs"))
 
     def is_finished(self, model: str) -> bool:
+        """Returns whether the model has results, of whatever run."""
         return (self.save_dir / model / "metrics.json").exists()
 
     def can_be_resumed(self, model: str) -> bool:
+        """Returns whether the model is unfinished and has a checkpoint."""
         return not self.is_finished(model) and (self.save_dir / model / "last.pth").exists()
 
     def is_done(self, model: str, run: dict[str, Any]) -> bool:

@@ -225,8 +225,8 @@ def _check_effects(
     models = dict.fromkeys(arguments["models"])
     for each in fields(settings_class):
         is_used = each.metadata["used_by"] or (lambda model, value: True)
-        is_useless = not any(is_used(model, arguments[each.name]) for model in models)
-        if each.name in given and is_useless and is_first_process():
+        is_unused = not any(is_used(model, arguments[each.name]) for model in models)
+        if each.name in given and is_unused and is_first_process():
             message = f"--{each.name} has no effect with --models {' '.join(models)}"
             print_message(PROGRAM, "warning", message)
 
