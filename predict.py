@@ -235,7 +235,7 @@ def run(settings: Settings, command: str = "") -> int:
     """Exports the model, or predicts and prints; returns the exit status."""
     _check_nothing_is_lost(settings)
     if settings.evaluate is not None:
-        return _evaluate_and_print(settings, command)
+        return _evaluate_and_print(settings, settings.evaluate, command)
     if settings.export is None:
         return _predict_and_print(settings)
     from inference.export import export_onnx
@@ -276,19 +276,21 @@ def _is_same_file(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-def _evaluate_and_print(settings: Settings, command: str) -> int:
-    from experiment.results import evaluate_folder
+def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
+    from experiment.results import EvaluationSettings, evaluate_folder
 
     comparison, unreadable = evaluate_folder(
         settings.model,
         settings.images[0],
-        settings.evaluate,
-        labels_csv=settings.labels_csv,
-        label_column=settings.label_column,
-        device=settings.device,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
+        save_dir,
+        EvaluationSettings(
+            labels_csv=settings.labels_csv,
+            label_column=settings.label_column,
+            device=settings.device,
+            precision=settings.precision,
+            batch_size=settings.batch_size,
+            num_workers=settings.num_workers,
+        ),
         overwrite=settings.overwrite,
         command=command,
     )
@@ -296,7 +298,7 @@ def _evaluate_and_print(settings: Settings, command: str) -> int:
         print_message(PROGRAM, "warning", problem)
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
-    print(f"\nEverything is in {settings.evaluate}; begin with {settings.evaluate}/report.html.")
+    print(f"\nEverything is in {save_dir}; begin with {save_dir}/report.html.")
     return 1 if unreadable else 0
 
 

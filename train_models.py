@@ -2,20 +2,23 @@
 
     python train_models.py --data_dir ./data/raw --save_dir ./models
 
-It puts the other modules in order and has no logic of its own. They are imported where they are
-needed: importing torch takes seconds, which neither `--help` nor a mistyped flag should.
+What imports torch is imported after the flags are checked: that takes seconds, which neither
+`--help` nor a mistyped flag should.
 
     torchrun --nproc_per_node=2 train_models.py --data_dir ./data/raw --save_dir ./models
 
 trains with two processes, the first of which prints, draws and writes for both.
 """
 
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiment.console import exit_status, is_out_of_memory, start
-from experiment.pipeline import exit_with_launcher, run, silence_other_processes
+from experiment.run_folder import check_save_dir, check_unclaimed
 from experiment.settings import (
     DEMO_SETTINGS,
     MODEL_NAMES,
@@ -26,7 +29,12 @@ from experiment.settings import (
     command,
     parse_arguments,
 )
-from learning.processes import StopSignals, default_signals, is_first_process
+from learning.processes import (
+    StopSignals,
+    default_signals,
+    exit_with_launcher,
+    is_first_process,
+)
 
 __all__ = [
     "DEMO_SETTINGS",
@@ -42,26 +50,42 @@ __all__ = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and gives its exit status; a mistake of the user's ends in one line.
-
-    So does an interruption, with status 130 for SIGINT (Ctrl-C) and 143 for SIGTERM.
-    """
+    """Runs the command and returns its exit status, as `experiment.console.exit_status` does."""
     settings, is_demo = parse_arguments(sys.argv[1:] if argv is None else argv)
-    stopping = StopSignals(at_once=True) if is_first_process() else default_signals()
-    with silence_other_processes(), stopping:
+    is_first = is_first_process()
+    stdout = contextlib.nullcontext() if is_first else contextlib.redirect_stdout(io.StringIO())
+    with stdout, StopSignals(at_once=True) if is_first else default_signals():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         exit_with_launcher()
         return exit_status(
             PROGRAM,
             lambda: run(settings, is_demo),
             advice=lambda error: _advice(error, settings),
-            if_stopped="nothing had been begun",
-            show_warnings=is_first_process(),
+            if_stopped="nothing had been started",
+            show_warnings=is_first,
         )
 
 
+def run(settings: Settings, is_demo: bool = False) -> int:
+    """Trains and compares the models, or audits the images alone, and returns the exit status.
+
+    The status is 1 when an audit found something. The folders are checked before torch is imported.
+    """
+    if settings.audit_only and not is_first_process():
+        return 0  # one process is enough, and torchrun would stop it when another one ends with 1
+    data_dir = Path(settings.data_dir)
+    if not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
+        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder")
+    check_save_dir(settings.save_dir, data_dir)
+    if is_first_process():
+        check_unclaimed(settings.save_dir)  # to say it at once, not after the images are prepared
+    from experiment import pipeline
+
+    return pipeline.run(settings, is_demo)
+
+
 def _advice(error: RuntimeError, settings: Settings) -> str | None:
-    """What to do about an error of torch's that the user can do something about."""
+    """Returns what to do about an error of torch's, if the user can do something about it."""
     if is_out_of_memory(error):
         half = max(settings.batch_size // 2, 1)
         twice = 2 * settings.accumulate

@@ -1,14 +1,16 @@
-"""What the two commands have in common: how they take flags and what they print."""
+"""What the two commands share: how they take flags, what they print, how they end."""
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from learning.allocator import keep_freed_memory
 
@@ -17,11 +19,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage, which is a page long."""
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
         self.exit(2, f"{self.prog}: error: {in_one_line(message)}\n")
 
 
 def with_underscores(word: str) -> str:
-    """The flag as argparse knows it: dashes and underscores both work, after `--no-` as well."""
+    """Returns a flag with underscores for the dashes in its name; other words as they are."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
@@ -36,7 +39,8 @@ def number_type(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Cal
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of that kind") from None
+            wanted_kind = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted_kind}") from None
         if not is_valid(value):
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
@@ -74,18 +78,14 @@ def flag_field(
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
-    """Returns the names of the flags that stand on the command line, defaults left out.
+    """Returns the names of the flags that are on the command line, defaults left out.
 
     `argv` is what `parser` has parsed before without an error.
     """
-    flags = [a for a in parser._actions if a.option_strings and a.default != argparse.SUPPRESS]
-    defaults = {action.dest: action.default for action in flags}
-    parser.set_defaults(**dict.fromkeys(defaults))  # no flag's own value is None
-    try:
-        found, _ = parser.parse_known_args(argv)
-    finally:
-        parser.set_defaults(**defaults)
-    return {name for name in defaults if getattr(found, name, None) is not None}
+    names = vars(parser.parse_known_args(argv)[0])
+    without_defaults = argparse.Namespace(**dict.fromkeys(names))  # no flag's own value is None
+    found = vars(parser.parse_known_args(argv, without_defaults)[0])
+    return {name for name, value in found.items() if value is not None}
 
 
 def check_flags_have_effect(
@@ -145,11 +145,18 @@ def exit_status(
 
     The status is that of `run`, 2 after an error that the user can do something about, 130 or 143
     after SIGINT or SIGTERM. For a RuntimeError, `advice` gives the message, or None when only a
-    traceback helps. `if_stopped` tells the state of things after a signal, unless the interruption
-    has a note on it. Warnings are printed in one line too, if `show_warnings`.
+    traceback helps. `if_stopped` tells the state after a signal, unless the block that it stopped
+    is `noting` another. Warnings are printed in one line too, if `show_warnings`.
     """
 
-    def show_warning(message: Warning | str, *details: Any) -> None:
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if show_warnings:
             print_message(program, "warning", message)
 
@@ -165,24 +172,26 @@ def exit_status(
                 raise
             print_message(program, "error", message)
         except KeyboardInterrupt as interruption:
-            return print_stopped(program, interruption, if_stopped)
+            signum = getattr(interruption, "signum", signal.SIGINT)
+            (state,) = getattr(interruption, "__notes__", [if_stopped])
+            print(f"{program}: stopped by {signum.name}; {state}", file=sys.stderr)
+            return 128 + signum
     return 2
+
+
+@contextlib.contextmanager
+def noting(state: str) -> Iterator[None]:
+    """Adds to an interruption of the block what `exit_status` is to print of the state then."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        interruption.add_note(state)
+        raise
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether this is torch's error for a GPU without memory left, without torch."""
     return type(error).__name__ == "OutOfMemoryError"
-
-
-def print_stopped(program: str, interruption: KeyboardInterrupt, what_now: str) -> int:
-    """Prints in one line what stopped the command, and gives the exit status that says so too.
-
-    `what_now` is how matters stand then, unless the interruption has a note that says it.
-    """
-    signum = getattr(interruption, "signum", signal.SIGINT)
-    (what_now,) = getattr(interruption, "__notes__", [what_now])
-    print(f"{program}: stopped by {signum.name}; {what_now}", file=sys.stderr)
-    return 128 + signum
 
 
 def print_message(program: str, kind: str, message: object) -> None:
@@ -191,6 +200,7 @@ def print_message(program: str, kind: str, message: object) -> None:
 
 
 def in_one_line(message: object) -> str:
+    """Returns the message with single spaces for its line breaks and indentation."""
     return " ".join(str(message).split())
 
 
@@ -201,13 +211,14 @@ def format_duration(seconds: float) -> str:
 
 
 def use_utf8() -> None:
-    """Lets file names be read as what they are, and any of them be printed; call it first of all.
+    """Has Python read file names as UTF-8 and print any of them; call it first of all.
 
-    Where the locale is not UTF-8, Python reads names of files as other text, which no table could
-    give to another machine. Its UTF-8 mode can only be chosen at its start: it is started again.
+    Where the locale is another one, Python would decode names of files to text that is wrong on
+    other machines. Its UTF-8 mode can only be chosen at its start, so the process starts again.
     """
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

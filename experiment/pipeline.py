@@ -1,22 +1,36 @@
 """The order of a run: data, audit, models, comparison, report."""
 
 import contextlib
-import ctypes
 import json
-import os
-import signal
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiment.console import format_duration
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dataset import DatasetBuilder, LesionDataset, LesionLoader, create_dataloaders
+from evaluation import MALIGNANT, counted_as, match_classes, screening_warnings
+from experiment.console import format_duration, noting
+from experiment.report import write_report
+from experiment.results import (
+    compare_models,
+    environment,
+    plot_audit,
+    plot_data,
+    save_audit,
+    save_results,
+)
 from experiment.run_folder import (
     AUDIT,
     TRAINING,
     TrainingFolder,
+    claim,
     describe_data,
     digest_images,
     kind_of_run,
@@ -28,155 +42,76 @@ from experiment.settings import (
     Settings,
     command,
 )
-from learning.processes import (
-    default_signals,
-    get_world_size,
-    is_first_process,
-    torchrun_variable,
+from imaging.audit import summarise, unavoidable_errors
+from imaging.synthetic import make_dataset
+from learning.distributed import choose_own_device, process_group
+from learning.hardware import deterministic_algorithms
+from learning.processes import get_rank, get_world_size, is_first_process
+from models import (
+    LesionClassifier,
+    check_model_name,
+    get_model,
+    imagenet_weights,
+    is_pretrained,
+    load_model,
 )
+from storage.files import write_csv
+from training import (
+    evaluate,
+    make_optimizer,
+    name_of_precision,
+    resolve_precision,
+    train,
+    warmup_cosine,
+)
+from visualizations import plot_learning_curves
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    import torch
+SPLITS = ("train", "valid", "test")
 
-    from dataset import DatasetBuilder, LesionDataset, LesionLoader, PreparedImages
-    from models import LesionClassifier
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run, and what the audit found in them."""
+
+    loaders: dict[str, LesionLoader]
+    metadata: pd.DataFrame
+    findings: pd.DataFrame
+    digest: str
+
+    def __getitem__(self, split: str) -> LesionDataset:
+        return self.loaders[split].dataset
 
 
 def run(settings: Settings, is_demo: bool = False) -> int:
-    """Trains and compares the models; nothing in `save_dir` is touched before all is in order.
+    """Trains and compares the models, or only audits the images, and returns the exit status.
 
-    What flags and folders tell is checked before any image is read. Gives the exit status: 1 when
-    only the audit was asked for and it found something.
+    The status is 1 when an audit found something. All that can be checked without the images is
+    checked before they are read, and everything before `save_dir` is touched.
     """
-    if settings.audit_only and not is_first_process():
-        return 0  # one process is enough, and the end of another one with status 1 would stop it
-    _check_folders(settings, is_demo)
-    # Not before the check above: torch comes with it.
-    from experiment.results import claim
-
-    _check_models(settings.models)
-    if is_first_process() and (Path(settings.save_dir) / ".lock").exists():
-        with claim(settings.save_dir):  # to say at once that it is in use, not after the images
-            pass
+    for name in settings.models:
+        check_model_name(name)
+    TrainingFolder.read(settings.save_dir)
     if is_demo:
         settings = _prepare_demo(settings)
     builder = _make_builder(settings)
-    images = builder.list_images()
-    if not settings.audit_only:
-        _check_images(images, settings)
-    device = _check_run(settings, is_demo)
     if settings.audit_only:
         return _audit_alone(builder, settings, is_demo)
-
-    prepared = builder.prepare()
-    findings = _audit(builder, prepared)
-    loaders, metadata = _load_data(builder, prepared, settings, device)
-    _say_what_is_screened_for(loaders["train"].dataset.classes, settings)
+    _check_images(builder.list_images(), settings)
+    device = _check_run(settings, is_demo)
+    data = _load_data(builder, settings, device)
     with claim(settings.save_dir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
-            _begin(settings, metadata, digest_images(prepared.metadata), device, is_demo)
-        with _resumable(settings, is_demo), _deterministic(settings.deterministic):
-            _train_and_compare(settings, loaders, metadata, findings, device)
+            _prepare_folder(settings, data, device, is_demo)
+        again = command(replace(settings, resume=True, overwrite=False), is_demo)
+        with noting(f"to go on: {again}"), deterministic_algorithms(settings.deterministic):
+            _train_and_compare(settings, data, device)
     return 0
 
 
-def _audit_alone(builder: "DatasetBuilder", settings: Settings, is_demo: bool) -> int:
-    """Leaves the audit in `save_dir`, and gives the exit status: 1 when it found something."""
-    from experiment.results import claim, plot_audit, save_audit
-
-    save_dir = Path(settings.save_dir)
-    prepared = builder.prepare()
-    images = digest_images(prepared.metadata)
-    TrainingFolder.read(save_dir).check_audit(images)
-    findings = _audit(builder, prepared)
-    with claim(save_dir):
-        folder = TrainingFolder.read(save_dir)
-        folder.check_audit(images)
-        if kind_of_run(folder.config) != TRAINING:
-            _write_config(AUDIT, settings, is_demo, None, images=images)
-        save_audit(save_dir, findings)
-        plot_audit(save_dir, findings, settings.data_dir)
-    print(f"\nEverything is in {save_dir}.")
-    return 1 if len(findings) > 0 else 0
+# ---------------------------------------------------------------------------- the images
 
 
-def _train_and_compare(
-    settings: Settings,
-    loaders: "dict[str, LesionLoader]",
-    metadata: "pd.DataFrame",
-    findings: "pd.DataFrame",
-    device: "torch.device",
-) -> None:
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from experiment.report import write_report
-    from experiment.results import compare_models, plot_audit, save_audit
-
-    save_dir = Path(settings.save_dir)
-    if is_first_process():
-        save_audit(save_dir, findings)
-        _say_unavoidable_errors(loaders["test"].dataset)
-    # What is finished in this folder now is of this run: all processes see the same.
-    with _process_group(device):
-        for number, name in enumerate(settings.models, 1):
-            print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
-            if (save_dir / name / "metrics.json").exists():
-                print("finished already")
-            else:
-                with logging_redirect_tqdm():  # or a line of the log would break the bar
-                    _train_one(name, settings, loaders, device)
-    if is_first_process():
-        # Drawing takes seconds, for which the training should not wait.
-        plot_audit(save_dir, findings, settings.data_dir)
-        _picture_data(save_dir, loaders["train"].dataset, metadata, settings)
-        test = loaders["test"].dataset
-        folder = TrainingFolder.read(save_dir)
-        models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
-        _say_comparison(compare_models(save_dir, models, test, seed=settings.seed))
-        write_report(save_dir)
-        print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
-
-
-@contextlib.contextmanager
-def silence_other_processes() -> Iterator[None]:
-    """Keeps what the other processes print to themselves, but for errors."""
-    if is_first_process():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-@contextlib.contextmanager
-def _process_group(device: "torch.device") -> Iterator[None]:
-    """Joins the processes; by now the images are prepared, so none waits long for another."""
-    if get_world_size() == 1:
-        yield
-        return
-    import torch.distributed as dist
-
-    # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
-    with default_signals():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
-    yield
-    dist.destroy_process_group()  # after an error torchrun ends the others instead
-
-
-def exit_with_launcher() -> None:
-    """Has Linux send SIGTERM when torchrun is killed, which cannot tell its processes then."""
-    if get_world_size() > 1 and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
-def _make_builder(settings: Settings) -> "DatasetBuilder":
-    from dataset import DatasetBuilder
-
+def _make_builder(settings: Settings) -> DatasetBuilder:
     return DatasetBuilder(
         settings.data_dir,
         image_size=settings.image_size,
@@ -194,40 +129,43 @@ def _make_builder(settings: Settings) -> "DatasetBuilder":
     )
 
 
-@contextlib.contextmanager
-def _deterministic(is_on: bool) -> Iterator[None]:
-    """Has torch use deterministic algorithms alone in the block, if `is_on`."""
-    import torch
+def _audit_alone(builder: DatasetBuilder, settings: Settings, is_demo: bool) -> int:
+    """Writes the audit to `save_dir`, and returns the exit status: 1 when it found something."""
+    save_dir = Path(settings.save_dir)
+    prepared = builder.prepare()
+    images = digest_images(prepared.metadata)
+    TrainingFolder.read(save_dir).check_audit(images)
+    findings = builder.audit(prepared=prepared)
+    _print_audit(findings)
+    with claim(save_dir):
+        folder = TrainingFolder.read(save_dir)
+        folder.check_audit(images)
+        if kind_of_run(folder.config) != TRAINING:
+            _write_config(AUDIT, settings, is_demo, None, images=images)
+        save_audit(save_dir, findings)
+        plot_audit(save_dir, findings, settings.data_dir)
+    print(f"\nEverything is in {save_dir}.")
+    return 1 if len(findings) > 0 else 0
 
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    if is_on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warns)
+
+def _print_audit(findings: pd.DataFrame) -> None:
+    print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
 
 
-def _load_data(
-    builder: "DatasetBuilder",
-    prepared: "PreparedImages",
-    settings: Settings,
-    device: "torch.device",
-) -> "tuple[dict[str, LesionLoader], pd.DataFrame]":
-    from dataset import create_dataloaders
-
-    splits = dict(zip(("train", "valid", "test"), settings.splits, strict=True))
-    datasets, metadata = builder.build(splits=splits, prepared=prepared)
+def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device) -> Data:
+    prepared = builder.prepare()
+    findings = builder.audit(prepared=prepared)
+    _print_audit(findings)
+    fractions = dict(zip(SPLITS, settings.splits, strict=True))
+    datasets, metadata = builder.build(splits=fractions, prepared=prepared)
     _check_given_splits(set(datasets), settings)
     _check_batch_size(len(datasets["train"]), "training images", settings)
-    unused = [name for name in datasets if name not in splits]
+    unused = [name for name in datasets if name not in SPLITS]
     if unused:
         count = sum(len(datasets[name]) for name in unused)
         warnings.warn(
             f"--splits_csv {settings.splits_csv}: {count} images are in splits that are not "
-            f"{', '.join(splits)} and are not used: {', '.join(unused)}",
+            f"{', '.join(SPLITS)} and are not used: {', '.join(unused)}",
             stacklevel=2,
         )
     loaders = create_dataloaders(
@@ -238,25 +176,21 @@ def _load_data(
         device=device,
         seed=settings.seed,
         num_workers=settings.num_workers or 0,
-        rank=torchrun_variable("RANK", 0),
+        rank=get_rank(),
         world_size=get_world_size(),
     )
+    classes, processes = datasets["train"].classes, get_world_size()
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
-    num_classes = len(datasets["train"].classes)
-    print(f"{len(metadata):,} images of {num_classes} classes: {sizes}", flush=True)
-    if get_world_size() > 1:
-        images = get_world_size() * settings.batch_size
-        print(
-            f"{get_world_size()} processes, together with batches of {images:,} images",
-            flush=True,
-        )
-    return loaders, metadata
+    print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
+    if processes > 1:
+        images = processes * settings.batch_size
+        print(f"{processes} processes, together with batches of {images:,} images", flush=True)
+    _print_screening(classes, settings)
+    return Data(loaders, metadata, findings, digest_images(prepared.metadata))
 
 
-def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> None:
+def _print_screening(classes: Sequence[str], settings: Settings) -> None:
     """Prints which classes count as malignant; raises ValueError for a name that is no class."""
-    from evaluation import MALIGNANT, counted_as, screening_warnings
-
     counted = counted_as(classes, settings.malignant_classes or MALIGNANT)
     malignant, benign, unknown = (", ".join(counted[kind]) for kind in counted)
     unknown = f"; not known: {unknown}" if unknown else ""
@@ -266,30 +200,8 @@ def _say_what_is_screened_for(classes: Sequence[str], settings: Settings) -> Non
         warnings.warn(message, stacklevel=2)
 
 
-def _audit(builder: "DatasetBuilder", prepared: "PreparedImages") -> "pd.DataFrame":
-    from imaging.audit import summarise
-
-    findings = builder.audit(prepared=prepared)
-    print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
-    return findings
-
-
-def _say_unavoidable_errors(dataset: "LesionDataset") -> None:
-    from imaging.audit import unavoidable_errors
-
-    errors = unavoidable_errors(dataset.metadata)
-    if errors > 0:
-        print(
-            f"at least {errors} of the {len(dataset):,} test images will be called wrong, whatever "
-            "the model: their pictures stand under several classes"
-        )
-
-
 def _prepare_demo(settings: Settings) -> Settings:
-    """Draws the synthetic set if it is not there yet, and says what the demo runs."""
-    from imaging.synthetic import make_dataset
-    from models import imagenet_weights
-
+    """Draws the synthetic images if they are not there yet, and prints what the demo runs."""
     if settings.weights == "imagenet" and not settings.audit_only:
         try:
             imagenet_weights(settings.layers, download=False)
@@ -300,58 +212,30 @@ def _prepare_demo(settings: Settings) -> Settings:
                 "random weights"
             )
     if not Path(settings.data_dir).exists():
-        _check_run(settings, is_demo=True)
+        if not settings.audit_only:
+            _check_run(settings, is_demo=True)
         print(f"drawing synthetic images in {settings.data_dir}", flush=True)
         make_dataset(settings.data_dir, exist_ok=True)  # as another process may draw them now
     print(f"the demo is: {command(settings)}", flush=True)
     return settings
 
 
-def _check_folders(settings: Settings, is_demo: bool) -> None:
-    data_dir, save_dir = Path(settings.data_dir).resolve(), Path(settings.save_dir).resolve()
-    if not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
-        raise FileNotFoundError(f"--data_dir {settings.data_dir}: no such folder")
-    if save_dir.is_relative_to(data_dir):
-        raise ValueError(
-            f"--save_dir {settings.save_dir} lies in --data_dir, where its pictures would be taken "
-            "for images of lesions; choose a folder elsewhere"
-        )
-    existing = next(path for path in (save_dir, *save_dir.parents) if path.exists())
-    if not existing.is_dir():
-        where = "is" if existing == save_dir else f"lies in {existing}, which is"
-        raise ValueError(f"--save_dir {settings.save_dir} {where} a file; choose a folder")
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(
-            f"--save_dir {settings.save_dir}: no permission to write there; choose another folder"
-        )
+# ---------------------------------------------------------------------------- checks
 
 
-def _check_models(names: Sequence[str]) -> None:
-    """Raises ValueError for a name of `--models` that is of no model."""
-    from models import check_model_name
-
-    for name in names:
-        try:
-            check_model_name(name)
-        except ValueError as error:
-            raise ValueError(f"--models {name}: {error}") from None
-
-
-def _check_images(images: "pd.DataFrame", settings: Settings) -> None:
-    """Raises ValueError for what the paths and tables alone tell, as `list_images` gives them."""
-    from evaluation import match_classes
-
+def _check_images(images: pd.DataFrame, settings: Settings) -> None:
+    """Raises ValueError for what can be told from the paths and tables of `list_images` alone."""
     if settings.malignant_classes:
         match_classes(sorted(images["class"].unique()), settings.malignant_classes)
     if "split" in images:
         _check_given_splits(set(images["split"].dropna()), settings)
         _check_batch_size((images["split"] == "train").sum(), "training images", settings)
-    else:  # which of them are for training is known once they have been read
+    else:  # how many of them are for training is known once they have been read
         _check_batch_size(len(images), "images in all", settings)
 
 
 def _check_given_splits(names: set[str], settings: Settings) -> None:
-    missing = [name for name in ("train", "valid", "test") if name not in names]
+    missing = [name for name in SPLITS if name not in names]
     if settings.splits_csv is not None and missing:
         raise ValueError(f"--splits_csv {settings.splits_csv}: has no split {', '.join(missing)}")
 
@@ -360,22 +244,17 @@ def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
     processes = get_world_size()
     together = settings.batch_size * processes
     if together > num_images:
-        of_all = f" in {get_world_size()} processes, {together} together," * (get_world_size() > 1)
+        of_all = f" in {processes} processes, {together} together," if processes > 1 else ""
         raise ValueError(
             f"--batch_size {settings.batch_size}{of_all} is more than the {num_images} {which}; "
             "choose a smaller one"
         )
 
 
-def _check_run(settings: Settings, is_demo: bool) -> "torch.device | None":
-    """Raises for what `save_dir`, device and weights do not allow; gives the device of a training.
-
-    Loading weights, which may have to be downloaded, comes last.
-    """
+def _check_run(settings: Settings, is_demo: bool) -> torch.device:
+    """Checks `save_dir`, device and weights, which may be downloaded, and returns the device."""
     folder = TrainingFolder.read(settings.save_dir)
-    if settings.audit_only:
-        return None
-    device = _choose_device(settings.device)
+    device = choose_own_device(settings.device)
     run = _describe_run(settings, device)
     _check_folder(folder, settings, run, is_demo)
     _check_weights(settings, folder.not_done(settings.models, run, settings.overwrite))
@@ -386,58 +265,158 @@ def _check_folder(
     folder: TrainingFolder, settings: Settings, run: dict[str, Any], is_demo: bool
 ) -> None:
     """Raises ValueError when the run would lose results in `save_dir`."""
-    earlier = folder.config.get("settings", {}).get("data_dir")
-    is_other = earlier is not None and Path(earlier).resolve() != Path(settings.data_dir).resolve()
-    is_of_training = kind_of_run(folder.config) == TRAINING
-    if is_demo and is_other and is_of_training and not settings.overwrite:
-        raise ValueError(
-            f"{folder.save_dir} holds a run on other images; give the demo another --save_dir"
-        )
-    folder.check(
-        settings.models,
-        run,
-        resume=settings.resume,
-        may_replace=settings.overwrite or (is_demo and _is_of_demo(settings.save_dir)),
+    earlier = folder.config.get("settings", {}).get("data_dir", settings.data_dir)
+    is_of_demo = (
+        is_demo
+        and folder.save_dir.resolve() == Path(DEMO_SETTINGS.save_dir).resolve()
+        and Path(earlier).resolve() == Path(settings.data_dir).resolve()
     )
-
-
-def _is_of_demo(save_dir: str) -> bool:
-    return Path(save_dir).resolve() == Path(DEMO_SETTINGS.save_dir).resolve()
+    may_replace = settings.overwrite or is_of_demo
+    folder.check(settings.models, run, resume=settings.resume, may_replace=may_replace)
 
 
 def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
-    """Raises when weights are wanted and cannot be had or do not fit, or a file has no use."""
-    from models import is_pretrained
-
-    if not any(map(is_pretrained, settings.models)):
-        if settings.weights not in ("imagenet", "none"):
-            raise ValueError(
-                f"--weights {settings.weights}: none of the chosen models starts from given weights"
-            )
-        return
+    """Raises an error for weights that are missing, do not fit or are used by no model."""
+    if settings.weights not in ("imagenet", "none") and not any(
+        map(is_pretrained, settings.models)
+    ):
+        raise ValueError(
+            f"--weights {settings.weights}: none of the chosen models starts from given weights"
+        )
     pretrained = [name for name in trained if is_pretrained(name)]
     if pretrained and settings.weights != "none":
-        # They load into one as into the other, whatever the classes: one model is test enough.
+        # They fit either both models or none, whatever the classes: trying one is enough.
         _make_model(pretrained[0], 2, settings)
 
 
-def _choose_device(name: str) -> "torch.device":
-    """The device of this process: of several processes, each has a GPU of its own."""
-    import torch
-
-    from training import choose_device
-
-    if get_world_size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
-    device = choose_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+# ---------------------------------------------------------------------------- the folder
 
 
-def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClassifier":
-    from models import get_model, is_pretrained
+def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_demo: bool) -> None:
+    """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`."""
+    folder = TrainingFolder.read(settings.save_dir)
+    run = _describe_run(settings, device) | describe_data(data.metadata)
+    _check_folder(folder, settings, run, is_demo)
+    trained = folder.not_done(settings.models, run, settings.overwrite)
+    resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
+    records = folder.make_room([m for m in trained if m not in resumed], run)
+    if not trained:
+        return  # config.json keeps the command that trained the models
+    records |= dict.fromkeys(trained, run)
+    _write_config(TRAINING, settings, is_demo, device, images=data.digest, runs=records)
+    write_csv(data.metadata, folder.save_dir / "splits.csv")
 
+
+def _write_config(
+    kind: str, settings: Settings, is_demo: bool, device: torch.device | None, **more: Any
+) -> None:
+    chosen, defaults = asdict(settings), asdict(Settings())
+    config = {
+        "kind": kind,
+        "command": command(settings, is_demo),
+        "settings": chosen,
+        "not_default": [name for name, value in chosen.items() if value != defaults[name]],
+    }
+    about = environment(device, settings.precision)
+    write_config(settings.save_dir, config | more | about)
+
+
+def _describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Returns all that a model's results depend on but the images, as it is read from JSON."""
+    run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
+    # What "auto" stands for on this machine.
+    run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
+    return json.loads(json.dumps(run | {"processes": get_world_size()}))
+
+
+# ---------------------------------------------------------------------------- the models
+
+
+def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> None:
+    save_dir, test = Path(settings.save_dir), data["test"]
+    if is_first_process():
+        save_audit(save_dir, data.findings)
+        errors = unavoidable_errors(test.metadata)
+        if errors > 0:
+            print(
+                f"at least {errors} of the {len(test):,} test images will be classified wrong, "
+                "whatever the model: identical images have several classes"
+            )
+    # All processes have prepared their images by now, so none waits long for another, and all see
+    # the same models as finished, as those of other runs have been removed.
+    with process_group(device):
+        for number, name in enumerate(settings.models, 1):
+            print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
+            if (save_dir / name / "metrics.json").exists():
+                print("already finished")
+            else:
+                with logging_redirect_tqdm():  # or a line of the log would break the bar
+                    _train_one(name, settings, data, device)
+    if is_first_process():
+        # Drawing takes seconds, for which the training should not wait.
+        plot_audit(save_dir, data.findings, settings.data_dir)
+        plot_data(
+            save_dir,
+            data.metadata,
+            data["train"],
+            with_augmentations=settings.augmentation,
+            seed=settings.seed,
+        )
+        folder = TrainingFolder.read(save_dir)
+        models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
+        _print_comparison(compare_models(save_dir, models, test, seed=settings.seed))
+        write_report(save_dir)
+        print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
+
+
+def _train_one(name: str, settings: Settings, data: Data, device: torch.device) -> None:
+    """Trains and evaluates a model and writes its folder, `metrics.json` last of all."""
+    folder, classes = Path(settings.save_dir) / name, data["train"].classes
+    model = _make_model(name, len(classes), settings)
+    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
+    scheduler = None
+    if settings.schedule == "cosine":
+        scheduler = warmup_cosine(optimizer, settings.num_steps, settings.warmup_fraction)
+    _, history = train(
+        model=model,
+        train_loader=data.loaders["train"],
+        valid_loader=data.loaders["valid"],
+        num_classes=len(classes),
+        num_steps=settings.num_steps,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        device=device,
+        eval_every=settings.eval_every,
+        save_path=folder,
+        precision=settings.precision,
+        resume=settings.resume,
+        early_stopping_patience=settings.early_stopping_patience,
+        class_weights=_class_weights(settings, data["train"]),
+        checkpoint_every=settings.checkpoint_every,
+        accumulate=settings.accumulate,
+        compile=settings.compile,
+        malignant_classes=settings.malignant_classes or MALIGNANT,
+        seed=settings.seed,
+    )
+    test = data.loaders["test"]
+    evaluation = evaluate(model, test, device=device, precision=settings.precision)
+    if not is_first_process():
+        return
+    plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
+    _, info = load_model(folder / "model.pth")
+    save_results(
+        folder,
+        model,
+        info,
+        evaluation,
+        test.dataset,
+        precision=name_of_precision(resolve_precision(settings.precision, device)),
+        seed=settings.seed,
+        training_time=_training_time(history, settings),
+    )
+
+
+def _make_model(name: str, num_classes: int, settings: Settings) -> LesionClassifier:
     weights = None if settings.weights == "none" or not is_pretrained(name) else settings.weights
     return get_model(
         name,
@@ -450,171 +429,28 @@ def _make_model(name: str, num_classes: int, settings: Settings) -> "LesionClass
     )
 
 
-def _begin(
-    settings: Settings,
-    metadata: "pd.DataFrame",
-    images: str,
-    device: "torch.device",
-    is_demo: bool,
-) -> None:
-    """Makes `save_dir` ready: no result of an older run is left to be taken for one of this."""
-    from storage.files import write_csv
-
-    folder = TrainingFolder.read(settings.save_dir)
-    run = _describe_run(settings, device, metadata)
-    _check_folder(folder, settings, run, is_demo)
-    trained = folder.not_done(settings.models, run, settings.overwrite)
-    resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
-    records = folder.make_room([m for m in trained if m not in resumed], run)
-    if not trained:
-        return  # what stands in the folder is of the command that trained the models
-    records |= dict.fromkeys(trained, run)
-    _write_config(TRAINING, settings, is_demo, device, images=images, runs=records)
-    write_csv(metadata, folder.save_dir / "splits.csv")
-
-
-def _write_config(
-    kind: str, settings: Settings, is_demo: bool, device: "torch.device | None", **more: Any
-) -> None:
-    from experiment.results import environment
-
-    told = {"kind": kind, "command": command(settings, is_demo)}
-    defaults = asdict(Settings())
-    about = environment(device, settings.precision)
-    write_config(settings.save_dir, told, asdict(settings), defaults, more | about)
-
-
-def _describe_run(
-    settings: Settings, device: "torch.device", metadata: "pd.DataFrame | None" = None
-) -> dict[str, Any]:
-    """What a model's results depend on, as JSON gives it back; without metadata the settings."""
-    from training import name_of_precision, resolve_precision
-
-    run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
-    # The precision that is used: "auto" is another one on another machine.
-    run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
-    run |= {"processes": get_world_size()} | ({} if metadata is None else describe_data(metadata))
-    return json.loads(json.dumps(run))
-
-
-def _picture_data(
-    save_dir: Path, dataset: "LesionDataset", metadata: "pd.DataFrame", settings: Settings
-) -> None:
-    import torch
-
-    from augmentation import augment_batch
-    from dataset import to_float
-    from visualizations import plot_augmentations, plot_class_distribution, plot_samples
-
-    plot_class_distribution(metadata, save_path=save_dir / "class_distribution.png")
-    first = dataset.metadata.groupby("class").head(6).index.to_numpy()
-    plot_samples(
-        dataset.gather(first),
-        dataset.labels[first],
-        dataset.classes,
-        save_path=save_dir / "samples.png",
-    )
-    original = dataset.gather([0])
-    if settings.augmentation:
-        generator = torch.Generator().manual_seed(settings.seed)
-        views = augment_batch(to_float(torch.from_numpy(original)).repeat(11, 1, 1, 1), generator)
-        plot_augmentations(
-            original[0],
-            views.permute(0, 2, 3, 1).numpy(),
-            save_path=save_dir / "augmentations.png",
-        )
-
-
-def _train_one(
-    name: str, settings: Settings, loaders: "dict[str, LesionLoader]", device: "torch.device"
-) -> None:
-    """Trains one model and fills its folder; `metrics.json`, written last, says that it is done."""
-    from evaluation import MALIGNANT
-    from experiment.results import save_results
-    from models import count_parameters, load_model
-    from training import (
-        evaluate,
-        make_optimizer,
-        name_of_precision,
-        resolve_precision,
-        train,
-        warmup_cosine,
-    )
-    from visualizations import plot_learning_curves
-
-    folder = Path(settings.save_dir) / name
-    classes = loaders["train"].dataset.classes
-    model = _make_model(name, len(classes), settings)
-    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
-    scheduler = None
-    if settings.schedule == "cosine":
-        scheduler = warmup_cosine(optimizer, settings.num_steps, settings.warmup_fraction)
-    model, history = train(
-        model=model,
-        train_loader=loaders["train"],
-        valid_loader=loaders["valid"],
-        num_classes=len(classes),
-        num_steps=settings.num_steps,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        device=device,
-        eval_every=settings.eval_every,
-        save_path=folder,
-        precision=settings.precision,
-        resume=settings.resume,
-        early_stopping_patience=settings.early_stopping_patience,
-        class_weights=_class_weights(settings, loaders["train"].dataset),
-        checkpoint_every=settings.checkpoint_every,
-        accumulate=settings.accumulate,
-        compile=settings.compile,
-        malignant_classes=settings.malignant_classes or MALIGNANT,
-        seed=settings.seed,
-    )
-    test = loaders["test"].dataset
-    evaluation = evaluate(model, loaders["test"], device=device, precision=settings.precision)
-    if not is_first_process():
-        return
-    images_a_step = settings.batch_size * settings.accumulate * get_world_size()
-    about = {
-        "model": name,
-        "precision": name_of_precision(resolve_precision(settings.precision, device)),
-        "classes": classes,
-        "training_time": _training_time(history, images_a_step),
-        "parameters": count_parameters(model),
-        "trainable_parameters": count_parameters(model, trainable_only=True),
-    }
-    plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
-    _, info = load_model(folder / "model.pth")
-    save_results(folder, about, model, info, evaluation, test, seed=settings.seed)
-
-
-def _training_time(history: dict[str, list[float]], images_a_step: int) -> float:
-    """Seconds spent in training steps, over all sessions of a run; evaluations are not counted."""
-    steps = zip([0, *history["step"]], history["step"], strict=False)
-    numbers = [(after - before) * images_a_step for before, after in steps]
-    return sum(n / speed for n, speed in zip(numbers, history["images_per_second"], strict=True))
-
-
-def _class_weights(settings: Settings, dataset: "LesionDataset") -> "np.ndarray | None":
+def _class_weights(settings: Settings, dataset: LesionDataset) -> list[float] | None:
     if settings.class_weights == "none":
         return None
-    import numpy as np
-    from sklearn.utils.class_weight import compute_class_weight
-
     labels = np.arange(len(dataset.classes))
-    return compute_class_weight("balanced", classes=labels, y=dataset.labels)
+    return compute_class_weight("balanced", classes=labels, y=dataset.labels).tolist()
 
 
-def _say_comparison(comparison: "pd.DataFrame") -> None:
-    import pandas as pd
+def _training_time(history: dict[str, list[float]], settings: Settings) -> float:
+    """Returns the seconds of all training steps, resumed runs included, without evaluations."""
+    images_a_step = settings.batch_size * settings.accumulate * get_world_size()
+    num_steps = np.diff(history["step"], prepend=0)
+    return float((num_steps * images_a_step / history["images_per_second"]).sum())
 
+
+def _print_comparison(comparison: pd.DataFrame) -> None:
     shown = pd.DataFrame(
         {
             "model": comparison["model"],
             "precision": _with_intervals(comparison, "precision"),
             "recall": _with_intervals(comparison, "recall"),
             "balanced accuracy": _with_intervals(comparison, "balanced_accuracy"),
-            "behind the best": _with_intervals(comparison, "behind_best"),
+            "gap to the best": _with_intervals(comparison, "gap_to_best"),
             "training time": comparison["training_time"].map(format_duration),
             "parameters": comparison["parameters"].map("{:,}".format),
         }
@@ -625,18 +461,6 @@ def _say_comparison(comparison: "pd.DataFrame") -> None:
     )
 
 
-def _with_intervals(comparison: "pd.DataFrame", name: str) -> list[str]:
-    columns = (comparison[column] for column in (name, f"{name}_low", f"{name}_high"))
-    values = zip(*columns, strict=True)
-    return [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in values]
-
-
-@contextlib.contextmanager
-def _resumable(settings: Settings, is_demo: bool) -> Iterator[None]:
-    """Adds to an interruption how to go on after it."""
-    try:
-        yield
-    except KeyboardInterrupt as interruption:
-        again = command(replace(settings, resume=True, overwrite=False), is_demo)
-        interruption.add_note(f"to go on: {again}")
-        raise
+def _with_intervals(comparison: pd.DataFrame, name: str) -> list[str]:
+    columns = comparison[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+    return [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in columns]

@@ -1,33 +1,126 @@
-"""What stands in the folder of a run: which command left it, and what a new run may replace."""
+"""What the folder of a run holds, and what a new run may write and replace there."""
 
+import contextlib
 import hashlib
 import json
+import os
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import Timeout
+
+from storage.files import lock, remove_leftovers, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TRAINING, EVALUATION, AUDIT = "training", "evaluation", "audit"
 
-# What the commands write into the folder of a run and into that of a model. Nothing else is ever
-# removed. `metrics.json` comes first: without it a model no longer counts as finished.
+# What the commands write into the folder of a run and into those of its models. Nothing else is
+# ever removed. `metrics.json` comes first: without it a model no longer counts as finished.
+COMPARISON_FILES = ("report.html", "comparison.csv", "comparison.png")
+EVALUATION_FILES = ("config.json", "audit.csv", "audit.png", "splits.csv", *COMPARISON_FILES)
 RUN_FIGURES = (
-    "report.html", "comparison.csv", "comparison.png", "class_distribution.png", "samples.png",
-    "augmentations.png",
+    *COMPARISON_FILES, "class_distribution.png", "samples.png", "augmentations.png",
 )  # fmt: skip
-RUN_FILES = ("config.json", "audit.csv", "audit.png", "splits.csv", *RUN_FIGURES)
-MODEL_FILES = (
-    "metrics.json", "last.pth", "model.pth", "history.csv", "predictions.csv",
-    "learning_curves.png", "confusion_matrix.png", "class_metrics.png", "roc_pr_curves.png",
-    "reliability.png", "mistakes.png", "gradcam.png",
+RUN_FILES = (*EVALUATION_FILES, *RUN_FIGURES[len(COMPARISON_FILES) :])
+TRAINING_FILES = ("last.pth", "model.pth", "history.csv")
+RESULT_FILES = (
+    "metrics.json", "predictions.csv", "confusion_matrix.png", "class_metrics.png",
+    "roc_pr_curves.png", "reliability.png", "mistakes.png", "gradcam.png",
 )  # fmt: skip
+MODEL_FILES = ("metrics.json", *TRAINING_FILES, *RESULT_FILES[1:], "learning_curves.png")
 
 # Keys of a model's record in config.json that only the images can tell; the others are settings.
 DATA, METADATA = "images and splits", "columns of metadata_csv"
+# What the figures of an evaluation depend on, in the words of a message.
+DIFFERENCES = {
+    "images": "other images or labels",
+    "classes": "other classes",
+    "model": "another model.pth",
+    "precision": "another precision",
+    "seed": "another seed",
+}
+# Loading workers of a process that was killed hold its lock until they notice, 5 seconds at most.
+SECONDS_TO_WAIT = 6
+
+
+@contextlib.contextmanager
+def claim(save_dir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of `save_dir`, which is created, until the block ends.
+
+    Removes half-written files of killed runs there and in the folders of its models. The claim
+    ends with its process, however that ends. Raises ValueError when another process has claimed the
+    folder, and says which.
+    """
+    save_dir = Path(save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    owner = save_dir / ".owner"
+    try:
+        held = lock(save_dir / ".lock").acquire(timeout=SECONDS_TO_WAIT)
+    except Timeout:
+        raise ValueError(
+            f"{save_dir} is in use by {_describe_owner(owner)}; wait for it, or choose another "
+            "folder"
+        ) from None
+    with held:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        for folder in (save_dir, *_model_folders(save_dir)):
+            remove_leftovers(folder)
+        try:
+            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+
+
+def check_unclaimed(save_dir: str | Path) -> None:
+    """Raises ValueError when another process has claimed the folder, which need not exist."""
+    if (Path(save_dir) / ".lock").exists():
+        with claim(save_dir):
+            pass
+
+
+def _model_folders(save_dir: Path) -> list[Path]:
+    """Returns the folders in `save_dir` that a run on it writes to.
+
+    One with a lock of its own is another run's, such as `models/demo` in `models`.
+    """
+    return [
+        path
+        for path in save_dir.iterdir()
+        if path.is_dir()
+        and not path.is_symlink()
+        and not (path / ".lock").exists()
+        and os.access(path, os.R_OK | os.W_OK | os.X_OK)
+    ]
+
+
+def _describe_owner(owner: Path) -> str:
+    try:
+        return owner.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:  # it has the lock, but has not written this yet
+        return "another process"
+
+
+def check_save_dir(save_dir: str | Path, data_dir: str | Path) -> None:
+    """Raises ValueError or PermissionError when results cannot go to this folder."""
+    folder = Path(save_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        where = "is" if existing == folder else f"lies in {existing}, which is"
+        raise ValueError(f"{save_dir} {where} a file; choose another folder")
+    if folder.is_relative_to(Path(data_dir).resolve()):
+        raise ValueError(
+            f"{save_dir} lies in {data_dir}, where its figures would be taken for images of "
+            "lesions; choose a folder elsewhere"
+        )
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{save_dir}: no permission to write there; choose another folder")
 
 
 def read_config(save_dir: str | Path) -> dict[str, Any]:
@@ -50,56 +143,59 @@ def read_config(save_dir: str | Path) -> dict[str, Any]:
 def kind_of_run(config: dict[str, Any]) -> str | None:
     """Returns TRAINING, EVALUATION or AUDIT for what `read_config` gives; None for an empty dict.
 
-    Files written before `kind` was recorded are told apart by what they hold.
+    In files written before `kind` was recorded, other keys tell.
     """
     if not config:
         return None
     return config.get("kind") or (TRAINING if "runs" in config else EVALUATION)
 
 
-def write_config(
-    save_dir: str | Path,
-    told: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    more: Mapping[str, Any],
-) -> None:
-    """Writes `config.json`: what was told of the run, its settings, which are not the defaults."""
-    from storage.files import write_text
-
-    changed = [name for name, value in settings.items() if value != defaults[name]]
-    config = {**told, "settings": dict(settings), "not_default": changed, **more}
+def write_config(save_dir: str | Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json`."""
     write_text(Path(save_dir) / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def digest_images(images: "pd.DataFrame") -> str:
-    """Returns what tells these images and their classes from others, 16 hex digits."""
-    return _digest(images[["path", "class", "content_hash"]])
+    """Returns a digest of the images and their classes, 16 hex digits."""
+    return _digest_table(images[["path", "class", "content_hash"]])
 
 
 def describe_data(metadata: "pd.DataFrame") -> dict[str, str | None]:
-    """Returns the part of a model's record that the metadata of its data set tell."""
+    """Returns the part of a model's record that follows from the metadata of its data set."""
     from dataset import METADATA_COLUMNS
 
     given = metadata.drop(columns=list(METADATA_COLUMNS), errors="ignore")
     return {
-        DATA: _digest(metadata[["path", "class", "content_hash", "split"]]),
-        METADATA: _digest(given) if len(given.columns) else None,
+        DATA: _digest_table(metadata[["path", "class", "content_hash", "split"]]),
+        METADATA: _digest_table(given) if len(given.columns) else None,
     }
 
 
-def _digest(table: "pd.DataFrame") -> str:
-    text = table.to_csv(index=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def _digest_table(table: "pd.DataFrame") -> str:
+    return digest(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
+
+
+def digest(contents: bytes) -> str:
+    """Returns 16 hex digits that differ for other contents."""
+    return hashlib.sha256(contents).hexdigest()[:16]
+
+
+def _valid_records(runs: Any) -> dict[str, dict[str, Any]]:
+    """Returns the records of a `config.json` by model, without names that are no folder's here."""
+    return {
+        name: record
+        for name, record in (runs.items() if isinstance(runs, dict) else ())
+        if isinstance(record, dict) and Path(name).name == name and name not in ("", "..")
+    }
 
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """The folder of a training run, and what is known of the models in it.
+    """The folder of a training run and the models in it.
 
     A model's record is a dict of all that its results depend on: settings, and under `DATA` and
-    `METADATA` digests of what it was trained and tested on. A run is described by such a dict; as
-    long as its images have not been looked at, without these two.
+    `METADATA` digests of what it was trained and tested on. The argument `run` of the methods is
+    such a dict for the present run, without these two before its images have been read.
     """
 
     save_dir: Path
@@ -107,7 +203,7 @@ class TrainingFolder:
 
     @classmethod
     def read(cls, save_dir: str | Path) -> "TrainingFolder":
-        """Returns what stands in the folder, which need not exist.
+        """Reads the folder, which need not exist.
 
         Raises ValueError when it holds an evaluation, or a `config.json` of another program.
         """
@@ -121,18 +217,15 @@ class TrainingFolder:
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
-        """The record of each model that a run trained here, whether or not it was finished."""
-        runs = self.config.get("runs")
-        return {
-            name: record
-            for name, record in (runs.items() if isinstance(runs, dict) else ())
-            if isinstance(record, dict) and Path(name).name == name and name not in ("", "..")
-        }
+        """The record of each model that was trained here, finished or not."""
+        return _valid_records(self.config.get("runs"))
 
     def is_finished(self, model: str) -> bool:
+        """Returns whether the model has results, of whatever run."""
         return (self.save_dir / model / "metrics.json").exists()
 
     def can_be_resumed(self, model: str) -> bool:
+        """Returns whether the model is unfinished and has a checkpoint."""
         return not self.is_finished(model) and (self.save_dir / model / "last.pth").exists()
 
     def is_done(self, model: str, run: dict[str, Any]) -> bool:
@@ -140,11 +233,11 @@ class TrainingFolder:
         return self.is_finished(model) and not self._differences(model, run)
 
     def not_done(self, models: Sequence[str], run: dict[str, Any], overwrite: bool) -> list[str]:
-        """Returns those of the models that this run has to train, all of them to `overwrite`."""
+        """Returns the models that this run has to train, which are all with `overwrite`."""
         return [model for model in models if overwrite or not self.is_done(model, run)]
 
     def others(self, models: Sequence[str]) -> list[str]:
-        """Returns the other models of which a run left something here."""
+        """Returns the models in the folder that are not among these."""
         return [
             name
             for name in self.records
@@ -154,9 +247,9 @@ class TrainingFolder:
     def check(
         self, models: Sequence[str], run: dict[str, Any], *, resume: bool, may_replace: bool
     ) -> None:
-        """Raises ValueError when training these models would lose what stands here.
+        """Raises ValueError when training these models would lose results in the folder.
 
-        With `resume`, also when what stands here is no beginning of this run.
+        With `resume`, also when the folder holds the models of another run.
         """
         if resume:
             self._check_resumed(models, run)
@@ -171,9 +264,9 @@ class TrainingFolder:
             )
 
     def check_audit(self, images: str) -> None:
-        """Raises ValueError when a run stands here on others than these images.
+        """Raises ValueError when the folder holds a training run on other images.
 
-        `images` is what `digest_images` gives for them.
+        `images` is what `digest_images` returns.
         """
         if kind_of_run(self.config) == TRAINING and self.config.get("images") != images:
             raise ValueError(
@@ -182,17 +275,15 @@ class TrainingFolder:
             )
 
     def make_room(self, models: Sequence[str], run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Removes models of other data, all that is to start afresh, and the figures of the run.
+        """Removes these models, those of other data, and the figures that compare all models.
 
-        `models` are those to start afresh. Returns the records of the models that are kept.
+        Returns the records of the models that are kept.
         """
         of_other_data = self._of_other_data(models, run)
         removed = [*models, *of_other_data]
         for model in removed:
             _remove_files(self.save_dir / model, MODEL_FILES)
-        for model in of_other_data:
-            if not any((self.save_dir / model).iterdir()):
-                (self.save_dir / model).rmdir()
+        _remove_empty(self.save_dir / model for model in of_other_data)
         _remove_files(self.save_dir, RUN_FIGURES)
         return {name: record for name, record in self.records.items() if name not in removed}
 
@@ -201,9 +292,9 @@ class TrainingFolder:
             differing = self._differences(model, run)
             if differing and self._has_any(model, ("metrics.json", "last.pth", "model.pth")):
                 raise ValueError(
-                    f"--resume: {self.save_dir / model} is of another run: {'; '.join(differing)}; "
-                    "start afresh with --overwrite instead of --resume, or choose another "
-                    "--save_dir"
+                    f"--resume: {self.save_dir / model} belongs to another run: "
+                    f"{'; '.join(differing)}; start afresh with --overwrite instead of --resume, "
+                    "or choose another --save_dir"
                 )
 
     def _check_not_lost(self, models: Sequence[str], run: dict[str, Any]) -> None:
@@ -236,7 +327,7 @@ class TrainingFolder:
         return [n for n in self.others(models) if self.records[n].get(DATA) != run[DATA]]
 
     def _describe(self, model: str) -> str:
-        """The model with what tells a person which one it is."""
+        """Returns the model's name with its steps, accuracy and date."""
         steps = self.records.get(model, {}).get("num_steps")
         known = [] if steps is None else [f"{steps} steps"]
         path = self.save_dir / model / "metrics.json"
@@ -251,13 +342,134 @@ class TrainingFolder:
         return any((self.save_dir / model / name).exists() for name in names)
 
 
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """The folder of an evaluation (predict.py --evaluate) and the models measured in it.
+
+    A model's record is a dict of all that its results depend on, with the keys of `DIFFERENCES`;
+    `runs` are such records of the present evaluation, without that of the images before these have
+    been read.
+    """
+
+    save_dir: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, save_dir: str | Path, models: Iterable[str], data_dir: str | Path
+    ) -> "EvaluationFolder":
+        """Reads the folder, which need not exist.
+
+        Raises ValueError when an evaluation of models of these names would write over files other
+        than those of an earlier evaluation.
+        """
+        save_dir = Path(save_dir)
+        folders = [save_dir, *(save_dir / name for name in models)]
+        for folder in folders:
+            check_save_dir(folder, data_dir)
+        config = read_config(save_dir)
+        kind = kind_of_run(config)
+        if kind not in (None, EVALUATION):
+            raise ValueError(
+                f"{save_dir} holds another kind of run ({kind}), which an evaluation would write "
+                "over; choose another folder"
+            )
+        if _belongs_to_training(save_dir):
+            raise ValueError(
+                f"{save_dir} is the folder of a model in the training run "
+                f"{save_dir.resolve().parent}; choose another folder for the evaluation"
+            )
+        files, others = [*EVALUATION_FILES, *RESULT_FILES, *TRAINING_FILES], []
+        if kind == EVALUATION:  # its own results may be there
+            folders, files = folders[1:], ["config.json", *TRAINING_FILES]
+        else:
+            others = sorted(save_dir.glob("*/metrics.json"))
+        for path in [*(folder / file for folder in folders for file in files), *others]:
+            if path.exists():
+                raise ValueError(f"{path} was not written by an evaluation; choose another folder")
+        return cls(save_dir, config)
+
+    @property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The record of each model that was evaluated here, finished or not."""
+        if kind_of_run(self.config) != EVALUATION:
+            return {}
+        runs = self.config.get("runs")
+        if not isinstance(runs, dict):  # written before there was such a record
+            runs = {path.parent.name: {} for path in self.save_dir.glob("*/metrics.json")}
+        of_others = ("config.json", *TRAINING_FILES)
+        return {
+            name: record
+            for name, record in _valid_records(runs).items()
+            if (self.save_dir / name).is_dir()
+            and not any((self.save_dir / name / file).exists() for file in of_others)
+        }
+
+    def measured(
+        self, runs: Mapping[str, dict[str, Any]], overwrite: bool
+    ) -> dict[str, dict[str, Any]]:
+        """Returns the records of the finished models whose results are kept.
+
+        With `overwrite` those of `runs` are not among them. Without it, raises ValueError when
+        results would be lost: of other images or classes, or of another model of the same name.
+        """
+        any_run, kept = next(iter(runs.values())), {}
+        same_for_all: Mapping[str, Any] = {
+            what: any_run[what] for what in ("images", "classes") if what in any_run
+        }
+        for name, before in self.records.items():
+            is_finished = (self.save_dir / name / "metrics.json").exists()
+            if not is_finished or (overwrite and name in runs):
+                continue
+            now = runs.get(name, same_for_all)
+            differing = [DIFFERENCES[what] for what in now if before.get(what) != now[what]]
+            if differing and not overwrite:
+                words = ", ".join(differing) if before else "no record of its images"
+                raise ValueError(
+                    f"{self.save_dir} holds an evaluation of {name} with {words}, which would be "
+                    "lost; --overwrite replaces it, or choose another folder"
+                )
+            if not differing:
+                kept[name] = before
+        return kept
+
+    def make_room(self, kept: Container[str]) -> None:
+        """Removes the results of the models that are not `kept`, and the comparison of all models.
+
+        `metrics.json` goes first: without it no model counts as measured if this is interrupted.
+        """
+        folders = [self.save_dir / name for name in self.records if name not in kept]
+        for file in RESULT_FILES:
+            for folder in folders:
+                _remove_files(folder, [file])
+        _remove_empty(folders)
+        _remove_files(self.save_dir, COMPARISON_FILES)
+
+
+def _belongs_to_training(folder: Path) -> bool:
+    """Returns whether the folder is that of a model of a training run in the parent folder."""
+    folder = folder.resolve()
+    try:
+        config = read_config(folder.parent)
+    except ValueError:  # any program may have a config.json
+        return False
+    names = {*(config.get("runs") or ()), *(config.get("settings", {}).get("models") or ())}
+    return kind_of_run(config) == TRAINING and folder.name in names
+
+
 def _balanced_accuracy(path: Path) -> float | None:
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["test"]["balanced_accuracy"])
-    except (ValueError, KeyError, TypeError):  # a file of something else has none to show
+    except (ValueError, KeyError, TypeError):  # not a file of this program
         return None
 
 
 def _remove_files(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         (folder / name).unlink(missing_ok=True)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if not any(folder.iterdir()):
+            folder.rmdir()

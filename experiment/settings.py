@@ -225,8 +225,10 @@ def _check_effects(
     models = dict.fromkeys(arguments["models"])
     for each in fields(settings_class):
         is_used = each.metadata["used_by"] or (lambda model, value: True)
-        if each.name in given and not any(is_used(m, arguments[each.name]) for m in models):
-            show_warning(f"--{each.name} has no effect with --models {' '.join(models)}")
+        is_unused = not any(is_used(model, arguments[each.name]) for model in models)
+        if each.name in given and is_unused and is_first_process():
+            message = f"--{each.name} has no effect with --models {' '.join(models)}"
+            print_message(PROGRAM, "warning", message)
 
 
 def make_parser(settings_class: type[Settings] = Settings) -> argparse.ArgumentParser:
@@ -269,9 +271,3 @@ def _launcher() -> list[str]:
     processes, nodes = os.environ["LOCAL_WORLD_SIZE"], torchrun_variable("GROUP_WORLD_SIZE", 1)
     of_nodes = [f"--nnodes={nodes}"] if nodes > 1 else []
     return ["torchrun", *of_nodes, f"--nproc_per_node={processes}"]
-
-
-def show_warning(message: Warning | str, *details: Any) -> None:
-    """Prints a warning in one line, in the first process alone: for `warnings.showwarning`."""
-    if is_first_process():
-        print_message(PROGRAM, "warning", message)

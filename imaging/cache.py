@@ -4,18 +4,18 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,12 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from imaging import audit
-from imaging.decode import UnreadableImageError, read_regular_file
-from imaging.prepare import Preprocessor, decode_for, fingerprint, make_thumbnail, prepare
+from imaging.decode import UnreadableImageError, decode, read_regular_file
+from imaging.prepare import Preprocessor, fingerprint, make_thumbnail, needed_side, prepare
 from storage.files import lock, printable, remove_leftovers, write_text
+
+CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+WriteRow = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class FileRecord:
     height: int
     error: str  # empty when the image could be read
 
-    def matches(self, status: os.stat_result) -> bool:
-        recorded = (self.size, self.mtime_ns, self.ctime_ns)
-        return recorded == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    def with_state(self, status: os.stat_result) -> "FileRecord":
+        """Returns the record of the same image in a file of this size and these times."""
+        mtime, ctime = status.st_mtime_ns, status.st_ctime_ns
+        return replace(self, size=status.st_size, mtime_ns=mtime, ctime_ns=ctime)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class ArrayCache:
         )
 
     def load(self, paths: Sequence[str]) -> CacheIndex:
-        """The index of these images as they are now; the array is built when there is none."""
+        """Returns the index of these images as they are now; builds the array where it must."""
         index = self._current_index(paths)
         if index is None:
             with self._locked():
@@ -98,7 +102,7 @@ class ArrayCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the folder, which it makes; whoever else wants to build there waits."""
+        """Makes the folder and locks it; whoever else wants to build there waits."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / ".lock", "ab"):
@@ -115,7 +119,7 @@ class ArrayCache:
             yield
 
     def _current_index(self, paths: Sequence[str]) -> CacheIndex | None:
-        """The index, if the array it names is there and made from these images as they are now."""
+        """Returns the index if its array is there and made from these images as they are now."""
         index = self._read_index()
         if index is None or [record.path for record in index.records] != list(paths):
             return None
@@ -152,96 +156,78 @@ class ArrayCache:
         # File systems keep times in steps of up to two seconds: what was written just before it was
         # hashed may have been written again since, in the same step.
         settled = max(status.st_mtime_ns, status.st_ctime_ns) < index.hashed_at_ns - 2_000_000_000
-        return settled and record.matches(status)
+        return settled and record == record.with_state(status)
 
     def _refreshed(self, record: FileRecord) -> FileRecord | None:
-        """The record with the file's times as they are now, or None if its contents are others."""
+        """Returns the record with the file's times as they are now, None for other contents."""
         try:
             contents, status = read_regular_file(self.data_dir / record.path)
         except UnreadableImageError as error:
             return record if str(error) == record.error else None
-        if hashlib.sha256(contents).hexdigest() != record.content_hash:
-            return None
-        return replace(
-            record,
-            size=status.st_size,
-            mtime_ns=status.st_mtime_ns,
-            ctime_ns=status.st_ctime_ns,
-        )
+        is_same = hashlib.sha256(contents).hexdigest() == record.content_hash
+        return record.with_state(status) if is_same else None
 
     def _build(self, paths: Sequence[str]) -> CacheIndex:
-        before = self._read_index()
-        self._remove_arrays(but=before)
-        started = time.time_ns()
-        token = secrets.token_hex(8)
-        array_path, thumbnails_path = (
-            self.folder / f"{name}-{token}.npy" for name in ("images", "thumbnails")
-        )
+        current, started, token = self._read_index(), time.time_ns(), secrets.token_hex(8)
         try:
-            records, near = self._write_arrays(array_path, thumbnails_path, paths)
-            index = CacheIndex(
-                self.version, array_path.name, thumbnails_path.name, started, records, near
-            )
+            self._remove_arrays(but=current)
+            names = f"images-{token}.npy", f"thumbnails-{token}.npy"
+            records = self._write_arrays(*names, paths)
+            thumbnails = np.load(self.folder / names[1], mmap_mode="r")
+            with tqdm(desc="looking for near-duplicates", total=0, disable=None, leave=False):
+                near = audit.find_near_duplicates(thumbnails, [r.content_hash for r in records])
+            index = CacheIndex(self.version, *names, started, records, near)
             self._write_index(index)
-        except BaseException:
-            array_path.unlink(missing_ok=True)
-            thumbnails_path.unlink(missing_ok=True)
-            raise
-        self._remove_arrays(but=index)
+            current = index
+        finally:
+            self._remove_arrays(but=current)
         return index
 
-    def _write_arrays(
-        self, array_path: Path, thumbnails_path: Path, paths: Sequence[str]
-    ) -> tuple[list[FileRecord], pd.DataFrame]:
-        side, size = audit.THUMBNAIL_SIZE, self.image_size
-        with (
-            _NewArray(array_path, (len(paths), size, size, 3)) as array,
-            _NewArray(thumbnails_path, (len(paths), side, side)) as thumbnails,
-        ):
-            records = self._write_rows(array, thumbnails, paths)
-        hashes = [record.content_hash for record in records]
-        with tqdm(desc="looking for near-duplicates", total=0, disable=None, leave=False):
-            return records, audit.find_near_duplicates(
-                np.load(thumbnails_path, mmap_mode="r"), hashes
-            )
+    def _write_arrays(self, images: str, thumbnails: str, paths: Sequence[str]) -> list[FileRecord]:
+        shapes = self._shapes(len(paths))
+        try:
+            with (
+                new_array(self.folder / images, shapes[0]) as write_image,
+                new_array(self.folder / thumbnails, shapes[1]) as write_thumbnail,
+            ):
+                return self._write_rows(write_image, write_thumbnail, paths)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; {sum(map(math.prod, shapes)) / 1e6:,.1f} MB are needed, "
+                "elsewhere with --cache_dir (cache_dir)",
+                str(self.folder / images),
+            ) from error
 
     def _write_rows(
-        self, array: "_NewArray", thumbnails: "_NewArray", paths: Sequence[str]
+        self, write_image: WriteRow, write_thumbnail: WriteRow, paths: Sequence[str]
     ) -> list[FileRecord]:
-        write_row = functools.partial(self._write_row, array, thumbnails, paths)
         pool = ThreadPoolExecutor(self.num_workers)
+        write_row = functools.partial(self._write_row, write_image, write_thumbnail)
+        # A part at a time, or the tasks that wait would fill the memory.
+        done = itertools.chain.from_iterable(
+            pool.map(write_row, itertools.count(start), paths[start : start + 1024])
+            for start in range(0, len(paths), 1024)
+        )
         try:
-            progress = tqdm(
-                total=len(paths), desc="preparing images", unit="img", disable=None, leave=False
-            )
-            records = []
-            with progress:
-                # A part at a time, or the tasks that wait would fill the memory.
-                for start in range(0, len(paths), 1024):
-                    for record in pool.map(write_row, range(start, min(start + 1024, len(paths)))):
-                        records.append(record)
-                        progress.update()
+            return list(tqdm(done, "preparing images", len(paths), False, unit="img", disable=None))
         finally:
             pool.shutdown(cancel_futures=True)
-        return records
 
     def _write_row(
-        self, array: "_NewArray", thumbnails: "_NewArray", paths: Sequence[str], row: int
+        self, write_image: WriteRow, write_thumbnail: WriteRow, row: int, path: str
     ) -> FileRecord:
-        path = paths[row]
-        contents, size, mtime_ns, ctime_ns = b"", 0, 0, 0
+        record = FileRecord(path, 0, 0, 0, hashlib.sha256().hexdigest(), 0, 0, "")
         try:
             contents, status = read_regular_file(self.data_dir / path)
-            size, mtime_ns, ctime_ns = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-            image, (width, height) = decode_for(contents, self.image_size, self.preprocessors)
-            problem = ""
+            content_hash = hashlib.sha256(contents).hexdigest()
+            record = replace(record.with_state(status), content_hash=content_hash)
+            image, size = decode(contents, needed_side(self.image_size, self.preprocessors))
         except UnreadableImageError as error:
-            width, height, problem = 0, 0, str(error)
-        else:
-            array[row] = prepare(image, self.image_size, self.preprocessors, path)
-            thumbnails[row] = make_thumbnail(image)
-        content_hash = hashlib.sha256(contents).hexdigest()
-        return FileRecord(path, size, mtime_ns, ctime_ns, content_hash, width, height, problem)
+            return replace(record, error=str(error))
+        write_image(row, prepare(image, self.image_size, self.preprocessors, path))
+        write_thumbnail(row, make_thumbnail(image))
+        return replace(record, width=size[0], height=size[1])
 
     def _read_index(self) -> CacheIndex | None:
         try:
@@ -254,27 +240,24 @@ class ArrayCache:
             thumbnails = self.thumbnails(index)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # none there, or none of ours: the array is made anew
-        expected = {
-            (len(records), self.image_size, self.image_size, 3): array,
-            (len(records), audit.THUMBNAIL_SIZE, audit.THUMBNAIL_SIZE): thumbnails,
-        }
-        fits = all(a.shape == shape and a.dtype == np.uint8 for shape, a in expected.items())
+        fits = (array.shape, thumbnails.shape) == self._shapes(len(records))
+        fits = fits and array.dtype == thumbnails.dtype == np.uint8
         return index if fits and index.version == self.version else None
 
     def thumbnails(self, index: CacheIndex) -> np.ndarray:
+        """Returns the images' thumbnails as `audit` compares them, uint8, a row an image."""
         return np.load(self.folder / index.thumbnails, mmap_mode="r")
+
+    def _shapes(self, num_images: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of the array of images and of that of their thumbnails."""
+        side, size = self.image_size, audit.THUMBNAIL_SIZE
+        return (num_images, side, side, 3), (num_images, size, size)
 
     def _write_index(self, index: CacheIndex) -> None:
         names = [field.name for field in fields(FileRecord)]
         columns = [[getattr(record, name) for record in index.records] for name in names]
-        contents = {
-            "version": index.version,
-            "array": index.array,
-            "thumbnails": index.thumbnails,
-            "hashed_at_ns": index.hashed_at_ns,
-            "records": columns,
-            "near_duplicates": index.near_duplicates.to_dict("list"),
-        }
+        near = index.near_duplicates.to_dict("list")
+        contents = vars(index) | {"records": columns, "near_duplicates": near}
         write_text(self.folder / "index.json", json.dumps(contents))
 
     def _remove_arrays(self, but: CacheIndex | None) -> None:
@@ -284,71 +267,30 @@ class ArrayCache:
                 path.unlink(missing_ok=True)
 
 
-class _NewArray:
-    """A uint8 array in a new .npy file, filled a row at a time by any thread, in any order.
+@contextmanager
+def new_array(path: Path, shape: tuple[int, ...]) -> Iterator[WriteRow]:
+    """Gives a function that writes a row of a new uint8 .npy file, from any thread, in any order.
 
-    The space on disk is reserved first. Rows are written, not mapped: where a file system has
-    promised too much, that is an OSError, and not a signal that kills the process.
+    The space on disk is reserved first, where the file system can. Rows are written, not mapped:
+    where it has promised too much, that is an OSError, not a signal that kills the process.
     """
-
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self._path = path
-        self._num_bytes = math.prod(shape)
-        self._row_bytes = math.prod(shape[1:])
-        self._lock = threading.Lock()
-        with self._errors_that_say_what_is_needed():
-            self._file = open(path, "wb")  # noqa: SIM115, closed by the `with` that this is for
-            try:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(self._file, header)
-                self._file.flush()
-                self._start = self._file.tell()
-                _reserve(self._file, self._num_bytes)
-            except BaseException:
-                self._file.close()
+    writing = threading.Lock()
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        start, num_bytes = file.tell(), math.prod(shape)
+        file.truncate(start + num_bytes)  # rows that are never written are zeros
+        try:
+            os.posix_fallocate(file.fileno(), start, num_bytes)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in CANNOT_RESERVE:
                 raise
 
-    def __setitem__(self, row: int, values: np.ndarray) -> None:
-        contents = np.ascontiguousarray(values, dtype=np.uint8).tobytes()
-        if len(contents) != self._row_bytes:
-            raise ValueError(f"a row of {len(contents)} bytes where {self._row_bytes} belong")
-        with self._lock, self._errors_that_say_what_is_needed():
-            self._file.seek(self._start + row * self._row_bytes)
-            self._file.write(contents)
+        def write_row(row: int, values: np.ndarray) -> None:
+            with writing:
+                file.seek(start + row * values.nbytes)
+                file.write(values.tobytes())
 
-    def __enter__(self) -> "_NewArray":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        with self._errors_that_say_what_is_needed(), self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    @contextmanager
-    def _errors_that_say_what_is_needed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}; {self._num_bytes / 1e6:,.1f} MB are needed, elsewhere with "
-                "--cache_dir (cache_dir)",
-                str(self._path),
-            ) from error
-
-
-def _reserve(file: BinaryIO, num_bytes: int) -> None:
-    """Makes a file longer by so many zeros, for which the disk has room."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), file.tell(), num_bytes)
-            return
-        except OSError as error:
-            # From C libraries that do not, as glibc does, write zeros where the file system cannot.
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    zeros = bytes(2**20)
-    for start in range(0, num_bytes, len(zeros)):
-        file.write(zeros[: num_bytes - start])
-    file.flush()
+        yield write_row
+        file.flush()
+        os.fsync(file.fileno())

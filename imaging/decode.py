@@ -1,8 +1,8 @@
 """An image file from anywhere → its upright RGB pixels, or one kind of error, in bounded time.
 
-What an application may put into a file beside the picture (EXIF, colour profiles, text, previews,
-further pages) is taken out before Pillow sees the file: a viewer shows the picture however broken
-that is, and so it costs neither time nor memory.
+What an application may add to the image in a file (EXIF, colour profiles, text, previews, further
+pages) is taken out before Pillow sees the file: a viewer shows the image however broken that is,
+and so it costs neither time nor memory.
 """
 
 import io
@@ -10,12 +10,13 @@ import os
 import stat
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -23,8 +24,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 MAX_BYTES = 512 * 2**20
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
-# Each scan of a JPEG passes over the whole picture, however few bytes it has. Encoders make about
-# ten; this allows 11 of the largest picture and 1,000 of a small one.
+# Each scan of a JPEG passes over the whole image, however few bytes it has. Encoders make about
+# ten; this allows 11 of the largest image and 1,000 of a small one.
 MAX_SCANNED_PIXELS = 1_000_000_000
 MAX_RLE_PIXELS = 2**22  # Pillow decodes run-length-encoded BMPs in Python, a megapixel a second
 MAX_PARTS = 100_000  # segments of a JPEG, chunks of a PNG
@@ -61,10 +62,10 @@ class UnreadableImageError(ValueError):
 
 
 def read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
-    """The bytes of a file, and its state just before they were read.
+    """Returns the bytes of a file, and its state just before they were read.
 
-    Raises UnreadableImageError, which does not name it, for what is no file, cannot be opened or
-    has more than `MAX_BYTES`.
+    Raises UnreadableImageError, which does not name the file, if it is not a regular one, cannot be
+    opened or has more than `MAX_BYTES`.
     """
     try:
         # A pipe would be waited on for ever, so the kind of file is looked at before it is opened.
@@ -85,11 +86,11 @@ def read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
 
 
 def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """The upright RGB image in the contents of a file, and its width and height.
+    """Returns the upright RGB image in the contents of a file, and its original width and height.
 
-    The first page or frame, EXIF orientation applied, transparency laid over white, 16 bits reduced
-    to 8. With `shorter_side`, a JPEG may come out at a half, a quarter or an eighth of its size,
-    but not smaller than that: its decoder does so at a fraction of the work.
+    It is the first page or frame, with EXIF orientation applied, transparency laid over white and
+    16 bits reduced to 8. With `shorter_side`, a JPEG is decoded, at a fraction of the work, to a
+    half, a quarter or an eighth of its size where that leaves as many pixels.
 
     Raises UnreadableImageError and nothing else, whatever the contents are. More than `MAX_PIXELS`
     are refused before memory is taken for them.
@@ -97,14 +98,14 @@ def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Imag
     if not contents:
         raise UnreadableImageError("empty file")
     try:
-        image, orientation = _open(contents)
-        width, height = image.size
+        file, orientation = _open(contents)
+        width, height = file.size
         if shorter_side is not None:
-            image.draft(None, scaled_size(width, height, shorter_side))
-        image.load()
-        if image.format == "WEBP":
-            orientation = _orientation(image.info.get("exif", b""))
-        image = _to_rgb(image)
+            file.draft(None, scaled_size(width, height, shorter_side))
+        file.load()
+        if file.format == "WEBP":
+            orientation = _orientation(file.info.get("exif", b""))
+        image = _to_rgb(file)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:  # where Pillow looks for itself before we can
@@ -137,42 +138,39 @@ def as_uint8(images: ArrayLike, name: str, ndim: int = 3) -> np.ndarray:
 
 
 def scaled_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
-    """Width and height with a shorter side of `shorter_side`, the aspect ratio kept."""
+    """Returns width and height at the same aspect ratio, the shorter one being `shorter_side`."""
     if width <= height:
         return shorter_side, int(shorter_side * height / width)
     return int(shorter_side * width / height), shorter_side
 
 
-def _open(contents: bytes) -> tuple[Image.Image, int]:
-    """The image, not decoded yet, and its orientation."""
+def _open(contents: bytes) -> tuple[ImageFile, int]:
+    """Returns the image, not decoded yet, and its orientation."""
     # The formats' own classes, as Image.open would warn, in every thread, of what is refused here.
     orientation, num_scans = 1, 1
+    kind: type[ImageFile]
     if contents.startswith(b"\xff\xd8\xff"):
-        contents, orientation, num_scans = _strip_jpeg(contents)
-        image = JpegImageFile(io.BytesIO(contents))
+        kind, (contents, orientation, num_scans) = JpegImageFile, _strip_jpeg(contents)
     elif contents.startswith(PNG_SIGNATURE):
-        contents, orientation = _strip_png(contents)
-        image = PngImageFile(io.BytesIO(contents))
+        kind, (contents, orientation) = PngImageFile, _strip_png(contents)
     elif contents.startswith(TIFF_SIGNATURES):
-        contents, orientation = _strip_tiff(contents)
-        image = TiffImageFile(io.BytesIO(contents))
+        kind, (contents, orientation) = TiffImageFile, _strip_tiff(contents)
     elif contents.startswith(b"BM"):
-        image = BmpImageFile(io.BytesIO(contents))
+        kind = BmpImageFile
     elif contents.startswith(b"RIFF") and contents[8:12] == b"WEBP":
-        image = WebPImageFile(io.BytesIO(contents))
+        kind = WebPImageFile
     elif contents.startswith(b"GIF8"):
         raise UnreadableImageError("GIF is not supported; save it as PNG")
     elif contents[4:8] == b"ftyp" and contents[8:12] in HEIF_BRANDS:
         raise UnreadableImageError("HEIC and AVIF are not supported; save it as JPEG or PNG")
     else:
         raise UnreadableImageError("not an image of a known format")
+    image = kind(io.BytesIO(contents))
     _check_limits(image, len(contents), num_scans)
-    if image.format == "TIFF":
-        _check_whole(image)
     return image, orientation
 
 
-def _check_limits(image: Image.Image, num_bytes: int, num_scans: int) -> None:
+def _check_limits(image: ImageFile, num_bytes: int, num_scans: int) -> None:
     width, height = image.size
     num_pixels = width * height
     if num_pixels > MAX_PIXELS:
@@ -189,24 +187,15 @@ def _check_limits(image: Image.Image, num_bytes: int, num_scans: int) -> None:
         raise UnreadableImageError(
             f"a run-length-encoded BMP of more than {MAX_RLE_PIXELS:,} pixels or bytes"
         )
-
-
-def _check_whole(image: Image.Image) -> None:
-    """Raises for strips or tiles that do not fill the image: Pillow would leave the rest black."""
-    boxes = (tile[1] for tile in image.tile)
+    # What strips or tiles do not cover, Pillow would leave black.
+    boxes = (tile[1] or (0, 0, 0, 0) for tile in image.tile)
     covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
-    if covered < image.width * image.height:
+    if image.format == "TIFF" and covered < num_pixels:
         raise UnreadableImageError("a TIFF with strips or tiles missing")
 
 
-class _StrippedJpeg(NamedTuple):
-    contents: bytes
-    orientation: int
-    num_scans: int
-
-
-def _strip_jpeg(contents: bytes) -> _StrippedJpeg:
-    """A JPEG without metadata, and without what follows its end."""
+def _strip_jpeg(contents: bytes) -> tuple[bytes, int, int]:
+    """Returns a JPEG without metadata or what follows its end, its orientation and scans."""
     markers = _find_markers(contents)
     kept, start, orientation, num_scans = [], 0, 1, 0
     end = 2
@@ -218,7 +207,7 @@ def _strip_jpeg(contents: bytes) -> _StrippedJpeg:
         kind = contents[at + 1]
         if kind == EOI:
             kept.append(contents[start : at + 2])
-            return _StrippedJpeg(b"".join(kept), orientation, num_scans)
+            return b"".join(kept), orientation, num_scans
         end = at + 2
         if kind != SOI:
             end += int.from_bytes(contents[at + 2 : at + 4], "big")
@@ -232,7 +221,7 @@ def _strip_jpeg(contents: bytes) -> _StrippedJpeg:
 
 
 def _find_markers(contents: bytes) -> np.ndarray:
-    """Where a segment of a JPEG may begin: within coded pixels nowhere, but in others by chance."""
+    """Returns where segments of a JPEG may begin: in metadata also by chance, in pixels never."""
     values = np.frombuffer(contents, np.uint8)
     found = np.flatnonzero(values[:-1] == 0xFF)
     kinds = values[found + 1]
@@ -241,8 +230,9 @@ def _find_markers(contents: bytes) -> np.ndarray:
 
 
 def _strip_png(contents: bytes) -> tuple[bytes, int]:
-    """A PNG with the chunks alone that make its picture, and its orientation."""
-    view, kept, at, orientation = memoryview(contents), [PNG_SIGNATURE], len(PNG_SIGNATURE), 1
+    """Returns a PNG with only the chunks that make the image, and its orientation."""
+    view, at, orientation = memoryview(contents), len(PNG_SIGNATURE), 1
+    kept: list[bytes | memoryview] = [PNG_SIGNATURE]
     for _ in range(MAX_PARTS):
         if at + 12 > len(contents) and kept[-1][4:8] == b"IDAT":
             return b"".join(kept), orientation  # whether pixels lack too, the decoder sees
@@ -263,67 +253,53 @@ def _strip_png(contents: bytes) -> tuple[bytes, int]:
 
 
 def _strip_tiff(contents: bytes) -> tuple[bytes, int]:
-    """A TIFF of the first page alone, with the tags alone that make its picture; orientation."""
-    orientation = _orientation(contents)
+    """Returns a TIFF of the first page with only the tags that make the image; its orientation."""
     try:
-        tags = _first_directory(contents)
+        tags, order, width = _first_directory(contents)
     except ValueError as error:
         raise UnreadableImageError("a TIFF that is cut off") from error
     tags = tags[np.unique(tags["tag"], return_index=True)[1]]
     tags = tags[np.isin(tags["tag"], TIFF_TAGS)]
     if (tags["count"] > MAX_TAG_VALUES).any():
         raise UnreadableImageError(f"a TIFF with a tag of more than {MAX_TAG_VALUES:,} values")
-    order, is_big = _tiff_kind(contents)
     offset = len(contents) + len(contents) % 2  # a directory begins at an even place
-    pointer = offset.to_bytes(8 if is_big else 4, order)
-    header = contents[: 8 if is_big else 4] + pointer
-    number = len(tags).to_bytes(8 if is_big else 2, order)
+    header = contents[:width] + offset.to_bytes(width, order)
+    number = len(tags).to_bytes(8 if width == 8 else 2, order)
     rest = contents[len(header) :].ljust(offset - len(header), b"\0")
-    return b"".join([header, rest, number, tags.tobytes(), bytes(len(pointer))]), orientation
+    stripped = b"".join([header, rest, number, tags.tobytes(), bytes(width)])
+    return stripped, _orientation(contents)
 
 
 def _orientation(exif: bytes) -> int:
-    """What EXIF, or a TIFF's own tags, say of it: 1 to 8, and 1 where they say nothing valid."""
+    """Returns the orientation that EXIF, or a TIFF, tells: 1 to 8, and 1 where it is not valid."""
     exif = exif.removeprefix(b"Exif\0\0")
     if not exif.startswith(TIFF_SIGNATURES):
         return 1
     try:
-        tags = _first_directory(exif)
-    except ValueError:
+        tags, order, _ = _first_directory(exif)
+        tag = tags[tags["tag"] == ORIENTATION_TAG][0]
+    except (ValueError, IndexError):
         return 1
-    (found,) = np.nonzero(tags["tag"] == ORIENTATION_TAG)
-    if len(found) == 0:
-        return 1
-    tag = tags[found[0]]
     length = {1: 1, 3: 2, 4: 4}.get(int(tag["type"]), 0)  # BYTE, SHORT, LONG
-    value = int.from_bytes(tag["value"].tobytes()[:length], _tiff_kind(exif)[0])
+    value = int.from_bytes(tag["value"].tobytes()[:length], order)
     return value if value in TURN_UPRIGHT else 1
 
 
-def _first_directory(tiff: bytes) -> np.ndarray:
-    """The tags of the first page, a record each; raises ValueError where there is none."""
-    order, is_big = _tiff_kind(tiff)
-    width = 8 if is_big else 4
+def _first_directory(tiff: bytes) -> tuple[np.ndarray, Literal["little", "big"], int]:
+    """Returns the tags of the first page, a record each, the byte order and an offset's bytes.
+
+    Raises ValueError where there is no such directory.
+    """
+    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
+    width = 8 if b"+" in tiff[2:4] else 4  # 8 in a BigTIFF
     offset = int.from_bytes(tiff[width : 2 * width], order)
-    start = offset + (8 if is_big else 2)
+    start = offset + (8 if width == 8 else 2)
     number = int.from_bytes(tiff[offset:start], order)
-    sign = "<" if order == "little" else ">"
-    record = np.dtype(
-        [
-            ("tag", f"{sign}u2"),
-            ("type", f"{sign}u2"),
-            ("count", f"{sign}u{width}"),
-            ("value", f"V{width}"),
-        ]
-    )
+    kinds = {"tag": "u2", "type": "u2", "count": f"u{width}", "value": f"V{width}"}
+    record = np.dtype(list(kinds.items())).newbyteorder(order)
     if start + number * record.itemsize > len(tiff):
         raise ValueError("the directory is cut off")
-    return np.frombuffer(tiff, record, number, start)
-
-
-def _tiff_kind(tiff: bytes) -> tuple[str, bool]:
-    """The byte order, and whether it is a BigTIFF."""
-    return "little" if tiff.startswith(b"II") else "big", b"+" in tiff[2:4]
+    return np.frombuffer(tiff, record, number, start), order, width
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,11 +5,9 @@ import hashlib
 import logging
 import random
 import re
-import sys
-import sysconfig
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +26,47 @@ Preprocessor = Callable[[np.ndarray], np.ndarray]
 
 
 def read_image(path: str | Path, longest_side: int | None = None) -> np.ndarray:
-    """The image in a file as a viewer shows it: uint8 RGB `(height, width, 3)`.
+    """Returns the image in a file as a viewer shows it: uint8 RGB `(height, width, 3)`.
 
     EXIF orientation is applied, transparency laid over white, 16 bits reduced to 8; an image with a
     side above `longest_side` is scaled down to it. Raises UnreadableImageError naming the file.
     """
-    try:
-        image = decode(read_regular_file(path)[0])[0]
-        if longest_side is not None:
-            image.thumbnail((longest_side, longest_side))
-        return np.array(image)
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"{printable(path)}: {error}") from error
+    image = _decode_file(path)
+    if longest_side is not None:
+        image.thumbnail((longest_side, longest_side))
+    return np.array(image)
 
 
 def prepare_image(
     path: str | Path, image_size: int = 224, preprocessors: Sequence[Preprocessor] = ()
 ) -> np.ndarray:
-    """The image in a file as the models see it: uint8 RGB `(image_size, image_size, 3)`.
+    """Returns the image in a file as the models see it: uint8 RGB `(image_size, image_size, 3)`.
 
-    Read as by `read_image`, through the preprocessors, shorter side to `round(image_size * 256 /
-    224)`, centre crop: what `DatasetBuilder` keeps of it. Raises UnreadableImageError naming the
-    file, and ValueError naming a preprocessor that gives no image.
+    It is read as by `read_image`, goes through the preprocessors, is scaled to a shorter side of
+    `round(image_size * 256 / 224)` and cropped at the centre, as `DatasetBuilder` does. Raises
+    UnreadableImageError naming the file, and ValueError naming a preprocessor whose result is not
+    an image.
     """
-    try:
-        image, _ = decode_for(read_regular_file(path)[0], image_size, preprocessors)
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"{printable(path)}: {error}") from error
+    image = _decode_file(path, needed_side(image_size, preprocessors))
     return prepare(image, image_size, preprocessors, path)
 
 
 def resize(image: np.ndarray, size: int = 256) -> np.ndarray:
-    """Scales a uint8 RGB image `(h, w, 3)` to a shorter side of `size`, the aspect ratio kept."""
+    """Scales a uint8 RGB image `(h, w, 3)` to a shorter side of `size` at its aspect ratio."""
     height, width = image.shape[:2]
     scaled = scaled_size(width, height, size)
     return np.array(Image.fromarray(image).resize(scaled, Image.Resampling.BILINEAR))
 
 
 def center_crop(image: np.ndarray, size: int = 224) -> np.ndarray:
-    """The middle of an image `(h, w, 3)`, `size` on each side or the whole side if that is less."""
+    """Returns the centre of an image `(h, w, 3)`, `size` on each side that has as many pixels."""
     height, width = image.shape[:2]
     top, left = round(max(height - size, 0) / 2), round(max(width - size, 0) / 2)
     return image[top : top + size, left : left + size]
 
 
 def normalize(image: np.ndarray) -> np.ndarray:
-    """A uint8 image as float32 in [0, 1], x / 255."""
+    """Returns a uint8 image as float32 in [0, 1], x / 255."""
     return image.astype(np.float32) / 255
 
 
@@ -82,11 +75,11 @@ def shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
-def _fit(image: Image.Image, image_size: int) -> Image.Image:
-    """Shorter side to `round(image_size * 256 / 224)`, centre crop `image_size`, in one resampling.
+def resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:
+    """Scales an image to a shorter side of `shorter_side(image_size)` and crops it at the centre.
 
-    What torchvision's Resize and CenterCrop make of a PIL image, to within one of 255 levels, but
-    only the pixels that stay are computed.
+    The result is that of torchvision's Resize and CenterCrop to within one of 255 levels, but only
+    the pixels that stay are computed.
     """
     width, height = image.size
     scaled_width, scaled_height = scaled_size(width, height, shorter_side(image_size))
@@ -97,37 +90,34 @@ def _fit(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
-    """The whole image as `audit` compares it, whatever its shape: grey, uint8."""
+    """Returns the whole image as `audit` compares it, whatever its shape: grey, uint8."""
     size = (audit.THUMBNAIL_SIZE, audit.THUMBNAIL_SIZE)
     return np.asarray(image.resize(size, Image.Resampling.BOX).convert("L"))
 
 
-def decode_for(
-    contents: bytes, image_size: int, preprocessors: Sequence[Preprocessor]
-) -> tuple[Image.Image, tuple[int, int]]:
-    """As `decode`: for a preprocessor the original, without one no more than is needed."""
-    needed = max(shorter_side(image_size), 2 * audit.THUMBNAIL_SIZE)
-    return decode(contents, None if preprocessors else needed)
+def needed_side(image_size: int, preprocessors: Sequence[Preprocessor]) -> int | None:
+    """Returns the shorter side that `decode` must keep, None for the original."""
+    return None if preprocessors else max(shorter_side(image_size), 2 * audit.THUMBNAIL_SIZE)
 
 
 def prepare(
     image: Image.Image, image_size: int, preprocessors: Sequence[Preprocessor], path: str | Path
 ) -> np.ndarray:
-    """Returns a decoded image as the models see it; ValueError names `path`."""
+    """Returns a decoded image as the models see it; a ValueError of a preprocessor names `path`."""
     if preprocessors:
         try:
             image = Image.fromarray(_preprocess(np.array(image), preprocessors))
         except ValueError as error:
             raise ValueError(f"{error} (on {printable(path)})") from error
-    return np.asarray(_fit(image, image_size))
+    return np.asarray(resize_and_crop(image, image_size))
 
 
 def fingerprint(preprocessors: Sequence[Preprocessor]) -> str:
-    """What tells these preprocessors from others, 16 hex digits; empty for none.
+    """Returns 16 hex digits that tell these preprocessors from others; empty for none.
 
-    Made from their code, constants, defaults, closures and the module's functions and values that
-    they use, and from what they make of a few probe images. Raises ValueError naming one that makes
-    something else of the same image another time.
+    They depend on the preprocessors' code, constants, defaults, closures, partial arguments and
+    attributes, and on what they make of a few probe images. Raises ValueError naming one whose
+    result for the same image changes.
     """
     if not preprocessors:
         return ""
@@ -148,7 +138,7 @@ def _check_repeatable(
 ) -> None:
     """Raises ValueError unless the preprocessor gives these results again, and again.
 
-    What draws from the global generators without seeding them is noticed even where the results
+    One that draws from a global generator without seeding it is noticed even where the results
     happen to be the same.
     """
     state = _global_random_state()
@@ -194,106 +184,59 @@ def _name_of(preprocessor: Preprocessor) -> str:
 
 
 def _describe(value: Any, seen: dict[int, Any]) -> str:
-    """A text that changes when what the value does changes, and not from run to run."""
-
-    def describe_all(values: Any) -> str:
-        return "[" + ", ".join(_describe(v, seen) for v in values) + "]"
-
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return repr(value)
+    """Returns a text that changes with what a value does, and is the same in every run."""
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray | np.generic):
-        if value.dtype.hasobject:
-            return f"{value.dtype}{value.shape}{_describe(value.tolist(), seen)}"
+        value = value.numpy(force=True)
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    parts = _parts_of(value)
+    if parts is None:
+        # The default text of an object has its address, which changes from run to run.
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     if id(value) in seen:
         return "again"
     seen[id(value)] = value  # keeps it alive, or a later value might get its number
-    if isinstance(value, types.ModuleType):
-        return _describe_module(value)
-    if isinstance(value, list | tuple):
-        return describe_all(value)
-    if isinstance(value, set | frozenset):
-        return "{" + ", ".join(sorted(_describe(v, dict(seen)) for v in value)) + "}"
-    if isinstance(value, dict):  # which may have been made from a set
-        return describe_all(sorted(value.items(), key=lambda i: _describe(i[0], dict(seen))))
-    if isinstance(value, functools.partial):
-        keywords = list(value.keywords.items())
-        return "partial" + describe_all([value.func, value.args, keywords])
-    if isinstance(value, types.MethodType):
-        return "method" + describe_all([value.__func__, value.__self__])
-    if isinstance(value, classmethod | staticmethod):
-        return type(value).__name__ + _describe(value.__func__, seen)
-    if isinstance(value, property):
-        return "property" + describe_all([value.fget])
-    if isinstance(value, types.CodeType):
-        return f"{value.co_code.hex()} {value.co_names}" + describe_all(value.co_consts)
-    if isinstance(value, types.FunctionType):
-        return _describe_function(value, describe_all)
-    if isinstance(value, types.BuiltinFunctionType | np.ufunc):
-        return repr(value.__name__)
-    if isinstance(value, type):
-        return _describe_class(value, describe_all)
-    if isinstance(value, logging.Logger):  # has all the loggers of the process among its attributes
-        return f"logger {value.name!r}"
-    if hasattr(value, "__dict__"):
-        return "object" + describe_all([type(value), list(vars(value).items())])
-    # The default text of an object is its address, which changes from run to run.
-    if type(value).__repr__ is object.__repr__:
-        return repr(type(value))
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    return f"{type(value).__name__}({', '.join(_describe(part, seen) for part in parts)})"
 
 
-def _describe_module(module: types.ModuleType) -> str:
-    filename = getattr(module, "__file__", None)
-    if filename is None or _is_installed(filename):
-        return module.__name__
-    return module.__name__ + hashlib.sha256(Path(filename).read_bytes()).hexdigest()
-
-
-def _describe_class(kind: type, describe_all: Callable[[Any], str]) -> str:
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    module = sys.modules.get(kind.__module__)
-    if kind.__module__ == "builtins" or _is_installed(getattr(module, "__file__", None) or ""):
-        return name
-    behaviour = types.FunctionType | classmethod | staticmethod | property
-    own = {
-        member: value
-        for member, value in sorted(vars(kind).items())
-        if isinstance(value, behaviour) or not member.startswith("__")
-    }
-    return name + describe_all([own, kind.__bases__])
-
-
-def _describe_function(function: types.FunctionType, describe_all: Callable[[Any], str]) -> str:
-    if _is_installed(function.__code__.co_filename):
-        return f"{function.__module__}.{function.__qualname__}"
-    names = _names_used(function.__code__)
-    used = {n: function.__globals__[n] for n in names if n in function.__globals__}
-    enclosed = []
-    for cell in function.__closure__ or ():
-        try:
-            enclosed.append(cell.cell_contents)
-        except ValueError:  # a variable that is not bound yet
-            enclosed.append("unbound")
-    keywords = function.__kwdefaults__ and list(function.__kwdefaults__.items())
-    return "function" + describe_all(
-        [function.__code__, function.__defaults__, keywords, enclosed, used]
-    )
-
-
-def _names_used(code: types.CodeType) -> list[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(_names_used(constant))
-    return sorted(names)
-
-
-def _is_installed(filename: str) -> bool:
-    paths = sysconfig.get_paths()
-    return filename.startswith(tuple(paths[kind] for kind in ("stdlib", "purelib", "platlib")))
+def _parts_of(value: Any) -> Iterable[Any] | None:
+    """Returns what a value consists of, None for one that its text describes."""
+    match value:
+        case types.CodeType():
+            return value.co_code, value.co_names, value.co_consts
+        case types.FunctionType():
+            cells = value.__closure__ or ()
+            return value.__code__, value.__defaults__, value.__kwdefaults__, cells
+        case types.CellType():
+            try:
+                return [value.cell_contents]
+            except ValueError:  # a variable that is not bound yet
+                return []
+        case types.MethodType():
+            return value.__func__, value.__self__
+        case functools.partial():
+            return value.func, value.args, value.keywords
+        case classmethod() | staticmethod():
+            return [value.__func__]
+        case property():
+            return [value.fget]
+        case dict():  # which may have been made from a set
+            return sorted(value.items(), key=lambda item: _describe(item[0], {}))
+        case set() | frozenset():
+            return sorted(value, key=lambda part: _describe(part, {}))
+        case list() | tuple():
+            return value
+        case np.ndarray():
+            return value.tolist()
+        case types.ModuleType():
+            return [value.__name__]
+        case logging.Logger():  # has all loggers of the process among its attributes
+            return [value.name]
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return None
+    members = [item for kind in type(value).__mro__ for item in vars(kind).items()]
+    own = [m for name, m in members if isinstance(m, types.FunctionType) or name[:2] != "__"]
+    return type(value), getattr(value, "__name__", ""), own, vars(value)
 
 
 def _preprocess(image: np.ndarray, preprocessors: Sequence[Preprocessor]) -> np.ndarray:
@@ -305,3 +248,10 @@ def _preprocess(image: np.ndarray, preprocessors: Sequence[Preprocessor]) -> np.
             raise ValueError(f"preprocessor {name}: {type(error).__name__}: {error}") from error
         image = as_uint8(result, f"the result of preprocessor {name}")
     return image
+
+
+def _decode_file(path: str | Path, shorter_side: int | None = None) -> Image.Image:
+    try:
+        return decode(read_regular_file(path)[0], shorter_side)[0]
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{printable(path)}: {error}") from error

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from learning.processes import get_rank, get_world_size
+from learning.hardware import choose_device
+from learning.processes import default_signals, get_rank, get_world_size, torchrun_variable
 
 SECONDS_BETWEEN_EXCHANGES = 0.5
 
@@ -81,3 +82,29 @@ def gather_batches(logits: list[Tensor], labels: list[Tensor]) -> tuple[list[Ten
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     return [b for part in parts for b in part[0]], [b for part in parts for b in part[1]]
+
+
+def choose_own_device(name: str) -> torch.device:
+    """Returns the device of this process: of several processes, each has a GPU of its own."""
+    if get_world_size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{torchrun_variable('LOCAL_RANK', 0)}"
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started, for the block; a single one needs no group."""
+    if get_world_size() == 1:
+        yield
+        return
+    # Joining waits in C++ for up to half an hour, where Python's handlers are not heard.
+    with default_signals():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()  # after an error torchrun ends the others instead

@@ -1,6 +1,7 @@
 """What training and prediction ask of the machine: device, precision, memory layout."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,3 +90,17 @@ def fastest_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(is_on: bool) -> Iterator[None]:
+    """Has torch use only deterministic algorithms in the block, if `is_on`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)

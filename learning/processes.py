@@ -1,6 +1,7 @@
 """The processes that train together, and the signals that stop one; without torch."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -135,3 +136,10 @@ def _set_handlers(handler: Callable | signal.Handlers) -> dict[int, Any]:
 def _restore_handlers(former: dict[int, Any]) -> None:
     for signum, handler in former.items():
         signal.signal(signum, handler)
+
+
+def exit_with_launcher() -> None:
+    """Has Linux send SIGTERM when torchrun is killed, which cannot stop its processes then."""
+    if get_world_size() > 1 and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Files whole or not at all, locks, and tables in CSV."""
+"""Files written whole or not at all, locks, and tables in CSV."""
 
 import csv
 import errno
@@ -28,18 +28,18 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and renames it to `path` once the block has ended well.
 
     The temporary file keeps the suffix of `path`, has a name that no other write has, is flushed to
-    the disk before the rename, and is removed when the block raises; what stood at `path` before
+    the disk before the rename, and is removed when the block raises; what was at `path` before
     stays whole until then. A process that is killed leaves its temporary file behind, which
     `remove_leftovers` removes. An OSError of the temporary file names `path`.
     """
     path = Path(path)
     # Cut, as a name may have 255 bytes, and a character four of them.
     temporary = path.with_name(f".{path.stem[:20]}.{secrets.token_hex(8)}.tmp{path.suffix}")
-    with _opened_folder(path.parent) as folder:
-        _try_to_lock(folder, fcntl.LOCK_SH)  # shared by all who write there
+    with _locked_folder(path.parent, fcntl.LOCK_SH) as (folder, _):  # shared by all who write there
         try:
             yield temporary
-            _flush_to_disk(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
             os.fsync(folder)
         except OSError as error:
@@ -57,11 +57,10 @@ def remove_leftovers(folder: str | Path) -> None:
 
     Only the holder of the folder's lock may call this: no other run writes there, on this machine
     or another. What writes there without that lock, such as a prediction whose table goes to the
-    folder, has the folder itself locked: while it writes, nothing is removed. (That second lock is
-    one that not every network file system has; there, the first must do.)
+    folder, has the folder itself locked, where its file system can: then nothing is removed.
     """
-    with _opened_folder(Path(folder)) as descriptor:
-        if _try_to_lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+    with _locked_folder(Path(folder), fcntl.LOCK_EX | fcntl.LOCK_NB) as (_, nobody_writes):
+        if nobody_writes:
             for path in Path(folder).iterdir():
                 if TEMPORARY_NAME.fullmatch(path.name):
                     path.unlink(missing_ok=True)
@@ -76,7 +75,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, contents: Any) -> None:
     """Writes plain values to `path` as JSON in UTF-8, whole or not at all.
 
-    The bytes of a file name that are not UTF-8 are written as `\\udcXX`, which JSON gives back.
+    Bytes of a file name that are not UTF-8 are written as `\\udcXX`, which JSON readers give back.
     Raises ValueError for numbers that are not finite, which JSON does not have.
     """
     text = json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False)
@@ -113,15 +112,19 @@ def read_csv(path: str | Path) -> "pd.DataFrame":
 def write_csv(table: "pd.DataFrame", file: str | Path | TextIO, *, header: bool = True) -> None:
     """Writes a table as `read_csv` reads it; text is quoted, and a missing value is an empty cell.
 
-    To a path, whole or not at all; or its rows to a file that was opened as `open_csv` opens it.
+    A path is written whole or not at all; a file should be open as `open_csv` opens it.
     """
     if isinstance(file, str | Path):
         with write_atomically(file) as temporary, open_csv(temporary) as opened:
             write_csv(table, opened, header=header)
         return
-    # Unquoted, a lone carriage return in a name would end the row.
-    quoting = csv.QUOTE_NONNUMERIC
-    table.to_csv(file, index=False, header=header, quoting=quoting, lineterminator="\n")
+    table.to_csv(
+        file,
+        index=False,
+        header=header,
+        quoting=csv.QUOTE_NONNUMERIC,  # unquoted, a lone carriage return in a name ends the row
+        lineterminator="\n",
+    )
 
 
 def open_csv(path: str | Path) -> TextIO:
@@ -130,21 +133,17 @@ def open_csv(path: str | Path) -> TextIO:
 
 
 def name_column(names: Sequence[str]) -> "pd.Series":
-    """Returns names of files as a column of a table, whatever bytes they have."""
+    """Returns file names as a column of a table, whatever bytes they have."""
     import pandas as pd
 
-    try:
-        "".join(names).encode()
-    except UnicodeEncodeError:  # which pandas' own strings do not hold where pyarrow is installed
-        return pd.Series(names, dtype=object)
-    return pd.Series(names)
+    # pandas' own strings, where pyarrow is installed, hold valid UTF-8 alone.
+    return pd.Series(names, dtype=None if is_utf8("".join(names)) else object)
 
 
 def join_names(names: Iterable[str]) -> str:
-    """Joins any number of names that are not empty in one cell: `a; b`.
+    """Returns any number of non-empty names as one cell: `a; b`.
 
-    A semicolon or backslash in a name gets a backslash before it, so that `split_names` can undo
-    it.
+    A semicolon or backslash in a name gets a backslash before it, which `split_names` takes away.
     """
     return "; ".join(re.sub(r"([\\;])", r"\\\1", name) for name in names)
 
@@ -157,50 +156,41 @@ def split_names(cell: str) -> tuple[str, ...]:
 
 
 def printable(path: str | Path) -> str:
-    """A path as it fits into one line of a message."""
+    """Returns a path as it fits into one line of a message."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
 
+def is_utf8(name: str | Path) -> bool:
+    """Returns whether the name of a file is valid UTF-8."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def lock(path: str | Path) -> FileLock:
-    """A lock between processes, held inside `with lock(path):`; it ends with its process."""
+    """Returns a lock between processes for `with lock(path):`; it ends with its process."""
     return FileLock(path)
 
 
-def is_utf8(path: Path) -> bool:
-    """Returns whether the name of a file can be written as UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # torch opens any name, but maps only files of these
-        return False
-    return True
-
-
 @contextmanager
-def _opened_folder(folder: Path) -> Iterator[int]:
-    """Gives a descriptor of a folder; a lock on it ends with the block."""
+def _locked_folder(folder: Path, operation: int) -> Iterator[tuple[int, bool]]:
+    """Gives the descriptor of a folder that is locked until the block ends, and True.
+
+    The second is False when another process has the lock, but True where there are no such locks.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
+    is_free = True
     try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _try_to_lock(descriptor: int, operation: int) -> bool:
-    """Returns False when another process has the lock; True too where there are no such locks."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
+        try:
+            fcntl.flock(descriptor, operation)
+        except BlockingIOError:
+            is_free = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield descriptor, is_free
     finally:
         os.close(descriptor)

@@ -1,6 +1,5 @@
 """Tensors in files: written whole, read safely from anywhere."""
 
-import errno
 import io
 import math
 import pickletools
@@ -26,9 +25,9 @@ KNOWN_NAMES = {
         )
     ),
 }  # fmt: skip
-MOST_PICKLED_BYTES = 16 * 2**20  # a checkpoint of ResNet-50 has 0.2 MB beside its tensors
-MOST_VALUES = 1_000_000
-DEEPEST_NESTING = 30
+MAX_PICKLED_BYTES = 16 * 2**20  # a checkpoint of ResNet-50 has 0.2 MB beside its tensors
+MAX_VALUES = 1_000_000
+MAX_DEPTH = 30
 
 
 def save_tensors(path: str | Path, contents: dict[str, Any]) -> None:
@@ -40,13 +39,19 @@ def save_tensors(path: str | Path, contents: dict[str, Any]) -> None:
 
     with write_atomically(path) as temporary:
         try:
-            torch.save(contents, temporary)
-        except RuntimeError as error:
-            raise _reason_not_written(temporary, contents, error) from error
+            with open(temporary, "wb") as file:
+                torch.save(contents, file)
+        except (OSError, RuntimeError) as error:
+            # Where torch's own error follows that of the disk, it does not repeat the reason.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            needed = f"{_num_bytes(contents) / 1e6:,.1f} MB are needed"
+            raise OSError(reason.errno, f"{reason.strerror}; {needed}", str(path)) from error
 
 
 def load_tensors(path: str | Path) -> Any:
-    """The tensors and plain values in the file at `path`, on the CPU; no code in it is ever run.
+    """Returns the tensors and plain values in a file, on the CPU; no code in it is ever run.
 
     All tensors are dense and have their bytes in the file: a small one takes little memory and
     time, whatever it claims. Their numbers may be anything, see `check_alike`.
@@ -59,10 +64,12 @@ def load_tensors(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    with path.open("rb") as file:  # a file that may not be read is no damaged file
-        is_zip = file.read(4) == b"PK\x03\x04"
+    with path.open("rb") as file:  # here a file without permission to read is an OSError
+        start = file.read(MAX_PICKLED_BYTES)
+    is_zip = start.startswith(b"PK\x03\x04")
     try:
-        _check_names(_pickled_in_zip(path) if is_zip else _start_of(path))
+        # Before version 1.6, torch.save put all that is not a tensor at the start of the file.
+        _check_names(io.BytesIO(_read_pickle(path) if is_zip else start))
         # Mapped, a storage cannot be larger than the file; torch 2.6 would read beyond its end.
         can_be_mapped = is_zip and is_utf8(path)
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
@@ -77,8 +84,8 @@ def check_alike(found: Any, expected: Any, name: str) -> None:
     """Raises ValueError, which says where, unless `found` can take the place of `expected`.
 
     Dicts must have the same keys and lists the same length. A tensor must have the same shape, be
-    of floating point or not as the other is, and be finite; a number must be one, and finite if the
-    other is. In place of None anything can be.
+    floating-point or not as `expected` is, and be finite; a number must be a number, and finite if
+    `expected` is. Anything can take the place of None.
     """
     import torch
 
@@ -86,29 +93,27 @@ def check_alike(found: Any, expected: Any, name: str) -> None:
         _check_tensor_alike(found, expected, name)
     elif isinstance(expected, Mapping):
         if not isinstance(found, Mapping):
-            raise ValueError(f"{name} is no dict")
-        for verb, keys in {
-            "lacks": expected.keys() - found.keys(),
-            "has an unknown": found.keys() - expected.keys(),
-        }.items():
-            if keys:
-                raise ValueError(f"{name} {verb} {min(map(str, keys))[:80]}")
+            raise ValueError(f"{name} is not a dict")
+        missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
+        if missing or unknown:
+            key = min(map(str, missing or unknown))[:80]
+            raise ValueError(f"{name} {'lacks' if missing else 'has an unknown'} {key}")
         for key, value in expected.items():
             check_alike(found[key], value, f"{name} {key}")
     elif isinstance(expected, list | tuple):
         if not isinstance(found, list | tuple) or len(found) != len(expected):
-            raise ValueError(f"{name} is no list of {len(expected)}")
+            raise ValueError(f"{name} is not a list of {len(expected)}")
         for number, pair in enumerate(zip(found, expected, strict=True)):
             check_alike(*pair, f"{name} {number}")
     elif is_number(expected):
         if not is_number(found) or (math.isfinite(expected) and not math.isfinite(found)):
-            raise ValueError(f"{name} is no finite number")
+            raise ValueError(f"{name} is not a finite number")
     elif expected is not None and type(found) is not type(expected):
-        raise ValueError(f"{name} is a {type(found).__name__}, no {type(expected).__name__}")
+        raise ValueError(f"{name} is a {type(found).__name__}, not a {type(expected).__name__}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is an int or a float but NaN; a bool is none."""
+    """Returns whether a value is an int of 64 bits, but not a bool, or a float other than NaN."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**63
     return isinstance(value, float) and not math.isnan(value)
@@ -118,7 +123,7 @@ def _check_tensor_alike(found: Any, expected: Any, name: str) -> None:
     import torch
 
     if not isinstance(found, torch.Tensor):
-        raise ValueError(f"{name} is no tensor")
+        raise ValueError(f"{name} is not a tensor")
     if found.shape != expected.shape:
         raise ValueError(f"{name} is {tuple(found.shape)}, not {tuple(expected.shape)}")
     if found.is_floating_point() != expected.is_floating_point():
@@ -128,8 +133,8 @@ def _check_tensor_alike(found: Any, expected: Any, name: str) -> None:
         raise ValueError(f"{name} has numbers that are not finite")
 
 
-def _pickled_in_zip(path: Path) -> io.BytesIO:
-    """What a file of torch.save holds beside the tensors; raises when its bytes are damaged.
+def _read_pickle(path: Path) -> bytes:
+    """Returns what a zip of torch.save holds beside the tensors; raises when it is damaged.
 
     torch.load checks no sums, and inflates what torch.save would not have compressed.
     """
@@ -145,35 +150,29 @@ def _pickled_in_zip(path: Path) -> io.BytesIO:
         pickles = [e for e in entries if e.filename.lower().endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("a zip that torch.save did not write")
-        if pickles[0].file_size > MOST_PICKLED_BYTES:
+        if pickles[0].file_size > MAX_PICKLED_BYTES:
             raise ValueError("it holds too much beside tensors")
-        return io.BytesIO(archive.read(pickles[0]))
-
-
-def _start_of(path: Path) -> io.BytesIO:
-    """Where a file of torch.save before version 1.6 has all that is no tensor."""
-    with path.open("rb") as file:
-        return io.BytesIO(file.read(MOST_PICKLED_BYTES))
+        return archive.read(pickles[0])
 
 
 def _check_names(pickled: io.BytesIO) -> None:
     """Raises when unpickling would use anything but what files of tensors need."""
     size = len(pickled.getbuffer())
-    for _ in range(5):  # as many pickles stand one after the other in an old file; else it is one
+    for _ in range(5):  # an old file has as many pickles, one after the other; a new one has one
         if pickled.tell() == size:
             return
         for opcode, argument, _ in pickletools.genops(pickled):
             if opcode.name == "STACK_GLOBAL":
                 raise ValueError("it is pickled as no file of tensors is")
             if opcode.name in ("GLOBAL", "INST") and argument not in KNOWN_NAMES:
-                shown = ascii(argument.replace(" ", "."))[1:81]
+                shown = ascii(str(argument).replace(" ", "."))[1:81]
                 raise ValueError(f"it asks for {shown}, which no file of weights needs")
 
 
-def _check_values(contents: Any, most_bytes: int) -> None:
-    """Raises for what is no tensor or plain value, and for tensors larger than the file.
+def _check_values(contents: Any, max_bytes: int) -> None:
+    """Raises for anything but tensors and plain values, and for tensors larger than the file.
 
-    A value in which others stand many times over, or itself, is as many values, or too deep.
+    A value that holds others many times over, or itself, counts as many values, or as too deep.
     """
     import torch
 
@@ -181,9 +180,9 @@ def _check_values(contents: Any, most_bytes: int) -> None:
     while waiting:
         value, depth = waiting.pop()
         number += 1
-        if number > MOST_VALUES:
-            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
-        if depth > DEEPEST_NESTING:
+        if number > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        if depth > MAX_DEPTH:
             raise ValueError("its values are nested too deep")
         if isinstance(value, Mapping):
             waiting += [(part, depth + 1) for item in value.items() for part in item]
@@ -191,26 +190,14 @@ def _check_values(contents: Any, most_bytes: int) -> None:
             waiting += [(part, depth + 1) for part in value]
         elif isinstance(value, torch.Tensor):
             storage = value.untyped_storage().nbytes()
-            if value.numel() * value.element_size() > min(storage, most_bytes):
+            if value.numel() * value.element_size() > min(storage, max_bytes):
                 raise ValueError("a tensor in it is larger than the numbers that it has for it")
         elif value is not None and not isinstance(value, bool | int | float | str):
             raise ValueError(f"it holds a {type(value).__name__}")
 
 
-def _reason_not_written(path: Path, contents: Mapping[str, Any], error: RuntimeError) -> OSError:
-    """torch keeps the reason to itself; the next bytes that are written to the file tell it."""
-    reason = OSError(errno.EIO, str(error).strip().split("\n")[0])
-    try:
-        with path.open("ab") as file:
-            file.write(bytes(2**16))
-    except OSError as of_disk:
-        reason = of_disk
-    megabytes = _num_bytes(contents) / 1e6
-    return OSError(reason.errno, f"{reason.strerror}; {megabytes:,.1f} MB are needed", str(path))
-
-
 def _num_bytes(contents: Any) -> int:
-    """The bytes of all tensors in nested dicts."""
+    """Returns the bytes of all tensors in nested dicts."""
     if isinstance(contents, Mapping):
         return sum(map(_num_bytes, contents.values()))
     return getattr(contents, "nbytes", 0)

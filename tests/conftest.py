@@ -1,6 +1,7 @@
 """Small image folders that tests make for themselves."""
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import runpy
@@ -23,25 +24,33 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 MakeImages = Callable[..., Path]
 
 
-@pytest.fixture
-def make_images(tmp_path: Path) -> MakeImages:
-    """A function that fills a folder with the given number of PNGs of each `<class>` path.
+def draw_images(
+    root: Path, counts: Mapping[str, int], name: str = "raw", size: int = 40, seed: int = 0
+) -> Path:
+    """Fills the folder `name` in `root` with the given number of PNGs of each `<class>` path.
 
     Each image is a tinted, textured square: no two are alike, and the tint tells the class.
     """
+    rng = np.random.default_rng(seed)
+    for number, (folder, count) in enumerate(counts.items()):
+        (root / name / folder).mkdir(parents=True)
+        tint = np.array([(number * 70) % 200, (number * 130) % 200, 60])
+        for i in range(count):
+            pixels = (tint + rng.integers(0, 56, (size, size, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / folder / f"{i:04d}.png")
+    return root / name
 
-    def make(counts: Mapping[str, int], name: str = "raw", size: int = 40, seed: int = 0) -> Path:
-        rng = np.random.default_rng(seed)
-        root = tmp_path / name
-        for number, (folder, count) in enumerate(counts.items()):
-            (root / folder).mkdir(parents=True)
-            tint = np.array([(number * 70) % 200, (number * 130) % 200, 60])
-            for i in range(count):
-                pixels = (tint + rng.integers(0, 56, (size, size, 3))).astype(np.uint8)
-                Image.fromarray(pixels).save(root / folder / f"{i:04d}.png")
-        return root
 
-    return make
+@pytest.fixture
+def make_images(tmp_path: Path) -> MakeImages:
+    """Returns `draw_images` for the test's own folder."""
+    return functools.partial(draw_images, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def make_module_images(tmp_path_factory: pytest.TempPathFactory) -> MakeImages:
+    """Returns `draw_images` for a folder that the tests of a module share."""
+    return functools.partial(draw_images, tmp_path_factory.mktemp("images"))
 
 
 class Started:
@@ -190,3 +199,18 @@ def quick_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     if request.node.get_closest_marker("draws") is None:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+
+
+@pytest.fixture
+def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has runs and evaluations plot next to nothing, unless the test asks for `quick_figures`."""
+    if "quick_figures" in request.fixturenames:
+        return
+    for name in (
+        "experiment.pipeline.plot_data",
+        "experiment.pipeline.plot_learning_curves",
+        "experiment.results.plot_metrics",
+        "experiment.results.plot_examples",
+        "experiment.results.plot_model_comparison",
+    ):
+        monkeypatch.setattr(name, lambda *args, **kwargs: None)

@@ -163,7 +163,7 @@ def observe(here, monkeypatch, capfd):
         done.append((len(pixels), raw.tolist()))
         return raw, calibrated
 
-    def leave(folder, about, model, info, evaluation, dataset, **options):
+    def leave(folder, model, info, evaluation, dataset, **options):
         folder.mkdir(parents=True, exist_ok=True)
         found = [evaluation.labels.tolist(), evaluation.probabilities.tolist()]
         (folder / "metrics.json").write_text(str(found))

@@ -30,7 +30,7 @@ from predict import predict
 from train_models import DEMO_SETTINGS, MODEL_NAMES, Settings, command, main, parse_arguments
 from training import evaluate
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 ROOT = Path(__file__).parents[1]
 RUN_FILES = {
     "config.json", "audit.csv", "splits.csv", "comparison.csv", "comparison.png",
@@ -73,8 +73,7 @@ def errors(text):
 # ---------------------------------------------------------------------------- a run
 
 
-@pytest.mark.draws
-def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, capfd):
+def test_one_command_trains_plots_and_compares_all_four(arguments, tmp_path, capfd, quick_figures):
     assert main(arguments) == 0
     out = tmp_path / "out"
     assert names(out) == RUN_FILES
@@ -101,11 +100,11 @@ def test_one_command_trains_pictures_and_compares_all_four(arguments, tmp_path, 
         low, high = report["test_intervals"]["recall"]
         assert low <= report["test"]["recall"] <= high
         assert comparison.loc[name, ["recall_low", "recall_high"]].tolist() == [low, high]
-        assert comparison.loc[name, "behind_best"] == pytest.approx(
+        assert comparison.loc[name, "gap_to_best"] == pytest.approx(
             comparison["balanced_accuracy"].max() - comparison.loc[name, "balanced_accuracy"]
         )
-        for picture in ("learning_curves.png", "confusion_matrix.png"):
-            with Image.open(out / name / picture) as image:
+        for figure in ("learning_curves.png", "confusion_matrix.png"):
+            with Image.open(out / name / figure) as image:
                 image.load()
     printed = capfd.readouterr().out
     assert "resnet_finetuned (4 of 4)" in printed
@@ -160,7 +159,7 @@ def test_deterministic_algorithms_are_those_of_the_run_alone(arguments, monkeypa
         seen.append(torch.are_deterministic_algorithms_enabled())
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("training.train", fails)
+    monkeypatch.setattr("experiment.pipeline.train", fails)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     words = [*arguments, "--models", "simple_cnn", "--device", "auto", "--deterministic"]
     assert main(words) == 2
@@ -233,7 +232,7 @@ def test_resume_passes_over_what_is_finished_and_finishes_the_rest(arguments, tm
     finished = digest(out / "simple_cnn")
     capfd.readouterr()
     assert main([*arguments, *chosen, "--resume"]) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
     assert digest(out / "simple_cnn") == finished
     assert pd.read_csv(out / "resnet_scratch/predictions.csv").equals(expected)
     assert list(pd.read_csv(out / "comparison.csv")["model"]) == chosen[1:]
@@ -253,7 +252,7 @@ def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, cap
     main([*arguments, "--models", "resnet_scratch", "--num_steps", "3"])
     both = [*arguments, "--models", "simple_cnn", "resnet_scratch", "--resume", "--num_steps", "3"]
     assert main(both) == 2
-    assert "simple_cnn is of another run: num_steps was 4, is 3" in capfd.readouterr().err
+    assert "simple_cnn belongs to another run: num_steps was 4, is 3" in capfd.readouterr().err
     assert main([*simple, "--resume", "--save_dir", str(tmp_path / "out")]) == 0
     (Path(arguments[1]) / "Train/melanoma/0000.png").unlink()
     before = digest(tmp_path / "out")
@@ -276,7 +275,7 @@ def test_the_demo_leaves_a_real_run_alone(arguments, tmp_path, monkeypatch, capf
     before = digest(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert main(["--demo", "--device", "cpu", "--save_dir", "out"]) == 2
-    assert "out holds a run on other images" in capfd.readouterr().err
+    assert "out holds what this run would replace: simple_cnn" in capfd.readouterr().err
     assert digest(tmp_path / "out") == before
 
 
@@ -286,7 +285,7 @@ def test_an_older_run_is_never_taken_for_this_one(arguments, tmp_path, monkeypat
     def fails(*args, **kwargs):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("training.train", fails)
+    monkeypatch.setattr("experiment.pipeline.train", fails)
     assert main([*arguments, "--models", "simple_cnn", "--overwrite"]) == 2
     left = names(tmp_path / "out/simple_cnn")
     assert not {"metrics.json", "last.pth"} & left
@@ -426,8 +425,8 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(
 
 SMALL_DEMO = """
 import functools, sys, train_models
-from imaging import synthetic
-synthetic.make_dataset = functools.partial(synthetic.make_dataset, num_images=60, size=48)
+from experiment import pipeline
+pipeline.make_dataset = functools.partial(pipeline.make_dataset, num_images=60, size=48)
 sys.exit(train_models.main())
 """
 
@@ -547,11 +546,11 @@ def mistakes(make_images, tmp_path):
         (["--data_dir", str(single)], ["one class, a"]),
         (["--data_dir", str(broken)], ["a/cut.jpg (", "b/text.jpg (", "--skip_unreadable"]),
         (["--data_dir", str(tiny), "--batch_size", "2"], ["no images are left for valid, test"]),
-        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in --data_dir"]),
+        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in"]),
         (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
         (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
         (["--learning_rate", "nan"], ["--learning_rate: nan"]),
-        (["--models", "nonsense"], ["--models nonsense", "resnet_head"]),
+        (["--models", "nonsense"], ["no model is named 'nonsense'", "resnet"]),
         (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 sums to 0.9"]),
         (["--weights", "imagenet"], ["resnet18-f37072fd.pth", "--weights none"]),
         (["--weights", str(tmp_path / "gone.pth")], ["gone.pth: no such file"]),
@@ -592,7 +591,7 @@ def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeyp
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
-    monkeypatch.setattr("training.train", fails)
+    monkeypatch.setattr("experiment.pipeline.train", fails)
     assert main([*arguments, "--batch_size", "16", "--accumulate", "2"]) == 2
     (line,) = errors(capfd.readouterr().err)
     assert "out of memory with --batch_size 16; try --batch_size 8 --accumulate 4" in line

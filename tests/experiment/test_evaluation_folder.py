@@ -9,23 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment import results
-from experiment.results import claim, evaluate_folder
+from experiment import results, run_folder
+from experiment.results import EvaluationSettings, evaluate_folder
+from experiment.run_folder import EVALUATION_FILES, RESULT_FILES, TRAINING_FILES, claim
 from models import get_model
 from predict import main
 from storage.tensors import save_tensors
 
 CLASSES = ["melanoma", "nevus", "vascular lesion"]
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """They take seconds, and are tested elsewhere."""
-    monkeypatch.setattr(results, "_picture_figures", lambda *_: None)
-    monkeypatch.setattr(results, "_picture_images", lambda *_: None)
-    monkeypatch.setattr(results, "plot_model_comparison", lambda *_, save_path: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture
@@ -160,8 +153,8 @@ def test_a_new_folder_inside_that_of_a_training_run_is_as_good_as_any(
 @pytest.mark.parametrize(
     "file",
     [
-        *results.RUN_FILES[1:], *results.MODEL_FILES, *results.TRAINING_FILES,
-        *(f"cnn/{name}" for name in (*results.MODEL_FILES, *results.TRAINING_FILES)),
+        *EVALUATION_FILES[1:], *RESULT_FILES, *TRAINING_FILES,
+        *(f"cnn/{name}" for name in (*RESULT_FILES, *TRAINING_FILES)),
         "cnn/config.json", "cnn", "x/metrics.json",
     ],
 )  # fmt: skip
@@ -291,16 +284,18 @@ def test_other_models_measured_on_the_same_images_stay_in_the_comparison(
     tmp_path, images, save_model, measured
 ):
     out, one, two = tmp_path / "out", save_model("one", seed=1), save_model("two", seed=2)
-    evaluate_folder([one], images, out, precision="fp32")
+    evaluate_folder([one], images, out, EvaluationSettings(precision="fp32"))
     before = contents(out / "one")
-    comparison, _ = evaluate_folder([two], images, out, precision="bf16")  # its own settings
+    comparison, _ = evaluate_folder(
+        [two], images, out, EvaluationSettings(precision="bf16")
+    )  # its own settings
     assert comparison["model"].tolist() == ["one", "two"] and measured == ["one", "two"]
     assert contents(out / "one") == before
     assert config(out)["runs"]["one"]["precision"] == "float32"
     assert config(out)["runs"]["two"]["precision"] == "bfloat16"
     assert all(f">{name}<" in (out / "report.html").read_text() for name in ("one", "two"))
     with pytest.warns(UserWarning, match="out: one measured"):
-        comparison, _ = evaluate_folder([one], images, out, precision="fp32")
+        comparison, _ = evaluate_folder([one], images, out, EvaluationSettings(precision="fp32"))
     assert comparison["model"].tolist() == ["one", "two"] and measured == ["one", "two"]
 
 
@@ -388,7 +383,7 @@ def test_an_evaluation_from_before_there_was_a_record_is_not_lost_either(
     evaluate_folder([model], images, out)
     old = {"command": "predict", "settings": {"data_dir": str(images)}}
     (out / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="with nothing on record about its images, which would"):
+    with pytest.raises(ValueError, match="with no record of its images, which would"):
         evaluate_folder([model], images, out)
     evaluate_folder([model], images, out, overwrite=True)
     assert config(out)["kind"] == "evaluation"
@@ -414,7 +409,7 @@ def test_a_folder_in_use_is_said_before_the_models_are_read(
     tmp_path, images, save_model, monkeypatch
 ):
     evaluate_folder([save_model()], images, tmp_path / "out")
-    monkeypatch.setattr(results, "SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(run_folder, "SECONDS_TO_WAIT", 0.1)
     with claim(tmp_path / "out"), pytest.raises(ValueError, match="in use by process"):
         evaluate_folder([tmp_path / "none.pth"], images, tmp_path / "out")
 

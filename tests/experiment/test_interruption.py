@@ -19,7 +19,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dataset import DatasetBuilder, create_dataloaders
-from experiment.results import claim, evaluate_folder
+from experiment import results
+from experiment.results import EvaluationSettings, evaluate_folder
+from experiment.run_folder import claim
 from models import get_model, load_model
 from predict import main as predict_main
 from storage.tensors import save_tensors
@@ -230,6 +232,7 @@ def said_command(line):
     return words[2:]
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("signum", "status"),
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.draws)],
@@ -244,11 +247,11 @@ def test_a_stopped_run_says_the_command_that_ends_it_as_if_it_had_not_been(
     (line,) = capfd.readouterr().err.splitlines()
     assert f"stopped by {signum.name}" in line
     assert main(said_command(line)) == 0
-    for name in ("predictions.csv", "confusion_matrix.png"):
-        whole, resumed = (tmp_path / run / "simple_cnn" / name for run in ("whole", "out"))
-        assert whole.read_bytes() == resumed.read_bytes()
+    whole, resumed = (tmp_path / run / "simple_cnn/predictions.csv" for run in ("whole", "out"))
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, monkeypatch, capfd):
     from imaging import cache
 
@@ -263,26 +266,22 @@ def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, 
         patch.setattr(cache, "make_thumbnail", interrupted)
         assert main(arguments) == 130
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == "train_models.py: stopped by SIGINT; nothing had been begun"
+    assert line == "train_models.py: stopped by SIGINT; nothing had been started"
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "processed").rglob("*.npy"))
     assert main([*arguments, "--resume"]) == 0
 
 
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("where", ["plot_samples", "plot_reliability", "plot_model_comparison"])
 def test_a_signal_while_figures_are_drawn_leaves_none_half_written(
     arguments, tmp_path, monkeypatch, capfd, where
 ):
-    import visualizations
-    from experiment import results
-
-    module = visualizations if where == "plot_samples" else results
-
     def interrupted(*args, save_path, **kwargs):
         send(signal.SIGTERM, signal.SIGTERM)()
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, where, interrupted)
+        patch.setattr(results, where, interrupted)
         assert main(arguments) == 143
     (line,) = capfd.readouterr().err.splitlines()
     assert not list(tmp_path.rglob("*.tmp*"))
@@ -439,17 +438,18 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(arguments, st
 OWNER = """
 import sys, time
 from pathlib import Path
-from experiment.results import claim
+from experiment.run_folder import claim
 with claim(sys.argv[1]):
     Path("claimed").touch()
     time.sleep(600)
 """
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_second_run_names_the_first_and_touches_nothing(
     arguments, start, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr("experiment.results.SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr("experiment.run_folder.SECONDS_TO_WAIT", 0.1)
     out = tmp_path / "out"
     (tmp_path / "owner.py").write_text(OWNER)
     owner = start(tmp_path / "owner.py", out, cwd=tmp_path)
@@ -466,7 +466,7 @@ def test_a_second_run_names_the_first_and_touches_nothing(
     assert main(arguments) == 0  # the claim has gone with its process
     model, found = out / "simple_cnn/model.pth", tmp_path / "found"
     with claim(found), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
-        evaluate_folder([model], arguments[1], found, device="cpu")
+        evaluate_folder([model], arguments[1], found, EvaluationSettings(device="cpu"))
     assert not (found / ".owner").exists()
 
 

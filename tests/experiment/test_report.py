@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiment.report import LARGEST_PNG, write_report
+from experiment.report import MAX_PNG_SIZE, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -278,7 +278,7 @@ def test_models_that_are_told_apart_are_said_to_be(save_dir):
     (save_dir / "comparison.csv").write_text(table)
     texts = Page(write_report(save_dir)).text("p")
     assert not any("do not tell" in text for text in texts)
-    assert "No interval of what another model is behind the best one includes 0." in texts
+    assert "Each other model is behind the best one: no interval of a gap includes 0." in texts
 
 
 def test_a_reader_is_told_what_to_know_before_believing_it(page):
@@ -289,14 +289,14 @@ def test_a_reader_is_told_what_to_know_before_believing_it(page):
 
     assert "53 images of 3 classes, of 1,212 in all" in said("Test split.")
     assert said("Classes with too few test images.").split("images. ")[1].startswith("wart (3):")
-    assert "1 picture in the data under several classes" in said("Contradictory labels.")
+    assert "1 group of equal images with labels of several" in said("Contradictory labels.")
     # The six test images are three pairs of equal files, each pair of two classes.
-    assert "At least 3 test images will be called wrong" in said("Contradictory labels.")
-    assert "is in two splits" in said("Leakage.")
-    assert "1 picture in several of the splits the data came with." in said("Leakage.")
-    assert "1 group of identical files and 0 pairs" in said("Identical pictures.")
-    assert said("Picked on the test images.")
-    assert "Nothing here is approved" in said("No diagnostic device.")
+    assert "must misclassify at least 3 test images." in said("Contradictory labels.")
+    assert "No images that belong together are in different splits." in said("Leakage.")
+    assert "In the splits that the data came with, 1 group of equal images" in said("Leakage.")
+    assert "1 group of identical files and 0 pairs" in said("Duplicates.")
+    assert said("Chosen on the test images.")
+    assert "Nothing here is approved" in said("Not a diagnostic device.")
 
 
 def test_groups_in_several_splits_are_called_leakage(save_dir):
@@ -306,13 +306,13 @@ def test_groups_in_several_splits_are_called_leakage(save_dir):
     assert any(text.startswith("Leakage. 1 group of images that belong") for text in points)
 
 
-def test_pictures_left_out_for_their_labels_are_not_held_against_the_models(save_dir):
+def test_images_left_out_for_their_labels_are_not_held_against_the_models(save_dir):
     config = json.loads((save_dir / "config.json").read_text())
     config["settings"]["label_conflicts"] = "drop"
     write(save_dir / "config.json", config)
     point = next(t for t in Page(write_report(save_dir)).text("li") if t.startswith("Contradict"))
     assert "left out of training and test" in point
-    assert "called wrong" not in point
+    assert "misclassify" not in point
 
 
 def test_a_class_has_its_figures_with_intervals_and_a_dash_where_there_is_none(page):
@@ -328,12 +328,12 @@ def test_screening_calibration_and_subgroups_of_each_model_are_shown(page):
     assert screening + "ROC AUC 0.80 (0.70 to 0.90)" in captions
     assert "Expected calibration error 0.123 0.057" in rows
     assert "Brier score 0.700 –" in rows
-    assert "x 28, too few to say 0.40 (0.20 to 0.60) 0.50 (0.30 to 0.70)" in rows
+    assert "x 28 (too few) 0.40 (0.20 to 0.60) 0.50 (0.30 to 0.70)" in rows
     assert (
-        "Widest gap in balanced accuracy between groups large enough: 0.25 (0.05 to 0.44), "
+        "Widest gap in balanced accuracy between sufficiently large groups: 0.25 (0.05 to 0.44), "
         "highest in “male”, lowest in “female”." in page.text("p")
     )
-    alone = "Malignant against the rest by patient sex alone, without a look at the picture"
+    alone = "Malignant against the rest by patient sex alone, without looking at the image"
     assert f"{alone}: ROC AUC 0.91." in page.text("p")
     assert any(text.startswith(f"A shortcut. {alone}, has") for text in page.text("li"))
     assert "male 12 28 0.66 (0.50 to 0.80)" in rows
@@ -427,7 +427,7 @@ def test_images_of_another_hospital_are_all_test_images_and_nothing_was_trained(
 def test_models_of_other_runs_are_named_and_not_shown(save_dir):
     write(save_dir / "old/metrics.json", metrics_of("old", 0.9, SUPPORT))
     page = Page(write_report(save_dir))
-    assert page.text("h2") == ["Comparison", "Before you believe it", "cnn", "net", "What was run"]
+    assert page.text("h2") == ["Comparison", "Limitations", "cnn", "net", "What was run"]
     assert any("not part of this report: old." in text for text in page.text("p"))
 
 
@@ -440,7 +440,7 @@ def test_every_figure_is_inside_and_its_text_tells_what_it_shows(page):
         assert base64.b64decode(data) == png()
         assert len(image["alt"]) > 30
     alts = " ".join(image["alt"] for image in images)
-    assert "34 of 53 images called right. Commonest mistake: 17 images of melanoma called" in alts
+    assert "34 of 53 images predicted correctly. Most frequent mistake: 17 images of" in alts
     assert "0.48 at step 20 of 30" in alts
     assert "error 0.123 before calibration, 0.057 after" in alts
     assert "cnn 0.50 (0.44 to 0.57); net 0.45" in alts
@@ -448,7 +448,7 @@ def test_every_figure_is_inside_and_its_text_tells_what_it_shows(page):
 
 def test_photographs_are_embedded_smaller_and_figures_at_one_scale(save_dir):
     large = png((600, 400), noise=True)
-    assert len(large) > LARGEST_PNG
+    assert len(large) > MAX_PNG_SIZE
     (save_dir / "samples.png").write_bytes(large)
     images = Page(write_report(save_dir)).all("img")
     (photograph,) = [image for image in images if image["src"].startswith("data:image/jpeg")]
@@ -456,6 +456,11 @@ def test_photographs_are_embedded_smaller_and_figures_at_one_scale(save_dir):
     assert len(data) < len(large) / 2
     assert Image.open(io.BytesIO(data)).size == (600, 400)
     assert (photograph["width"], photograph["height"]) == ("600", "400")
+
+
+def test_a_report_is_written_from_any_working_directory(save_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Page(write_report("models")).words() == Page(write_report(save_dir)).words()
 
 
 # ---------------------------------------------------------------------------- what is not there
@@ -488,8 +493,8 @@ def test_the_least_that_a_model_can_leave_is_enough(tmp_path):
     write(tmp_path / "cnn/metrics.json", {})
     page = Page(write_report(tmp_path))
     assert "cnn has a balanced accuracy of –." in page.text("p")
-    assert page.text("h2") == ["Comparison", "Before you believe it", "cnn", "What was run"]
-    assert any(text.startswith("No diagnostic device.") for text in page.text("li"))
+    assert page.text("h2") == ["Comparison", "Limitations", "cnn", "What was run"]
+    assert any(text.startswith("Not a diagnostic device.") for text in page.text("li"))
 
 
 def test_a_run_of_an_earlier_version_is_reported(save_dir):
@@ -625,7 +630,7 @@ def test_the_report_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser():
     """Chromium, headless; without it the test is skipped, but fails where CI says that it is CI."""
     missing = [] if CHROMIUM.exists() else [f"Chromium at {CHROMIUM} (apt-get install chromium)"]

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from sklearn.metrics import recall_score
 
-from experiment.results import _label_of, evaluate_folder
+from experiment.results import EvaluationSettings, evaluate_folder, find_label
 from models import ModelInfo
 from predict import main as predict_main
 from storage.tensors import load_tensors, save_tensors
@@ -18,17 +19,23 @@ from train_models import main as train_main
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
 
-@pytest.fixture
-def trained(make_images, tmp_path):
+@pytest.fixture(scope="module")
+def trained(make_module_images):
     """A small model of three classes, trained for a few steps, and the folder of its images."""
-    root = make_images({"melanoma": 14, "nevus": 12, "vascular lesion": 12})
+    root = make_module_images({"melanoma": 14, "nevus": 12, "vascular lesion": 12})
     arguments = [
-        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
+        "--data_dir", str(root), "--save_dir", str(root.parent / "out"), "--image_size", "32",
         "--num_steps", "12", "--batch_size", "8", "--models", "simple_cnn", "--device", "cpu",
         "--learning_rate", "0.01", "--dropout_rate", "0",
     ]  # fmt: skip
-    assert train_main(arguments) == 0
-    return tmp_path / "out/simple_cnn/model.pth", root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", save_a_pixel)
+        assert train_main(arguments) == 0
+    return root.parent / "out/simple_cnn/model.pth", root
+
+
+def save_a_pixel(figure, file, *, format, **options):
+    Image.new("RGB", (1, 1)).save(file, format)
 
 
 @pytest.mark.draws
@@ -38,7 +45,9 @@ def test_other_images_are_measured_as_the_test_split_was(
     model, _ = trained
     # Another hospital names its folders otherwise, and has not all classes.
     other = make_images({"Nevi/Melanomas": 9, "Vascular_Lesion": 8}, name="other", seed=3)
-    comparison, unreadable = evaluate_folder([model], other, tmp_path / "found", device="cpu")
+    comparison, unreadable = evaluate_folder(
+        [model], other, tmp_path / "found", EvaluationSettings(device="cpu")
+    )
     assert unreadable == []
     report = json.loads((tmp_path / "found/simple_cnn/metrics.json").read_text())
     predictions = pd.read_csv(tmp_path / "found/simple_cnn/predictions.csv")
@@ -91,7 +100,7 @@ def test_images_are_labelled_by_diagnosis_where_the_model_has_another_name_for_i
     words = ["--model", str(trained[0]), "--evaluate", str(tmp_path / "found"), "--device", "cpu"]
     assert predict_main([*words, str(other)]) == 0
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.endswith("that the model has by another name: NV as nevus, mel as melanoma")
+    assert line.endswith("classes named otherwise in the model: NV as nevus, mel as melanoma")
     predictions = pd.read_csv(tmp_path / "found/simple_cnn/predictions.csv")
     assert predictions["true_class"].value_counts().to_dict() == {
         "melanoma": 6, "nevus": 5, "vascular lesion": 4,
@@ -101,10 +110,10 @@ def test_images_are_labelled_by_diagnosis_where_the_model_has_another_name_for_i
 def test_a_class_of_the_images_that_may_be_several_of_the_model_is_refused():
     classes = ["melanoma in situ", "Melanoma Invasive", "nevus"]
     with pytest.raises(ValueError, match="class mel, which may be several .* in situ, Melanoma"):
-        _label_of("mel", classes)
-    assert _label_of("Melanoma, invasive", classes) == 1
-    assert _label_of("melanoma", ["melanoma in situ", "melanoma"]) == 1
-    assert _label_of("melanoma (in situ)", ["melanoma", "nevus"]) == 0
+        find_label("mel", classes)
+    assert find_label("Melanoma, invasive", classes) == 1
+    assert find_label("melanoma", ["melanoma in situ", "melanoma"]) == 1
+    assert find_label("melanoma (in situ)", ["melanoma", "nevus"]) == 0
 
 
 def test_what_an_earlier_model_took_for_benign_counts_as_benign_only_if_it_is_known_to_be():
@@ -133,10 +142,10 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
         [model, Path(tmp_path / "again/simple_cnn/model.pth")], root, tmp_path / "found"
     )
     assert comparison["model"].tolist() == ["simple_cnn", "simple_cnn (2)"]
-    assert comparison["behind_best"].tolist() == [0, 0]
-    assert comparison.loc[0, ["behind_best_low", "behind_best_high"]].tolist() == [0, 0]
+    assert comparison["gap_to_best"].tolist() == [0, 0]
+    assert comparison.loc[0, ["gap_to_best_low", "gap_to_best_high"]].tolist() == [0, 0]
     # A twin may be better or worse on other images, the best never than itself.
-    assert comparison["behind_best_low"][1] < 0 < comparison["behind_best_high"][1]
+    assert comparison["gap_to_best_low"][1] < 0 < comparison["gap_to_best_high"][1]
 
 
 @pytest.mark.draws
@@ -148,7 +157,9 @@ def test_a_model_of_before_calibrations_is_measured_with_its_own_probabilities(t
         del contents[name]
     (tmp_path / "old").mkdir()
     save_tensors(tmp_path / "old/model.pth", contents)
-    evaluate_folder([tmp_path / "old/model.pth"], root, tmp_path / "found", device="cpu")
+    evaluate_folder(
+        [tmp_path / "old/model.pth"], root, tmp_path / "found", EvaluationSettings(device="cpu")
+    )
     report = json.loads((tmp_path / "found/old/metrics.json").read_text())
     before, after = report["calibration"]["before"], report["calibration"]["after"]
     assert after["count"] == before["count"]

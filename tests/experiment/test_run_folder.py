@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import settings
-from experiment.results import evaluate_folder
+from experiment.results import EvaluationSettings, evaluate_folder
 from experiment.run_folder import (
     AUDIT,
     DATA,
@@ -102,7 +102,7 @@ def test_resuming_goes_on_with_the_same_run_alone(tmp_path, state, record):
     if state == "nothing" or record == RUN:
         folder.check(["cnn"], RUN, resume=True, may_replace=False)
         return
-    with pytest.raises(ValueError, match=r"--resume: .*cnn is of another run: .*--overwrite"):
+    with pytest.raises(ValueError, match=r"--resume: .*cnn belongs to another run: .*--overwrite"):
         folder.check(["cnn"], RUN, resume=True, may_replace=False)
 
 
@@ -188,7 +188,7 @@ def test_names_of_a_config_never_reach_other_folders(tmp_path):
 
 # ---------------------------------------------------------------------------- the command
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture
@@ -202,18 +202,6 @@ def arguments(make_images, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Has the command draw few figures: they take most of the time and none is looked at here."""
-    for drawing in (
-        "experiment.pipeline._picture_data",
-        "experiment.results._picture_figures",
-        "experiment.results._picture_images",
-        "visualizations.plot_learning_curves",
-    ):
-        monkeypatch.setattr(drawing, lambda *args, **kwargs: None)
-
-
 def refusal(words, capfd):
     """The one line with which the command refuses these arguments."""
     capfd.readouterr()
@@ -223,7 +211,9 @@ def refusal(words, capfd):
     return line
 
 
-def test_the_same_command_again_passes_over_what_is_finished(arguments, tmp_path, capfd):
+def test_the_same_command_again_passes_over_what_is_finished(
+    arguments, tmp_path, capfd, quick_figures
+):
     assert main(arguments) == 0
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir() if p.is_file()} <= {*RUN_FILES, ".lock"}
@@ -233,13 +223,13 @@ def test_the_same_command_again_passes_over_what_is_finished(arguments, tmp_path
     before = contents(out / "simple_cnn"), (out / "config.json").read_bytes()
     capfd.readouterr()
     assert main(arguments) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
     assert (contents(out / "simple_cnn"), (out / "config.json").read_bytes()) == before
     assert {p.name for p in out.iterdir() if p.is_file()} <= {*RUN_FILES, ".lock"}
     assert (out / "report.html").exists() and (out / "comparison.csv").exists()
 
 
-def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd, quick):
+def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/notes.txt").write_text("mine")
@@ -255,10 +245,10 @@ def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd, quick
     assert config["command"].endswith("--overwrite") and config["runs"]["simple_cnn"]
     assert "overwrite" not in config["runs"]["simple_cnn"]
     assert main([*arguments, "--num_steps", "3", "--overwrite"]) == 0  # even when nothing differs
-    assert "finished already" not in capfd.readouterr().out
+    assert "already finished" not in capfd.readouterr().out
 
 
-def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capfd, quick):
+def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/metrics.json").unlink()
@@ -274,7 +264,7 @@ def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capf
 
 
 def test_other_models_of_the_same_data_stay_in_the_report_with_their_settings(
-    arguments, tmp_path, capfd, quick
+    arguments, tmp_path, capfd
 ):
     main(arguments)
     out = tmp_path / "out"
@@ -297,7 +287,7 @@ def test_other_models_of_the_same_data_stay_in_the_report_with_their_settings(
     assert len(pd.read_csv(out / "comparison.csv")) == 2
 
 
-def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd, quick):
+def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/notes.txt").write_text("mine")
@@ -316,7 +306,7 @@ def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd, qui
     assert list(read_config(out)["runs"]) == ["resnet_scratch"]
 
 
-def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd, quick):
+def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd):
     main(arguments)
     names = [p.relative_to(arguments[1]).as_posix() for p in Path(arguments[1]).rglob("*.png")]
     table = pd.DataFrame({"path": names, "site": [name[-5] for name in names]})
@@ -325,10 +315,15 @@ def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd, quic
     assert "columns of metadata_csv was None, is " in refusal(words, capfd)
 
 
-def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capfd, quick):
+def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capfd):
     main(arguments)
     elsewhere = tmp_path / "elsewhere"
-    evaluate_folder([tmp_path / "out/simple_cnn/model.pth"], arguments[1], elsewhere, device="cpu")
+    evaluate_folder(
+        [tmp_path / "out/simple_cnn/model.pth"],
+        arguments[1],
+        elsewhere,
+        EvaluationSettings(device="cpu"),
+    )
     assert kind_of_run(read_config(elsewhere)) == EVALUATION
     before = contents(elsewhere)
     options = ["--save_dir", str(elsewhere)]
@@ -338,7 +333,7 @@ def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capf
 
 
 def test_an_audit_is_shared_by_a_run_on_the_same_images_and_replaced_by_one_on_others(
-    arguments, make_images, tmp_path, capfd, quick
+    arguments, make_images, tmp_path, capfd
 ):
     out, of_audit = tmp_path / "out", arguments[:6]
     other = make_images({"melanoma": 12, "nevus": 12}, name="other", seed=1)
@@ -367,11 +362,11 @@ def test_an_audit_is_shared_by_a_run_on_the_same_images_and_replaced_by_one_on_o
 
 
 @pytest.fixture
-def demo(tmp_path, monkeypatch, quick):
+def demo(tmp_path, monkeypatch):
     """The demo with few images and steps, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     draw_few = functools.partial(make_dataset, num_images=60, size=48)
-    monkeypatch.setattr("imaging.synthetic.make_dataset", draw_few)
+    monkeypatch.setattr("experiment.pipeline.make_dataset", draw_few)
     quick_settings = replace(DEMO_SETTINGS, num_steps=2, batch_size=8, models=("simple_cnn",))
     monkeypatch.setattr(settings, "DEMO_SETTINGS", quick_settings)
     return ["--demo", "--weights", "none", "--device", "cpu"]
@@ -384,7 +379,7 @@ def test_the_demo_replaces_its_own_folder_alone(demo, tmp_path, capfd):
     assert read_config(out)["command"] == said
     before = contents(out / "simple_cnn")
     assert main(demo) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
     assert contents(out / "simple_cnn") == before
     assert main([*demo, "--num_steps", "3"]) == 0
     assert list(pd.read_csv(out / "simple_cnn/history.csv")["step"]) == [3]
@@ -401,9 +396,12 @@ def test_the_demo_replaces_its_own_folder_alone(demo, tmp_path, capfd):
 def test_the_demo_never_replaces_a_run_on_other_images(demo, arguments, tmp_path, capfd):
     main([*arguments, "--save_dir", "models/demo"])
     before = contents(tmp_path / "models/demo")
-    for more in ([], ["--resume"], ["--audit_only"]):
-        words = ["--demo", *more] if "--audit_only" in more else [*demo, *more]
-        assert "models/demo holds a" in refusal(words, capfd)
+    for words, said in (
+        (demo, "models/demo holds what this run would replace: simple_cnn"),
+        ([*demo, "--resume"], "models/demo/simple_cnn belongs to another run"),
+        (["--demo", "--audit_only"], "models/demo holds a training run on other images"),
+    ):
+        assert said in refusal(words, capfd)
     assert contents(tmp_path / "models/demo") == before
 
 
@@ -428,7 +426,7 @@ def no_image_is_read(monkeypatch):
 
     monkeypatch.setattr(cache, "read_regular_file", fails)
     monkeypatch.setattr("torch.hub.download_url_to_file", fails)
-    monkeypatch.setattr("imaging.synthetic.make_dataset", fails)
+    monkeypatch.setattr("experiment.pipeline.make_dataset", fails)
 
 
 # A mistake of each kind and what is said of it, in the order in which they are looked for.
@@ -523,7 +521,7 @@ def test_of_several_processes_the_batches_count_together(arguments, monkeypatch,
     assert "--batch_size 9 in 4 processes, 36 together, is more than the 34 images" in message
 
 
-def test_finished_models_need_no_weights(arguments, tmp_path, capfd, quick):
+def test_finished_models_need_no_weights(arguments, tmp_path, capfd):
     import torch
 
     from models import get_model
@@ -534,4 +532,4 @@ def test_finished_models_need_no_weights(arguments, tmp_path, capfd, quick):
     assert main(words) == 0
     weights.unlink()
     assert main(words) == 0
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out

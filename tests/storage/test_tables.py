@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset import DatasetBuilder
-from experiment.report import _read_findings
+from experiment.run_files import read_findings
 from predict import main as predict_main
 from storage.files import join_names, open_csv, read_csv, split_names, write_csv, write_json
 from train_models import main as train_main
@@ -171,7 +171,7 @@ def test_a_run_reads_its_own_splits_again(run, raw):
 def test_the_report_reads_the_audit_as_it_was_found(run, raw):
     options = {"image_size": 32, "labels_csv": raw.parent / "table.csv"}
     findings = DatasetBuilder(raw, **options).audit()
-    found = _read_findings(run / "audit.csv")
+    found = read_findings(run / "audit.csv")
     assert "contradiction" in set(findings["kind"])
     for name in ("kind", "images", "classes"):
         assert found[name].tolist() == findings[name].tolist()
