@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -34,13 +34,14 @@ from learning.hardware import autocast, choose_device, memory_format_for, resolv
 from models import LesionClassifier, ModelInfo, load_model
 from storage.files import name_column, printable, write_atomically, write_csv
 
-AIM = "sensitivity 95%"  # of the thresholds that models bring, the one that flags are set by
+DEFAULT_AIM = "sensitivity 95%"  # of the thresholds in a model.pth, the one that sets flags
+AIM = DEFAULT_AIM  # its former name
 BATCHES_AHEAD = 2  # of images decoded while a GPU works; on the CPU both would want the same cores
 
 
 def predict_batches(
     model: Paths, images: Paths, **options: Any
-) -> Iterator[tuple[pd.DataFrame, list[str]]]:
+) -> Generator[tuple[pd.DataFrame, list[str]]]:
     """Yields the table of `predict.predict` batch by batch, each with what could not be read.
 
     `options` are those of `predict.predict`, see `PredictionOptions`. However many images there
@@ -89,7 +90,7 @@ def find_files(images: Paths) -> list[str]:
     images = as_list(images)
     if not images:
         raise ValueError("no images are given; name files or folders")
-    missing = [printable(str(path)) for path in images if not os.path.exists(path)]
+    missing = [printable(path) for path in images if not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no such file or folder")
     found: list[str] = []
@@ -293,7 +294,7 @@ def _rows_to(output: str | Path | None) -> Iterator[Callable[[pd.DataFrame], Non
 
 
 def _check_folder_of_overlays(
-    folder: Path, images: Sequence[str | os.PathLike], output: str | Path | None
+    folder: Path, images: Sequence[str], output: str | Path | None
 ) -> None:
     """Raises ValueError for a file, or a folder whose overlays would be taken for images."""
     if folder.exists() and not folder.is_dir():
@@ -308,9 +309,7 @@ def _check_folder_of_overlays(
         raise ValueError(f"{folder} is to be a folder, and {output} a file; choose another")
 
 
-def _check_alike(
-    path: str | os.PathLike, info: ModelInfo, first_path: str | os.PathLike, first: ModelInfo
-) -> None:
+def _check_alike(path: str, info: ModelInfo, first_path: str, first: ModelInfo) -> None:
     """Raises ValueError when the mean of two models' probabilities would mean nothing."""
     for name in ("classes", "image_size", "preprocessors", "malignant_classes"):
         own, other = info[name], first[name]
@@ -321,9 +320,7 @@ def _check_alike(
             )
 
 
-def _check_preprocessors(
-    path: str | os.PathLike, info: ModelInfo, preprocessors: Sequence[Preprocessor]
-) -> None:
+def _check_preprocessors(path: str, info: ModelInfo, preprocessors: Sequence[Preprocessor]) -> None:
     trained_with, given = info.preprocessors or "none", fingerprint(preprocessors) or "none"
     if trained_with == given:
         return
@@ -340,14 +337,15 @@ def _check_preprocessors(
 
 def _mean_thresholds(infos: Sequence[ModelInfo]) -> dict[str, float]:
     """Returns the mean of the thresholds that all models have."""
-    brought = [
-        {name: aims[AIM] for name, aims in info.thresholds.items() if AIM in aims} for info in infos
+    stored = [
+        {name: aims[DEFAULT_AIM] for name, aims in info.thresholds.items() if DEFAULT_AIM in aims}
+        for info in infos
     ]
     return {
         # A sum of probabilities, from which a threshold is taken, can be a little above 1.
-        name: min(sum(thresholds[name] for thresholds in brought) / len(brought), 1.0)
-        for name in brought[0]
-        if all(name in thresholds for thresholds in brought)
+        name: min(sum(thresholds[name] for thresholds in stored) / len(stored), 1.0)
+        for name in stored[0]
+        if all(name in thresholds for thresholds in stored)
     }
 
 

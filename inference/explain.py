@@ -1,4 +1,4 @@
-"""Grad-CAM: what a model looked at."""
+"""Grad-CAM: the parts of an image on which a prediction rests."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ from models import LesionClassifier, evaluation_mode
 from storage.files import write_atomically
 from visualizations import overlay_heatmap
 
-SMALLEST_MAP = 4  # on a side; the one place of a 1 x 1 map would explain nothing
+MIN_MAP_SIZE = 4  # on a side; the one place of a 1 x 1 map would explain nothing
+SMALLEST_MAP = MIN_MAP_SIZE  # its former name
 
 
 def gradcam(
     model: LesionClassifier, images: Tensor | np.ndarray, labels: Sequence[int] | np.ndarray
 ) -> np.ndarray:
-    """Where a model saw what speaks for a class, float32 `(N, H, W)` in [0, 1].
+    """Returns heatmaps of where each image raises the logit of a class, float32 `(N, H, W)`.
 
     `images` are float `(N, 3, H, W)` in [0, 1], `labels` int `(N,)` the classes to explain. With
-    A_k the maps that the last convolution stage gives (of images below 128 pixels an earlier one of
-    a ResNet, with maps of 4 x 4 or more) and y the class's logit, it is ReLU(sum_k a_k
-    A_k), where a_k is the mean of dy/dA_k over the map (Selvaraju et al. 2017), scaled up
-    bilinearly to the image and divided by its maximum; where nothing speaks for the class it is 0.
-    Computed in float32. The model is left as it was, on its device. Raises ValueError for labels
-    that do not fit.
+    A_k the feature maps of the model's last layer where they are 4 x 4 or more, and y the class's
+    logit, a heatmap is ReLU(sum_k a_k A_k), where a_k is the mean of dy/dA_k over the map
+    (Selvaraju et al. 2017), scaled up bilinearly to the image and divided by its maximum, if that
+    is not 0. Computed in float32. The model is left as it was, on its device. Raises ValueError for
+    labels that do not fit, and for a backbone without feature maps.
     """
     images = torch.as_tensor(images, dtype=torch.float32, device=model.mean.device)
-    labels = torch.as_tensor(labels, dtype=torch.int64, device=model.mean.device)
+    classes = torch.as_tensor(labels, dtype=torch.int64, device=model.mean.device)
     num_classes = model.config["num_classes"]
-    if labels.shape != images.shape[:1] or ((labels < 0) | (labels >= num_classes)).any():
+    if classes.shape != images.shape[:1] or ((classes < 0) | (classes >= num_classes)).any():
         raise ValueError(f"labels must be {len(images)} numbers from 0 to {num_classes - 1}")
     activations: list[Tensor] = []
 
@@ -48,7 +48,7 @@ def gradcam(
         parameters = {name: p.detach() for name, p in module.named_parameters()}
         return functional_call(module, parameters, values)
 
-    layer = model.feature_map_layer(min(images.shape[2:]), SMALLEST_MAP)
+    layer = model.feature_map_layer(min(images.shape[2:]), MIN_MAP_SIZE)
     hook = layer.register_forward_hook(start_graph_here)
     try:
         with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
@@ -56,7 +56,7 @@ def gradcam(
             features = apply(model.backbone, (images - model.mean) / model.std)
             logits = apply(model.head, features.float())
             # A copy, as one made in inference mode cannot be part of a graph.
-            score = logits.gather(1, labels.clone()[:, None]).sum()
+            score = logits.gather(1, classes.clone()[:, None]).sum()
             (gradients,) = torch.autograd.grad(score, activations)
     finally:
         hook.remove()
@@ -68,7 +68,7 @@ def gradcam(
 
 
 def overlay_name(path: str) -> str:
-    """A file name that tells the image, and its path from all others with the same name."""
+    """Returns a file name with the image's own name and a digest of its path."""
     stem = "".join(c if c.isprintable() and c not in '\\:*?"<>|' else "_" for c in Path(path).stem)
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{stem[:48]}-{digest[:12]}.png"  # the longest name that file systems take has 255 bytes

@@ -23,7 +23,7 @@ def export_onnx(model: str | Path, path: str | Path) -> None:
     raw, for probabilities softmax(log_softmax(logits) / temperature + bias). What is needed to use
     it is in the metadata as JSON: `classes`, `image_size`, `shorter_side` (to which an image is
     scaled before the crop of `image_size` from its middle), `preprocessors` (the fingerprint of
-    one's own, empty for none), `temperature`, `bias`.
+    custom ones, empty for none), `temperature`, `bias`.
 
     Raises ModuleNotFoundError when the packages that this needs are missing, and ValueError when
     the logits differ.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 NUM_VIEWS = 8  # flips and quarter-turns of a square
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,6 @@ def check_file_to_write(path: str | Path, suffixes: Sequence[str]) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
 
 
-def as_list(paths: Paths) -> list[str | os.PathLike]:
-    """Returns one path or several as a list."""
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+def as_list(paths: Paths) -> list[str]:
+    """Returns one path or several as a list of strings."""
+    return list(map(os.fspath, [paths] if isinstance(paths, str | os.PathLike) else paths))
