@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrM
 
 from evaluation import best_evaluation
 from evaluation.metrics import Curve, compute_precision_recall_curve, compute_roc_curve
+from imaging.decode import as_uint8
 from storage.files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
@@ -343,7 +344,7 @@ def plot_samples(
 
     Raises ValueError for no images, another shape or range, or labels that do not fit.
     """
-    images = _checked_images(images, "images", ndim=4)
+    images = as_uint8(images, "images", ndim=4)
     labels = _checked_labels(labels, "labels", len(images), len(class_names))
     shown = np.unique(labels)
     rows = [images[labels == label][:_SAMPLES_PER_CLASS] for label in shown]
@@ -371,8 +372,8 @@ def plot_augmentations(
 
     Raises ValueError for no views, another shape or range, or views of another size.
     """
-    original = _checked_images(original, "original", ndim=3)
-    augmented = _checked_images(augmented, "augmented", ndim=4)
+    original = as_uint8(original, "original", ndim=3)
+    augmented = as_uint8(augmented, "augmented", ndim=4)
     if augmented.shape[1:] != original.shape:
         raise ValueError(
             f"augmented has images of shape {augmented.shape[1:]}, original is {original.shape}"
@@ -403,8 +404,8 @@ def plot_pairs(
 ) -> Figure:
     """Draws findings of an audit, two images of each side by side with their classes and paths.
 
-    `pairs` is the table that `imaging.audit.worst_pairs` gives; `images` holds for each of its rows two
-    images (H, W, 3) of any size, uint8 or float in [0, 1].
+    `pairs` is the table that `imaging.audit.worst_pairs` gives; `images` holds two images for each
+    of its rows, (H, W, 3) of any size, uint8 or float in [0, 1].
 
     Raises ValueError when a column is missing, there is no row, or images are of another number,
     shape or range.
@@ -433,7 +434,7 @@ def plot_pairs(
         ):
             axes_of_pair[0].set_title(heading, loc="left", fontsize=7)
             for ax, image, text in zip(axes_of_pair, two, texts, strict=True):
-                image = _checked_images(image, "an image of a pair", ndim=3)
+                image = as_uint8(image, "an image of a pair", ndim=3)
                 _draw_captioned_image(ax, image, text)
     return figure
 
@@ -454,7 +455,7 @@ def plot_mistakes(
 
     Raises ValueError for no images, another shape, range or number, or an image that is no mistake.
     """
-    images = _checked_images(images, "images", ndim=4)
+    images = as_uint8(images, "images", ndim=4)
     true_classes = _checked_names(true_classes, "true_classes", len(images))
     predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
     right = [i for i in range(len(images)) if true_classes[i] == predicted_classes[i]]
@@ -493,7 +494,7 @@ def plot_gradcams(
 
     Raises ValueError for no images, or another shape, range or number.
     """
-    images = _checked_images(images, "images", ndim=4)
+    images = as_uint8(images, "images", ndim=4)
     heatmaps = _checked_shares(heatmaps, "heatmaps", images.shape[:3])
     true_classes = _checked_names(true_classes, "true_classes", len(images))
     predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
@@ -530,7 +531,7 @@ def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
 
     Raises ValueError for another shape or range.
     """
-    image, heatmap = _checked_images(image, "image", ndim=3), np.asarray(heatmap)
+    image, heatmap = as_uint8(image, "image", ndim=3), np.asarray(heatmap)
     _checked_shares(heatmap, "heatmap", image.shape[:2])
     return _blend(image, heatmap, 0.6 * heatmap[..., None])
 
@@ -709,21 +710,6 @@ def _counts_by_class_and_split(metadata: pd.DataFrame) -> pd.DataFrame:
     counts = pd.crosstab(classes, splits)[order]
     largest_first = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index
     return counts.loc[largest_first]
-
-
-def _checked_images(images: np.ndarray, name: str, ndim: int) -> np.ndarray:
-    images = np.asarray(images)
-    if images.ndim != ndim or images.shape[-1] != 3 or not images.size:
-        expected = "(N, H, W, 3)" if ndim == 4 else "(H, W, 3)"
-        raise ValueError(f"{name} has shape {images.shape}; it must be {expected}, and not empty")
-    if images.dtype == np.uint8:
-        return images
-    low, high = images.min(), images.max()
-    if not np.issubdtype(images.dtype, np.floating) or not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(
-            f"{name} is {images.dtype} from {low} to {high}; it must be uint8, or float in [0, 1]"
-        )
-    return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _checked_labels(

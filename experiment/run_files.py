@@ -179,12 +179,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        return pd.DataFrame()
-    try:
-        return read_csv(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a table in CSV ({error})") from error
+    return read_csv(path) if path.exists() else pd.DataFrame()
 
 
 def _read_numbers(path: Path) -> pd.DataFrame:

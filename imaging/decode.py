@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -113,6 +114,26 @@ def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Imag
     if orientation in TURN_UPRIGHT:
         image = image.transpose(TURN_UPRIGHT[orientation])
     return image, (width, height) if orientation < 5 else (height, width)
+
+
+def as_uint8(images: ArrayLike, name: str, ndim: int = 3) -> np.ndarray:
+    """Returns RGB images, uint8 or float in [0, 1], as uint8 `(..., H, W, 3)` of `ndim` dimensions.
+
+    Raises ValueError, which calls them `name`, for anything else.
+    """
+    images = np.asarray(images)
+    if images.ndim != ndim or images.shape[-1] != 3 or not images.size:
+        expected = "(N, H, W, 3)" if ndim == 4 else "(H, W, 3)"
+        raise ValueError(f"{name} has shape {images.shape}; it must be {expected}, and not empty")
+    if images.dtype == np.uint8:
+        return np.ascontiguousarray(images)
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"{name} is {images.dtype}; it must be uint8, or float in [0, 1]")
+    # Interpolation may leave [0, 1] by a rounding error; anything beyond that is another range.
+    low, high = images.min(), images.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"{name} has values from {low} to {high}; floats must be in [0, 1]")
+    return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def scaled_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from imaging import audit
-from imaging.decode import UnreadableImageError, decode, read_regular_file, scaled_size
+from imaging.decode import UnreadableImageError, as_uint8, decode, read_regular_file, scaled_size
 from storage.files import printable
 
 MAX_REPETITIONS = 25  # of each probe image, to notice a preprocessor that is random
@@ -303,20 +303,5 @@ def _preprocess(image: np.ndarray, preprocessors: Sequence[Preprocessor]) -> np.
             result = preprocessor(image)
         except Exception as error:
             raise ValueError(f"preprocessor {name}: {type(error).__name__}: {error}") from error
-        image = _as_uint8(result, name)
+        image = as_uint8(result, f"the result of preprocessor {name}")
     return image
-
-
-def _as_uint8(image: Any, name: str) -> np.ndarray:
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"preprocessor {name} gave shape {image.shape}; it must be (h, w, 3)")
-    if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
-    if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"preprocessor {name} gave {image.dtype}; it must be uint8 or float")
-    # Interpolation may leave [0, 1] by a rounding error; anything beyond that is another range.
-    if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):
-        low, high = image.min(), image.max()
-        raise ValueError(f"preprocessor {name} gave values from {low} to {high}; not in [0, 1]")
-    return np.round(image.clip(0, 1) * 255).astype(np.uint8)

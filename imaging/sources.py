@@ -122,10 +122,7 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{printable(path)}: no such file")
-    try:
-        table = read_csv(path)
-    except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
-        raise ValueError(f"{printable(path)}: not a table in CSV ({error})") from error
+    table = read_csv(path)
     missing = [name for name in columns if name not in table]
     if missing:
         raise ValueError(

@@ -87,23 +87,26 @@ def read_csv(path: str | Path) -> "pd.DataFrame":
     """Reads a table in CSV, every cell as the text that it holds; an empty cell is missing (NaN).
 
     The file is UTF-8, with or without a byte order mark. Bytes that are not UTF-8, as file names
-    may have them, become surrogate escapes, as in Python's own paths. Raises ValueError for a file
-    that is no such table.
+    may have them, become surrogate escapes, as in Python's own paths. Raises ValueError naming a
+    file that is no such table.
     """
     import pandas as pd
 
-    # From the open file, as pandas would take some names for addresses or for archives.
-    with open(path, "rb") as file:
-        table = pd.read_csv(
-            file,
-            dtype=object,  # not str, which pyarrow, where it is installed, limits to valid UTF-8
-            keep_default_na=False,
-            na_values=[""],
-            encoding="utf-8-sig",
-            encoding_errors="surrogateescape",
-        )
-    if not isinstance(table.index, pd.RangeIndex):
-        raise ValueError("its rows have more cells than its header has names")
+    try:
+        # From the open file, as pandas would take some names for addresses or for archives.
+        with open(path, "rb") as file:
+            table = pd.read_csv(
+                file,
+                dtype=object,  # not str, which pyarrow, if it is installed, limits to valid UTF-8
+                keep_default_na=False,
+                na_values=[""],
+                encoding="utf-8-sig",
+                encoding_errors="surrogateescape",
+            )
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("its rows have more cells than its header has names")
+    except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
+        raise ValueError(f"{printable(path)}: not a table in CSV ({error})") from error
     return table
 
 
