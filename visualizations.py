@@ -23,12 +23,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from evaluation import best_evaluation
-from evaluation.metrics import compute_precision_recall_curve, compute_roc_curve
+from evaluation.metrics import Curve, compute_precision_recall_curve, compute_roc_curve
 from imaging.decode import as_uint8
 from storage.files import write_atomically
 
@@ -83,7 +82,6 @@ _METRICS = {
     "balanced_accuracy": "balanced accuracy",
 }
 _SAMPLES_PER_CLASS = 6
-_MOST_MISTAKES = 12
 _HEATMAP_COLOURS = "viridis"
 _HEATMAP_OPACITY = 0.5
 
@@ -94,7 +92,7 @@ def plot_learning_curves(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Loss, precision, recall and learning rate over the steps, the best evaluation marked.
+    """Draws loss, precision, recall and learning rate over the steps, the best evaluation marked.
 
     `history` holds equally long columns, an entry an evaluation: `step`, `learning_rate`,
     `train_loss`, `valid_loss`, and in [0, 1] `valid_precision`, `valid_recall` and
@@ -103,7 +101,8 @@ def plot_learning_curves(
 
     Raises ValueError when a column is missing, lengths differ, or there is no entry.
     """
-    table = _history_table(history)
+    columns = [line[0] for lines in _LEARNING_PANELS.values() for line in lines]
+    table = _checked_table(history, "history", ["step", *columns]).astype(float)
     with _figure((7.2, 5.0), title, save_path) as figure:
         panels = figure.subplots(2, 2, sharex=True).flat
         dot = 5 if len(table) <= 50 else 2  # small ones still show a value between two gaps
@@ -132,7 +131,7 @@ def plot_confusion_matrix(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Each pair of true and predicted class: the count, and its share of the true class as colour.
+    """Draws the count of each true and predicted class, its share of the true class as colour.
 
     `confusion` holds counts (C, C), a row a true class and a column a predicted one; `class_names`
     the C names. The row of a class without images stays empty.
@@ -170,7 +169,7 @@ def plot_roc_pr_curves(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """ROC and precision-recall curves of each class against the rest, with the areas under them.
+    """Draws ROC and precision-recall curves of each class against the rest, with their areas.
 
     `y_true` (N,) are the indices of the true classes in `class_names`, `y_prob` (N, C) a
     probability for each class. A class without images, or that all images have, has no curve. The
@@ -182,18 +181,23 @@ def plot_roc_pr_curves(
     y_prob = _checked_shares(y_prob, "y_prob", (np.size(y_true), len(class_names)))
     y_true = _checked_labels(y_true, "y_true", *y_prob.shape)
     support = np.bincount(y_true, minlength=len(class_names))
-    shown = np.flatnonzero((support > 0) & (support < len(y_true)))
+    shown = [label for label, n in enumerate(support) if 0 < n < len(y_true)]
     width = max(7.2, 2 * ((_longest(class_names) + 18) * _INCHES_PER_CHARACTER + 0.8))
     with _figure((width, 3.8 + 0.15 * len(shown)), title, save_path) as figure:
         figure.set_layout_engine("constrained")  # "compressed" lets wide legends overlap
-        panels = figure.subplots(1, 2)
-        for ax in panels:
-            ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
-            if not len(shown):
-                ax.text(0.5, 0.5, "all images are of one class", ha="center", va="center")
-        names = {label: class_names[label] for label in shown}
-        _draw_roc_curves(panels[0], y_true, y_prob, names)
-        _draw_precision_recall_curves(panels[1], y_true, y_prob, names)
+        roc, precision_recall = figure.subplots(1, 2)
+        roc.set(xlabel="False positive rate", ylabel="True positive rate (recall)")
+        curves = {label: compute_roc_curve(y_true == label, y_prob[:, label]) for label in shown}
+        _draw_curves(roc, curves, class_names, "Area under the curve")
+        if shown:
+            _draw_diagonal(roc)
+        precision_recall.set(xlabel="Recall", ylabel="Precision")
+        curves = {
+            label: compute_precision_recall_curve(y_true == label, y_prob[:, label])
+            for label in shown
+        }
+        names = [f"{name} (n = {n:,})" for name, n in zip(class_names, support, strict=True)]
+        _draw_curves(precision_recall, curves, names, "Average precision", drawstyle="steps-post")
     return figure
 
 
@@ -204,7 +208,7 @@ def plot_reliability(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """How often predictions are right over how probable they are, before and after calibration.
+    """Draws how often predictions are right over their probability, before and after calibration.
 
     `before` and `after` are what `evaluation.reliability` gives: in equal bins of [0, 1]
     `confidence`, `accuracy` and `count`, and over them `expected_calibration_error`. On the
@@ -213,8 +217,11 @@ def plot_reliability(
 
     Raises ValueError when one of these is missing, there is no bin, or their numbers differ.
     """
-    curves = {"before": before, "after": after}
-    bins = {name: _checked_bins(curve, name) for name, curve in curves.items()}
+    columns = ["confidence", "accuracy", "count", "expected_calibration_error"]
+    bins = {
+        name: _checked_table(curve, name, columns).astype(float)
+        for name, curve in {"before": before, "after": after}.items()
+    }
     num_bins = len(bins["before"])
     if len(bins["after"]) != num_bins:
         raise ValueError(f"before has {num_bins} bins, after has {len(bins['after'])}")
@@ -233,11 +240,11 @@ def plot_reliability(
         counts.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
         counts.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         errors = [
-            f"{curve['expected_calibration_error']:.3f}  {name} calibration"
-            for name, curve in curves.items()
+            f"{table['expected_calibration_error'][0]:.3f}  {name} calibration"
+            for name, table in bins.items()
         ]
         heading = "Expected calibration error"
-        _put_legend_below(figure, diagram.lines[1:], errors, columns=1, title=heading)
+        _put_legend_below(figure, diagram.lines[1:], errors, ncols=1, title=heading)
     return figure
 
 
@@ -248,7 +255,7 @@ def plot_class_metrics(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Recall and precision of each class with their intervals, and its number of images.
+    """Draws recall and precision of each class with their intervals, and its number of images.
 
     `per_class` has by class name `recall` and `precision`, in [0, 1], and `support`; `intervals`
     by the same names [low, high] of both. These are the `per_class` of `evaluation.compute_metrics`
@@ -256,8 +263,18 @@ def plot_class_metrics(
 
     Raises ValueError when there is no class, or one lacks any of these.
     """
-    _check_class_metrics(per_class, intervals)
     names = list(per_class)
+    incomplete = [
+        name
+        for name in names
+        if not {"recall", "precision", "support"} <= set(per_class[name])
+        or not {"recall", "precision"} <= set(intervals.get(name, ()))
+    ]
+    if incomplete or not names:
+        raise ValueError(
+            "per_class must have recall, precision and support of one class or more, and intervals "
+            f"recall and precision of the same; lacking of: {', '.join(incomplete) or 'all'}"
+        )
     size = (4.6 + _longest(names) * _INCHES_PER_CHARACTER, 0.32 * len(names) + 1.0)
     with _figure(size, title, save_path) as figure:
         ax = figure.add_subplot()
@@ -265,10 +282,9 @@ def plot_class_metrics(
         for index, (metric, (colour, marker)) in enumerate(styles.items()):
             rows = np.arange(len(names)) + 0.36 * (index - 0.5)
             values = np.array([per_class[name][metric] for name in names], dtype=float)
-            ends = [intervals[name][metric] for name in names]
-            ends = np.array([(None, None) if e is None else e for e in ends], dtype=float)
+            ends = [intervals[name][metric] or (None, None) for name in names]
             ax.plot(values, rows, color=colour, marker=marker, markersize=4, linestyle="")
-            _draw_intervals(ax, rows, values, ends, colour)
+            _draw_intervals(ax, rows, values, np.array(ends, dtype=float), colour)
         _name_rows(ax, names)
         _write_beside_rows(ax, "Images", [f"{per_class[name]['support']:,}" for name in names])
         ax.hlines(np.arange(1, len(names)) - 0.5, 0, 1, color=_LIGHT_GREY, linewidth=0.6, zorder=0)
@@ -281,7 +297,7 @@ def plot_class_metrics(
 def plot_class_distribution(
     metadata: pd.DataFrame, *, title: str | None = None, save_path: str | Path | None = None
 ) -> Figure:
-    """The number of images of each class in each split, as bars, the largest class on top.
+    """Draws the number of images of each class in each split as bars, the largest class on top.
 
     `metadata` is a table with a row an image and the columns `class` and `split`. The splits train,
     valid and test come first, others after them in order of appearance.
@@ -289,10 +305,10 @@ def plot_class_distribution(
     Raises ValueError when a column is missing, a class or split is, or there is no row.
     """
     counts = _counts_by_class_and_split(metadata)
-    num_classes, num_splits = counts.shape
+    names, (num_classes, num_splits) = list(counts.index), counts.shape
     bar = 0.8 / num_splits
     height = num_classes * max(0.14 * num_splits + 0.08, 0.3) + 0.9
-    size = (4.6 + _longest(counts.index) * _INCHES_PER_CHARACTER, height)
+    size = (4.6 + _longest(names) * _INCHES_PER_CHARACTER, height)
     with _figure(size, title, save_path) as figure:
         ax = figure.add_subplot()
         handles = []
@@ -303,7 +319,7 @@ def plot_class_distribution(
             texts = [f"{count:,}" for count in counts[split]]
             ax.bar_label(bars, texts, padding=2, fontsize=6.5)
             handles.append(bars)
-        _name_rows(ax, counts.index)
+        _name_rows(ax, names)
         ax.margins(x=0.1)
         ax.set_xlabel("Images")
         _use_whole_numbers(ax)
@@ -514,7 +530,7 @@ def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
 def plot_model_comparison(
     comparison: pd.DataFrame, *, title: str | None = None, save_path: str | Path | None = None
 ) -> Figure:
-    """The metrics of each model as bars, and beside them its training time and size.
+    """Draws the metrics of each model as bars, and beside them its training time and size.
 
     `comparison` is a table with a row a model, shown in that order, and the columns `model`;
     `precision`, `recall`, `f1` and `balanced_accuracy`, in [0, 1]; `training_time`, in seconds; and
@@ -523,8 +539,8 @@ def plot_model_comparison(
 
     Raises ValueError when a column is missing or there is no row.
     """
-    _check_table(comparison, "comparison", ["model", *_METRICS, "training_time", "parameters"])
-    names = comparison["model"].astype(str)
+    columns = ["model", *_METRICS, "training_time", "parameters"]
+    names = list(_checked_table(comparison, "comparison", columns)["model"].astype(str))
     metrics = comparison[list(_METRICS)].astype(float)
     intervals = {
         name: comparison[[f"{name}_low", f"{name}_high"]].to_numpy(dtype=float)
@@ -565,19 +581,6 @@ def _figure(
         figure.savefig(drawn, format=suffix, dpi=200, bbox_inches="tight")
         with write_atomically(save_path) as temporary:
             temporary.write_bytes(drawn.getbuffer())
-
-
-def _history_table(history: Mapping[str, Sequence[float | None]] | pd.DataFrame) -> pd.DataFrame:
-    columns = ["step", *(line[0] for lines in _LEARNING_PANELS.values() for line in lines)]
-    missing = [name for name in columns if name not in history]
-    if missing:
-        raise ValueError(f"history lacks {', '.join(missing)}")
-    lengths = {name: len(history[name]) for name in columns}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"history has columns of different lengths: {lengths}")
-    if not lengths["step"]:
-        raise ValueError("history has no entry; there is nothing to draw")
-    return pd.DataFrame({name: np.asarray(history[name], dtype=float) for name in columns})
 
 
 def _mark_best_evaluation(figure: Figure, table: pd.DataFrame) -> None:
@@ -669,68 +672,16 @@ def _line_style(label: int) -> dict[str, Any]:
     }
 
 
-def _draw_roc_curves(
-    ax: Axes, y_true: np.ndarray, y_prob: np.ndarray, names: Mapping[int, str]
-) -> None:
-    ax.set(xlabel="False positive rate", ylabel="True positive rate (recall)")
-    areas = []
-    for label, name in names.items():
-        curve = compute_roc_curve(y_true == label, y_prob[:, label])
-        ax.plot(curve.x, curve.y, **_line_style(label))
-        areas.append(f"{curve.area:.3f}  {name}")
-    if areas:
-        _put_legend_under(ax, areas, "Area under the curve")
-        _draw_diagonal(ax)
-
-
-def _draw_precision_recall_curves(
-    ax: Axes, y_true: np.ndarray, y_prob: np.ndarray, names: Mapping[int, str]
-) -> None:
-    ax.set(xlabel="Recall", ylabel="Precision")
-    areas = []
-    for label, name in names.items():
-        is_class = y_true == label
-        curve = compute_precision_recall_curve(is_class, y_prob[:, label])
-        ax.plot(curve.x, curve.y, drawstyle="steps-post", **_line_style(label))
-        areas.append(f"{curve.area:.3f}  {name} (n = {is_class.sum():,})")
-    if areas:
-        _put_legend_under(ax, areas, "Average precision")
-
-
 def _draw_diagonal(ax: Axes) -> None:
     ax.plot([0, 1], [0, 1], color="0.7", linewidth=0.6, zorder=0)
 
 
-def _checked_bins(curve: Mapping[str, Any], name: str) -> pd.DataFrame:
-    columns = ["confidence", "accuracy", "count"]
-    missing = [key for key in [*columns, "expected_calibration_error"] if key not in curve]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}")
-    lengths = {column: len(curve[column]) for column in columns}
-    if len(set(lengths.values())) > 1 or not lengths["count"]:
-        raise ValueError(f"{name} must have as many bins in each, 1 or more; it has {lengths}")
-    return pd.DataFrame({column: np.asarray(curve[column], dtype=float) for column in columns})
-
-
-def _check_class_metrics(
-    per_class: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Any]]
-) -> None:
-    if not per_class:
-        raise ValueError("per_class has no class; there is nothing to draw")
-    wanted = {"per_class": ["recall", "precision", "support"], "intervals": ["recall", "precision"]}
-    for table_name, table in {"per_class": per_class, "intervals": intervals}.items():
-        for class_name in per_class:
-            missing = [key for key in wanted[table_name] if key not in table.get(class_name, {})]
-            if missing:
-                raise ValueError(f"{table_name} lacks {', '.join(missing)} of {class_name}")
-
-
 def _counts_by_class_and_split(metadata: pd.DataFrame) -> pd.DataFrame:
-    _check_table(metadata, "metadata", ["class", "split"])
-    lacking = int(metadata[["class", "split"]].isna().any(axis=1).sum())
+    table = _checked_table(metadata, "metadata", ["class", "split"])
+    lacking = int(table.isna().any(axis=1).sum())
     if lacking:
         raise ValueError(f"metadata has {lacking} rows without a class or split")
-    classes, splits = metadata["class"].astype(str), metadata["split"].astype(str)
+    classes, splits = table["class"].astype(str), table["split"].astype(str)
     usual = ["train", "valid", "test"]
     order = sorted(splits.unique(), key=lambda s: usual.index(s) if s in usual else len(usual))
     counts = pd.crosstab(classes, splits)[order]
@@ -805,35 +756,27 @@ def _draw_captioned_image(ax: Axes, image: np.ndarray, caption: str) -> None:
     ax.set_xlabel(caption, parse_math=False, fontsize=6.5)
 
 
-def _grid_size(pictures: np.ndarray, captions: Sequence[str], columns: int) -> tuple[float, float]:
-    """The inches that captioned pictures take, in rows of `columns` on a page 7.2 inches wide."""
+def _grid_size(images: np.ndarray, captions: Sequence[str], columns: int) -> tuple[float, float]:
+    """The inches that captioned images take, in rows of `columns` on a page 7.2 inches wide."""
     num_rows = math.ceil(len(captions) / columns)
     num_lines = max(caption.count("\n") + 1 for caption in captions)
     cell = 7.2 / columns
-    height = cell * pictures.shape[1] / pictures.shape[2] + 0.12 * num_lines + 0.12
+    height = cell * images.shape[1] / images.shape[2] + 0.12 * num_lines + 0.12
     return cell * min(columns, len(captions)), num_rows * height + 0.2
 
 
-def _draw_grid(figure: Figure, pictures: np.ndarray, captions: Sequence[str], columns: int) -> None:
-    columns = min(columns, len(pictures))
-    axes = figure.subplots(math.ceil(len(pictures) / columns), columns, squeeze=False)
+def _draw_grid(figure: Figure, images: np.ndarray, captions: Sequence[str], columns: int) -> None:
+    columns = min(columns, len(images))
+    axes = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, picture, caption in zip(axes.flat, pictures, captions, strict=False):
-        _draw_captioned_image(ax, picture, caption)
+    for ax, image, caption in zip(axes.flat, images, captions, strict=False):
+        _draw_captioned_image(ax, image, caption)
 
 
 def _blend(images: np.ndarray, heatmaps: np.ndarray, opacity: np.ndarray | float) -> np.ndarray:
     colours = 255 * matplotlib.colormaps[_HEATMAP_COLOURS](heatmaps)[..., :3]
     return np.round((1 - opacity) * images + opacity * colours).astype(np.uint8)
-
-
-def _check_table(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise ValueError(f"{name} lacks the columns {', '.join(missing)}")
-    if table.empty:
-        raise ValueError(f"{name} has no rows; there is nothing to draw")
 
 
 def _in_readable_unit(seconds: pd.Series) -> tuple[pd.Series, str]:
@@ -910,30 +853,52 @@ def _write_beside_rows(ax: Axes, heading: str, texts: Sequence[str]) -> None:
 
 
 def _put_legend_below(
-    figure: Figure,
-    handles: Sequence[object],
-    names: Sequence[str],
-    *,
-    columns: int = 4,
-    title: str | None = None,
+    figure: Figure, handles: Sequence[Any], names: Sequence[str], ncols: int = 4, **options: Any
 ) -> None:
-    place = {"loc": "outside lower center", "ncols": min(len(names), columns)}
-    legend = figure.legend(handles, [""] * len(names), **place, title=title)
-    _write_legend(legend, names)
-
-
-def _put_legend_under(ax: Axes, names: Sequence[str], title: str) -> None:
-    """A legend of the lines in `ax`, one a row, below the label of its x axis."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
-    legend = ax.legend(ax.lines, [""] * len(names), **place, handlelength=4, title=title)
-    _write_legend(legend, names)
-
-
-def _write_legend(legend: Legend, names: Sequence[str]) -> None:
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name)  # given at once, a name with a leading underscore would be left out
+    options |= {"loc": "outside lower center", "ncols": min(len(names), ncols)}
+    _put_legend(figure, handles, names, **options)
 
 
 def _longest(names: Sequence[str]) -> int:
     return max(len(name) for name in names)
+
+
+_MAX_MISTAKES = 12
+
+
+def _draw_curves(
+    ax: Axes, curves: Mapping[int, Curve], names: Sequence[str], heading: str, **style: Any
+) -> None:
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+    if not curves:
+        ax.text(0.5, 0.5, "all images are of one class", ha="center", va="center")
+        return
+    for label, curve in curves.items():
+        ax.plot(curve.x, curve.y, **_line_style(label), **style)
+    texts = [f"{curve.area:.3f}  {names[label]}" for label, curve in curves.items()]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "handlelength": 4}
+    _put_legend(ax, ax.lines, texts, **place, title=heading)
+
+
+def _checked_table(
+    values: pd.DataFrame | Mapping[str, Any], name: str, columns: Sequence[str]
+) -> pd.DataFrame:
+    missing = [column for column in columns if column not in values]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    try:
+        table = pd.DataFrame({column: values[column] for column in columns})
+    except ValueError as error:  # lengths differ
+        raise ValueError(f"{name}: {error}") from error
+    if table.empty:
+        raise ValueError(f"{name} has no rows; there is nothing to draw")
+    return table
+
+
+def _put_legend(
+    owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any
+) -> None:
+    legend = owner.legend(handles, [""] * len(names), **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)  # given at once, a name with a leading underscore would be left out
