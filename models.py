@@ -1,19 +1,17 @@
-"""The four classifiers, behind `get_model` and `load_model`.
+"""The classifiers, behind `get_model` and `load_model`, and what a `model.pth` holds.
 
-Every model takes float32 images `(B, 3, H, W)` in [0, 1], normalises them to ImageNet's mean and
-deviation itself, and gives float32 logits `(B, num_classes)`. Its `config` holds the arguments of
-`get_model` that rebuild it.
+Every model takes float32 images `(B, 3, H, W)` in [0, 1], normalises them itself as its backbone
+needs, and gives float32 logits `(B, num_classes)`. Its `config` holds the arguments of `get_model`
+that rebuild it.
 """
 
 import contextlib
 import difflib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -22,8 +20,8 @@ from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
 from evaluation import Calibration, counted_as
 from imaging.lesions import is_malignant
-from storage.files import lock
 from storage.tensors import check_alike, is_number, load_tensors, save_tensors
+from storage.weights import download_weights, load_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,7 +33,7 @@ STARTS = ("scratch", "head", "finetuned")
 
 @dataclass(frozen=True)
 class Backbone:
-    """Describes a backbone: how it is built, its default weights, its input and its feature maps.
+    """Describes a backbone: how it is built, its weights, its input and its feature maps.
 
     Attributes
     ----------
@@ -63,7 +61,7 @@ def _build_resnet(layers: int) -> tuple[nn.Module, int]:
     return backbone, num_features
 
 
-# To add a backbone, add an entry: `get_model` knows it as <name>_scratch, _head and _finetuned.
+# `get_model` knows each entry as <name>_scratch, <name>_head and <name>_finetuned.
 BACKBONES = {
     f"resnet{layers}": Backbone(
         build=partial(_build_resnet, layers),
@@ -75,7 +73,7 @@ BACKBONES = {
 
 
 class ClassificationHead(nn.Sequential):
-    """Dense 256, ReLU, dropout, dense 128, ReLU, dropout, dense `num_classes`."""
+    """Classifies features by three dense layers, of 256, 128 and `num_classes` outputs."""
 
     def __init__(self, in_features: int, num_classes: int, dropout_rate: float) -> None:
         super().__init__(
@@ -94,7 +92,7 @@ def _of_channels(values: tuple[float, float, float]) -> Tensor:
 
 
 class LesionClassifier(nn.Module):
-    """A backbone from normalised images to features `(B, F)`, and the common head.
+    """Joins a backbone, from normalised images to features `(B, F)`, to the common head.
 
     `mean`, `std` and `feature_maps` are those of `Backbone`.
     """
@@ -122,11 +120,6 @@ class LesionClassifier(nn.Module):
         self.register_buffer("mean", _of_channels(mean), persistent=False)
         self.register_buffer("std", _of_channels(std), persistent=False)
 
-    def freeze_backbone(self) -> None:
-        """Keeps the backbone as it is from now on, so that training changes the head alone."""
-        self.is_frozen = True
-        self.backbone.requires_grad_(False).eval()
-
     def train(self, mode: bool = True) -> "LesionClassifier":
         """Sets the training mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
@@ -135,37 +128,37 @@ class LesionClassifier(nn.Module):
         return self
 
     def feature_map_layer(self, image_size: int, min_map_size: int = 1) -> nn.Module:
-        """Returns the last layer whose feature maps tell enough places of an image apart.
+        """Returns the last layer whose maps of such images have `min_map_size` places on a side.
 
-        It is the last whose maps of images of `image_size` pixels have `min_map_size` places on a
-        side or more, or else the first. Raises ValueError for a backbone without feature maps.
+        Without any, it is the first layer with maps. Raises ValueError for a backbone that names
+        no layers with maps.
         """
         if not self.feature_maps:
-            raise ValueError("the model's backbone names no feature maps")
+            raise ValueError("the model's backbone names no layers with feature maps")
         large = (name for name, stride in self.feature_maps if image_size / stride >= min_map_size)
         return self.backbone.get_submodule(next(large, self.feature_maps[-1][0]))
 
     def features(self, images: Tensor) -> Tensor:
-        """Features `(B, F)` of images `(B, 3, H, W)` in [0, 1]."""
+        """Returns the features `(B, F)` of images `(B, 3, H, W)` in [0, 1]."""
         with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
             return self.backbone((images - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of images `(B, 3, H, W)` in [0, 1]."""
+        """Returns the logits `(B, num_classes)` of images `(B, 3, H, W)` in [0, 1]."""
         features = self.features(images)
-        # Eight bits of mantissa would make different logits equal, so the head never runs in bf16.
+        # With the eight bits of bf16's mantissa, different logits would become equal.
         with torch.autocast(images.device.type, enabled=False):
             return self.head(features.float())
 
 
 class SimpleCNN(LesionClassifier):
-    """Two convolutions with average pooling, dense 256, and the common head: the baseline.
+    """Classifies by two convolutions with average pooling: the baseline.
 
     Stride 2 in both 5 x 5 convolutions gives the published 3.4 million parameters at 224 pixels.
     """
 
     def __init__(self, num_classes: int, dropout_rate: float = 0.7, image_size: int = 224) -> None:
-        # Two convolutions of stride 2, which round up, and two poolings, which round down.
+        # The two convolutions of stride 2 round up, the two poolings round down.
         side = ((image_size + 1) // 2 // 2 + 1) // 2 // 2
         if side < 1:
             raise ValueError(f"image_size {image_size} is too small for SimpleCNN; use 11 or more")
@@ -184,20 +177,21 @@ class SimpleCNN(LesionClassifier):
         self.image_size = image_size
 
     def features(self, images: Tensor) -> Tensor:
+        """Returns the features `(B, 256)` of images of the size that the model is made for."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"this SimpleCNN is made for images of {self.image_size} pixels, not of "
+                f"this SimpleCNN takes images of {self.image_size} pixels on a side, not "
                 f"{tuple(images.shape[-2:])}; give get_model the image_size of the data"
             )
         return super().features(images)
 
 
 class BackboneClassifier(LesionClassifier):
-    """A backbone of the table with the common head, whose weights `start` tells.
+    """Classifies by a backbone of `BACKBONES`.
 
-    They are random for "scratch", pretrained for "finetuned", and pretrained and frozen for "head".
-    `weights` is "imagenet" (the backbone's default weights), the path of a state dict, or None for
-    random weights.
+    `start` is "scratch" (random weights), "finetuned" (pretrained) or "head" (pretrained and
+    frozen). `weights` is "imagenet" (the backbone's default weights), the path of a state dict, or
+    None for random weights.
     """
 
     def __init__(
@@ -214,23 +208,21 @@ class BackboneClassifier(LesionClassifier):
         super().__init__(module, num_features, num_classes, dropout_rate, *of_entry)
         if start != "scratch" and weights is not None:
             path = pretrained_weights(backbone) if weights == "imagenet" else Path(weights)
-            _load_backbone(module, path, backbone)
-        if start == "head":
-            self.freeze_backbone()
+            load_weights(module, path, backbone, entry.classifier)
+        self.is_frozen = start == "head"
+        if self.is_frozen:
+            module.requires_grad_(False).eval()
 
 
 class ResNetFromScratch(BackboneClassifier):
-    """A ResNet (He et al. 2015) from random weights, and the common head."""
+    """Classifies by a ResNet (He et al. 2015) that starts from random weights."""
 
     def __init__(self, num_classes: int, layers: int = 50, dropout_rate: float = 0.7) -> None:
         super().__init__(f"resnet{layers}", "scratch", num_classes, dropout_rate)
 
 
 class FinetunedResNet(BackboneClassifier):
-    """A ResNet from pretrained weights, trained whole with the common head.
-
-    `weights` is "imagenet", the path of a torchvision state dict, or None for random weights.
-    """
+    """Classifies by a ResNet that starts from pretrained weights; see `BackboneClassifier`."""
 
     start = "finetuned"
 
@@ -245,10 +237,7 @@ class FinetunedResNet(BackboneClassifier):
 
 
 class FinetunedHeadResNet(FinetunedResNet):
-    """A pretrained ResNet that stays as it is, batch-norm statistics included; the head is trained.
-
-    `weights` as for FinetunedResNet.
-    """
+    """Classifies by a pretrained ResNet that stays as it is, batch-norm statistics included."""
 
     start = "head"
 
@@ -273,14 +262,11 @@ def get_model(
 ) -> LesionClassifier:
     """Returns the classifier of the given name: one of `MODELS`, or `<backbone>_<start>`.
 
-    The backbone is one of `BACKBONES`; the start is scratch (random weights), finetuned (pretrained
-    weights) or head (pretrained weights of which training changes the head alone).
-
-    `layers` (18, 34 or 50) is the depth of the three ResNets in `MODELS`, `image_size` the side in
-    pixels that SimpleCNN's dense layer is made for. `weights` is "imagenet" (the backbone's default
-    weights, downloaded once), the path of a state dict, or None; models that start from random
-    weights ignore "imagenet". With a `seed`, random weights depend on `(seed, name)` alone and the
-    global random state stays as it was; without, they are drawn from it.
+    `<backbone>` is one of `BACKBONES`, `<start>` is scratch, finetuned or head, for which
+    `BackboneClassifier` describes `weights`; models that start from random weights ignore
+    "imagenet". `layers` is the depth of the ResNets in `MODELS`, `image_size` the side in pixels of
+    the images that SimpleCNN is made for. With a `seed`, random weights depend on `(seed, name)`
+    alone and the global random state stays as it was; without, they are drawn from it.
 
     Raises ValueError for an unknown name, depth or dropout rate, fewer than two classes, weights
     that do not fit, or a path of weights for a model that starts from random ones, and
@@ -296,32 +282,28 @@ def get_model(
         raise ValueError(f"layers is {layers}; ResNets are built with 18, 34 or 50")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate is {dropout_rate}; it must be 0 or more and less than 1")
-    arguments: dict[str, Any] = {"num_classes": num_classes, "dropout_rate": dropout_rate}
-    if is_pretrained(name):
-        arguments["weights"] = weights
-    elif weights not in ("imagenet", None):
+    if not is_pretrained(name) and weights not in ("imagenet", None):
         raise ValueError(f"{name} starts from random weights and takes none from {weights}")
-    build: Callable[..., LesionClassifier]
-    if name == "simple_cnn":
-        build = partial(SimpleCNN, image_size=image_size)
-    elif name in MODELS:
-        build = partial(MODELS[name], layers=layers)
-    else:
-        backbone, start = name.rsplit("_", 1)
-        build = partial(BackboneClassifier, backbone, start)
 
     # Weights are drawn on the CPU, so its generator alone is set and put back.
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             entropy = np.random.SeedSequence([seed, *name.encode()])
             torch.default_generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        model = build(**arguments)
+        if name == "simple_cnn":
+            model: LesionClassifier = SimpleCNN(num_classes, dropout_rate, image_size)
+        elif name in MODELS:
+            more = {"weights": weights} if is_pretrained(name) else {}
+            model = MODELS[name](num_classes, layers, dropout_rate, **more)
+        else:
+            backbone, start = name.rsplit("_", 1)
+            model = BackboneClassifier(backbone, start, num_classes, dropout_rate, weights)
     model.config = {
         "name": name,
         "num_classes": num_classes,
         "layers": layers,
         "dropout_rate": dropout_rate,
-        "weights": None,  # what was loaded here has been trained since: a checkpoint brings its own
+        "weights": None,  # a checkpoint brings the trained ones
         "image_size": image_size,
     }
     return model
@@ -341,21 +323,24 @@ def is_pretrained(name: str) -> bool:
     return name.endswith(("_head", "_finetuned"))
 
 
+_NOT_GIVEN: list[str] = []  # in place of class names that the file does not have
+
+
 @dataclass(frozen=True, eq=False)
 class ModelInfo(Mapping[str, Any]):
-    """Holds what a `model.pth` says of its model, which is all that is in it but the weights.
+    """Holds all that is in a `model.pth` but the weights.
 
-    It is a mapping too: `info["classes"]` is `info.classes`, and what a later version of the
-    project has added to the file is in `others` and in the mapping. What files of earlier versions
-    do not have is here as if it had no effect.
+    It is a mapping too: `info["classes"]` is `info.classes`. Keys that a later version of the
+    project has added to the file are in `others` and in the mapping; what earlier versions did not
+    write has a default without effect.
 
     Attributes
     ----------
     config : the arguments of `get_model` that rebuild the model
     classes : names in label order
     image_size : side of the images in pixels
-    preprocessors : fingerprint of those that the images went through; empty for none
-    precision : "fp32", "bf16" or "fp16", in which it was trained; empty where the file does not say
+    preprocessors : fingerprint of the user's preprocessors; empty for none
+    precision : "fp32", "bf16" or "fp16", in which it was trained; empty if unknown
     metrics : of the best evaluation on the validation images
     temperature, bias : of the `calibration`; 1 and zeros change nothing
     thresholds : of calibrated probabilities, by what is screened for and by aim
@@ -372,29 +357,29 @@ class ModelInfo(Mapping[str, Any]):
     temperature: float = 1.0
     bias: list[float] = field(default_factory=list)
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
-    malignant_classes: list[str] | None = None
-    unknown_classes: list[str] | None = None
+    malignant_classes: list[str] = field(default_factory=lambda: _NOT_GIVEN)
+    unknown_classes: list[str] = field(default_factory=lambda: _NOT_GIVEN)
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.bias, list) and not self.bias:
+        if self.bias == []:
             object.__setattr__(self, "bias", [0.0] * len(self.classes))
-        if self.malignant_classes is None:
+        if self.malignant_classes is _NOT_GIVEN:
             counted = counted_as(self.classes)
             object.__setattr__(self, "malignant_classes", counted["malignant"])
             object.__setattr__(self, "unknown_classes", counted["unknown"])
-        elif self.unknown_classes is None:
-            # Written before these were recorded, when all other classes counted as benign. Only
-            # those that are known to be benign do here.
+        elif self.unknown_classes is _NOT_GIVEN:
+            # Earlier versions counted all other classes as benign; now the known ones alone are.
             others = [name for name in self.classes if name not in self.malignant_classes]
             doubtful = [name for name in others if is_malignant(name) is not False]
             object.__setattr__(self, "unknown_classes", doubtful)
 
     @classmethod
     def from_contents(cls, contents: Mapping[str, Any]) -> "ModelInfo":
-        """Returns what the contents of a `model.pth` say; raises ValueError when it cannot be."""
-        if not _are_names(contents["classes"]):
-            raise ValueError("its classes are no list of different names")
+        """Returns what these contents of a file say; raises ValueError if they are inconsistent."""
+        classes = contents["classes"]
+        if not _are_names(classes) or len(set(classes)) < len(classes):
+            raise ValueError("classes must be a list of different names")
         known = {name: contents[name] for name in _INFO_NAMES if name in contents}
         others = {n: contents[n] for n in contents if n not in (*_INFO_NAMES, "state_dict")}
         info = cls(**known, others=others)
@@ -407,6 +392,7 @@ class ModelInfo(Mapping[str, Any]):
 
     @property
     def calibration(self) -> Calibration:
+        """Returns how the model's probabilities are calibrated."""
         return Calibration(float(self.temperature), tuple(map(float, self.bias)))
 
     def __getitem__(self, name: str) -> Any:
@@ -424,94 +410,76 @@ _INFO_NAMES = tuple(each.name for each in fields(ModelInfo) if each.name != "oth
 
 
 def load_model(path: str | Path) -> tuple[LesionClassifier, ModelInfo]:
-    """The trained model in a `model.pth`, on the CPU in evaluation mode, and what else it holds.
+    """Returns the trained model in a `model.pth`, on the CPU in evaluation mode, and its info.
 
-    Raises FileNotFoundError when there is no such file, and ValueError when it is no `model.pth`,
-    its weights are not finite, or what it says does not fit together.
+    Raises FileNotFoundError when there is no such file, and ValueError when it is not a
+    `model.pth`, its weights are not finite, or its contents are inconsistent.
     """
     contents = load_tensors(path)
     found = set(contents) if isinstance(contents, dict) else set()
     missing = sorted({"config", "classes", "image_size", "state_dict"} - found)
     if missing:
-        raise ValueError(f"{path}: not a model saved by this project (no {', '.join(missing)})")
+        raise ValueError(f"{path}: not a model of this project ({', '.join(missing)} missing)")
     try:
         info = ModelInfo.from_contents(contents)
         return _restored(info.config, contents["state_dict"]).eval(), info
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # get_model's of a config
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: a model that cannot be used ({reason})") from error
+        raise ValueError(f"{path}: cannot load this model ({reason})") from error
 
 
 def _restored(config: dict[str, Any], weights: Any) -> LesionClassifier:
-    """The model that a config describes, with these weights."""
-    # Without numbers, which takes no time and no memory, whatever sizes the config claims. The
-    # weights are all here: the config must not make another file be read or downloaded.
+    """Returns the model that a config describes, with these weights."""
+    # On the meta device, sizes that a config claims take no time and no memory. `weights` is None,
+    # as a config must not make another file be read or downloaded.
     with torch.device("meta"):
         model = get_model(**config | {"weights": None, "seed": 0})
     expected = model.state_dict()
     check_alike(weights, expected, "state_dict")
     for name, tensor in weights.items():
         if name.endswith("running_var") and (tensor < 0).any():
-            raise ValueError(f"state_dict {name} has variances below 0")
-    # Copied, as what was read is mapped from the file and may share its memory.
-    own = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(weights[name])
-        for name, tensor in expected.items()
-    }
-    model.load_state_dict(own, assign=True)
+            raise ValueError(f"state_dict {name} has negative variances")
+    # Copied, as tensors that were read are mapped from the file and may share memory.
+    copies = {n: torch.empty_like(t, device="cpu").copy_(weights[n]) for n, t in expected.items()}
+    model.load_state_dict(copies, assign=True)
     model.mean, model.std = map(_of_channels, model.normalization)
     return model
 
 
 def _check_info(info: ModelInfo) -> None:
-    """Raises ValueError when a `model.pth` says of its model what cannot be."""
-    config, classes, size = info.config, info.classes, info.image_size
+    """Raises ValueError unless what a `model.pth` says fits together, its classes being names."""
+    config, num_classes = info.config, len(info.classes)
     if not isinstance(config, dict) or not {"name", "num_classes", "image_size"} <= config.keys():
-        raise ValueError("its config is none")
-    if len(set(classes)) < len(classes):
-        raise ValueError("its classes are no list of different names")
-    if type(config["num_classes"]) is not int or config["num_classes"] != len(classes):
-        raise ValueError(f"{len(classes)} classes, not as many as the config says")
-    if not is_number(config.get("dropout_rate", 0.0)):
-        raise ValueError("dropout_rate of the config is no number")
-    for what, side in {
-        "image_size": size,
-        "image_size of the config": config["image_size"],
-    }.items():
-        if type(side) is not int or not 1 <= side <= MAX_IMAGE_SIZE:
-            raise ValueError(f"{what} is not a whole number from 1 to {MAX_IMAGE_SIZE:,}")
-    if config["name"] == "simple_cnn" and size != config["image_size"]:
-        raise ValueError(f"image_size is {size}, that of the config {config['image_size']}")
-    if not isinstance(info.preprocessors, str):
-        raise ValueError("its preprocessors are no fingerprint")
-    if not isinstance(info.precision, str):
-        raise ValueError("its precision is no name of one")
+        raise ValueError("config is not a dict with name, num_classes and image_size")
+    if type(config["num_classes"]) is not int or config["num_classes"] != num_classes:
+        raise ValueError(f"the file names {num_classes} classes, but num_classes of config differs")
+    sizes = {"image_size": info.image_size, "image_size of config": config["image_size"]}
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"{name} must be a whole number from 1 to {MAX_IMAGE_SIZE:,}")
+    if config["name"] == "simple_cnn" and info.image_size != config["image_size"]:
+        raise ValueError(f"image_size is {info.image_size}, but in config {config['image_size']}")
+    check_alike(config.get("dropout_rate", 0.0), 0.0, "dropout_rate of config")
+    check_alike([info.preprocessors, info.precision], ["", ""], "preprocessors, precision")
+    check_alike(info.temperature, 1.0, "temperature")
+    check_alike(info.bias, [0.0] * num_classes, "bias")
     if not isinstance(info.metrics, dict):
-        raise ValueError("its metrics are no dict")
-    _check_outputs(info)
-
-
-def _check_outputs(info: ModelInfo) -> None:
-    """Raises ValueError when no probabilities and flags can be made with these values."""
-    classes = info.classes
-    # Training fits temperatures from 1/20 to 20.
-    if not is_number(info.temperature) or not 1e-3 <= info.temperature <= 1e3:
-        raise ValueError("its temperature is not a number from 0.001 to 1000")
-    if not isinstance(info.bias, list) or len(info.bias) != len(classes):
-        raise ValueError(f"its bias does not fit its {len(classes)} classes")
-    check_alike(info.bias, [0.0] * len(classes), "bias")
-    for what in ("malignant_classes", "unknown_classes"):
-        if not _are_names(info[what]) or not set(info[what]) <= set(classes):
-            raise ValueError(f"its {what} are not among its classes")
-    thresholds = info.thresholds
-    if not isinstance(thresholds, dict) or not _are_names(list(thresholds)):
-        raise ValueError("its thresholds are no dict by name")
-    for name, aims in thresholds.items():
-        if not isinstance(aims, dict) or not _are_names(list(aims)):
-            raise ValueError(f"its thresholds of {name[:80]!r} are no dict by aim")
+        raise ValueError("metrics is not a dict")
+    if not 1e-3 <= info.temperature <= 1e3:  # training fits temperatures from 1/20 to 20
+        raise ValueError("temperature must be from 0.001 to 1000")
+    for name in ("malignant_classes", "unknown_classes"):
+        if not _are_names(info[name]) or not set(info[name]) <= set(info.classes):
+            raise ValueError(f"{name} must be a list of some of the classes")
+    if not isinstance(info.thresholds, dict):
+        raise ValueError("thresholds is not a dict")
+    for name, aims in info.thresholds.items():
         # Just above 1 is the threshold that nothing reaches.
-        if not all(is_number(value) and 0 <= value <= 1 + 1e-9 for value in aims.values()):
-            raise ValueError(f"a threshold of {name[:80]!r} is not from 0 to 1")
+        if (
+            not isinstance(aims, dict)
+            or not _are_names([name, *aims])
+            or not all(is_number(value) and 0 <= value <= 1 + 1e-9 for value in aims.values())
+        ):
+            raise ValueError(f"thresholds of {str(name)[:80]!r} must be numbers from 0 to 1 by aim")
 
 
 def _are_names(values: Any) -> bool:
@@ -520,10 +488,7 @@ def _are_names(values: Any) -> bool:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode; at the end each of its modules is in the mode it was in.
-
-    Also when the block raises.
-    """
+    """Sets evaluation mode; at the end, or if the block raises, each module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -534,7 +499,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
-    """The number of parameters, or of those alone that training changes."""
+    """Returns the number of parameters, or of those alone that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
@@ -555,39 +520,4 @@ def pretrained_weights(backbone: str, download: bool = True) -> Path:
             f"{backbone} has no default weights: give a file with --weights FILE, or start from "
             "random weights with --weights none"
         )
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if path.exists():
-        return path
-    reason = "not downloaded"
-    if download:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            hash_prefix = path.stem.rsplit("-", 1)[1]
-            is_shown = sys.stderr.isatty()
-            with lock(path.with_name(f".{path.name}.lock")):  # one process downloads for all
-                if not path.exists():
-                    torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=is_shown)
-            return path
-        except (URLError, OSError, RuntimeError) as error:  # the last: not the hash it should have
-            reason = str(getattr(error, "reason", error))
-    raise FileNotFoundError(
-        f"no ImageNet weights for {backbone} ({reason}): download {url} elsewhere and put it "
-        f"at {path}, or give a file with --weights FILE, or start from random weights with "
-        "--weights none"
-    )
-
-
-def _load_backbone(module: nn.Module, path: Path, backbone: str) -> None:
-    weights, expected = load_tensors(path), module.state_dict()
-    try:
-        if not isinstance(weights, Mapping) or not _are_names(list(weights)):
-            raise ValueError("not a dict of tensors by name")
-        classifier = BACKBONES[backbone].classifier
-        own = {name: tensor for name, tensor in weights.items() if not name.startswith(classifier)}
-        # Checks what is in both; what is missing or unexpected, torch says, and knows what may be.
-        common = own.keys() & expected.keys()
-        check_alike({name: own[name] for name in common}, {n: expected[n] for n in common}, "file")
-        module.load_state_dict(own)
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a state dict of {backbone} ({reason})") from error
+    return download_weights(url, backbone, download)

@@ -1,9 +1,9 @@
-"""The files of one training run: written whole, read back as if they came from a stranger."""
+"""How far a training run has come, and the files that it keeps in its `save_path`."""
 
 import hashlib
 import warnings
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from dataset import LesionLoader
 from evaluation import best_evaluation
 from models import ModelInfo
 from storage.files import write_csv
-from storage.tensors import check_alike, is_number, load_tensors, save_tensors
+from storage.tensors import check_alike, load_tensors, save_tensors
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+VALIDATION_METRICS = ("loss", "precision", "recall", "f1", "balanced_accuracy")  # in the history
 
 
 @dataclass
 class Progress:
-    """How far a run has come, and the best of it."""
+    """Holds how far a run has come, and its best weights."""
 
     step: int = 0
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -32,22 +33,18 @@ class Progress:
     best_state: dict[str, Tensor] = field(default_factory=dict)
     evaluations_since_best: int = 0
     learning_rate: float = 0.0  # of the last step
-    saved_step: int = 0  # that `last.pth` holds
+    saved_step: int = 0  # the step that `last.pth` holds
     recent_losses: list[float] = field(default_factory=list)  # since the last evaluation
     recent_images: int = 0
     recent_seconds: float = 0.0
 
     def add(self, metrics: dict[str, Any], train_loss: float, images_per_second: float) -> bool:
-        """Takes an evaluation into the history, and says whether it is the best so far."""
+        """Adds an evaluation to the history, and returns whether it is the best so far."""
         entry = {
             "step": self.step,
             "learning_rate": self.learning_rate,
             "train_loss": train_loss,
-            "valid_loss": metrics["loss"],
-            "valid_precision": metrics["precision"],
-            "valid_recall": metrics["recall"],
-            "valid_f1": metrics["f1"],
-            "valid_balanced_accuracy": metrics["balanced_accuracy"],
+            **{f"valid_{name}": metrics[name] for name in VALIDATION_METRICS},
             "images_per_second": images_per_second,
         }
         for name, value in entry.items():
@@ -60,36 +57,34 @@ class Progress:
         return is_best
 
     def is_evaluation_due(self, eval_every: int, num_steps: int) -> bool:
+        """Returns whether the model is to be evaluated before the next step."""
         is_at_one = self.step % eval_every == 0 or self.step == num_steps
         return is_at_one and self.step > self._evaluated_step()
 
     def is_over(self, num_steps: int, patience: int) -> bool:
+        """Returns whether the run has reached its last evaluation, or stops early."""
         return self._evaluated_step() >= num_steps or 0 < patience <= self.evaluations_since_best
 
-    def _evaluated_step(self) -> int:
+    def _evaluated_step(self) -> float:
         return self.history["step"][-1] if self.history else 0
 
 
+@dataclass
 class Checkpoint:
-    """The files of one run in its `save_path`."""
+    """Writes and reads the files of one run.
 
-    def __init__(
-        self,
-        folder: Path,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-        scaler: torch.amp.GradScaler,
-        settings: dict[str, Any],
-    ) -> None:
-        self.folder = folder
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.scaler = scaler
-        self.settings = settings
+    `settings` is what must be the same for the run to be resumed, see `describe_run`.
+    """
+
+    folder: Path
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    scaler: torch.amp.GradScaler
+    settings: dict[str, Any]
 
     def save_history(self, progress: Progress) -> None:
+        """Writes `history.csv`, a row an evaluation."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_csv(pd.DataFrame(progress.history), self.folder / "history.csv")
 
@@ -100,13 +95,13 @@ class Checkpoint:
         class_names: list[str],
         fitted: dict[str, Any],
     ) -> None:
-        """Writes `model.pth`, all that is needed to use the best model."""
+        """Writes `model.pth`: the best weights and all that is needed to use them."""
         config = _config(self.model)
         dataset = getattr(valid_loader, "dataset", None)
         info = ModelInfo(
             config=config,
             classes=class_names,
-            image_size=getattr(dataset, "image_size", config.get("image_size")),
+            image_size=getattr(dataset, "image_size", config.get("image_size", 0)),
             preprocessors=getattr(dataset, "preprocessors", ""),
             metrics=progress.best_metrics,
             **fitted,
@@ -114,7 +109,7 @@ class Checkpoint:
         info.save(self.folder / "model.pth", progress.best_state)
 
     def save_last(self, progress: Progress) -> None:
-        """Writes `last.pth`, all that is needed to go on from this step."""
+        """Writes `last.pth`: all that is needed to resume from this step."""
         contents = {
             "settings": self.settings,
             "environment": _environment(self.model),
@@ -128,159 +123,139 @@ class Checkpoint:
         save_tensors(self.folder / "last.pth", contents)
 
     def restore(self) -> Progress:
-        """Brings everything to where `last.pth` left it; a fresh start if there is none."""
+        """Restores the state that `last.pth` holds; without the file, the run starts afresh.
+
+        Raises ValueError for a file that is damaged, or of another run.
+        """
         path = self.folder / "last.pth"
         if not path.exists():
             return Progress()
         contents = load_tensors(path)
         kinds = {"settings", "progress", "model", "optimizer", "scheduler"}
-        if not isinstance(contents, dict) or not kinds <= contents.keys():
+        is_checkpoint = isinstance(contents, dict) and kinds <= contents.keys()
+        if not is_checkpoint or not isinstance(contents["settings"], dict):
             raise ValueError(f"{path}: not a checkpoint of this project")
-        self._check_settings(contents["settings"], path)
-        _warn_of_other_environment(path, contents.get("environment"), _environment(self.model))
+        differing = _differences(contents["settings"], self.settings)
+        if differing:
+            raise ValueError(f"{path} is of another run: {differing}")
+        environment, before = _environment(self.model), contents.get("environment")
+        differing = isinstance(before, dict) and _differences(environment | before, environment)
+        if differing:
+            warnings.warn(
+                f"{path}: {differing}: the weights will be as good, but not bit for bit those of "
+                "an uninterrupted run",
+                stacklevel=2,
+            )
         try:
-            return self._take(contents)
-        # What a scheduler of one's own makes of a state that is none cannot be known.
+            return self._restore_from(contents)
+        # A user's own scheduler may raise anything for a state that it does not expect.
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).split("\n")[0]
-            raise ValueError(f"{path}: a checkpoint that cannot be used ({reason})") from error
+            raise ValueError(f"{path}: cannot resume from this checkpoint ({reason})") from error
 
-    def _check_settings(self, before: Any, path: Path) -> None:
-        """Raises ValueError when the checkpoint is of another run, and says what differs."""
-        if not isinstance(before, dict):
-            raise ValueError(f"{path}: not a checkpoint of this project")
-        differing = [
-            f"{name} was {before.get(name)}, is {self.settings.get(name)}"
-            for name in sorted(before.keys() | self.settings.keys(), key=str)
-            if not _is_same_setting(name, before.get(name), self.settings.get(name))
-        ]
-        if differing:
-            raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
-
-    def _take(self, contents: dict[str, Any]) -> Progress:
-        progress = _checked_progress(contents["progress"], self.model, self.settings["num_steps"])
+    def _restore_from(self, contents: dict[str, Any]) -> Progress:
+        progress = _read_progress(contents["progress"], self.model, self.settings["num_steps"])
         check_alike(contents["model"], self.model.state_dict(), "model")
-        _check_optimizer(contents["optimizer"], self.optimizer)
+        optimizer_state = _read_optimizer(contents["optimizer"], self.optimizer)
         self.model.load_state_dict(dict(contents["model"]))
-        self.optimizer.load_state_dict(_completed(contents["optimizer"], self.optimizer))
+        self.optimizer.load_state_dict(optimizer_state)
         if self.scheduler is not None:
-            own, found = self.scheduler.state_dict(), contents["scheduler"]
-            _check_common(found, own, "scheduler", needed=own.keys() & {"last_epoch"})
-            self.scheduler.load_state_dict(found)
+            own = self.scheduler.state_dict()
+            needed = own.keys() & {"last_epoch"}
+            self.scheduler.load_state_dict(
+                _completed(contents["scheduler"], own, "scheduler", needed)
+            )
         if contents.get("scaler"):
-            own, found = self.scaler.state_dict(), contents["scaler"]
-            _check_common(found, own, "scaler")
-            self.scaler.load_state_dict(own | found)
+            own = self.scaler.state_dict()
+            self.scaler.load_state_dict(_completed(contents["scaler"], own, "scaler"))
         return progress
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted(before.keys() | now.keys(), key=str)
+        if not _is_same_setting(name, before.get(name), now.get(name))
+    )
+
+
 def _is_same_setting(name: str, before: Any, now: Any) -> bool:
-    """Returns whether a setting is what it was, as far as both versions of torch know of it.
+    """Returns whether a setting is the same, as far as both versions of torch know it.
 
     Versions differ in what they keep of an optimizer and of a scheduler: `decoupled_weight_decay`
     is there since 2.7.
     """
-    if name not in ("optimizer", "scheduler"):
-        return repr(before) == repr(now)
-    if isinstance(before, dict) and isinstance(now, dict):
-        return all(_is_same_setting(name, before[key], now[key]) for key in before.keys() & now)
-    if isinstance(before, list) and isinstance(now, list):
-        pairs = zip(before, now, strict=False)
-        return len(before) == len(now) and all(_is_same_setting(name, *pair) for pair in pairs)
-    if isinstance(before, str) and isinstance(now, dict):  # as this project once wrote it
-        return before == "{" + ", ".join(f"{key!r}: {value}" for key, value in now.items()) + "}"
+    if name in ("optimizer", "scheduler"):
+        if isinstance(before, dict) and isinstance(now, dict):
+            return all(_is_same_setting(name, before[key], now[key]) for key in before.keys() & now)
+        if isinstance(before, list) and isinstance(now, list):
+            pairs = zip(before, now, strict=False)
+            return len(before) == len(now) and all(_is_same_setting(name, *pair) for pair in pairs)
+        if isinstance(before, str) and isinstance(now, dict):  # as earlier versions wrote it
+            now = "{" + ", ".join(f"{key!r}: {value}" for key, value in now.items()) + "}"
     return repr(before) == repr(now)
 
 
-def _check_common(
-    found: Any, expected: dict[str, Any], name: str, needed: Collection[str] = ()
-) -> None:
-    """Raises ValueError as `check_alike` does, but not for keys that only one of the two has.
+def _completed(
+    found: Any, own: dict[str, Any], name: str, needed: Collection[str] = ()
+) -> dict[str, Any]:
+    """Returns a state as it was found, with what only this version of torch knows added to it.
 
-    Those are of another version of torch, to which they are left. The `needed` are in all versions.
+    Raises ValueError unless what both know is alike, and what is `needed` is there.
     """
     if not isinstance(found, dict):
-        raise ValueError(f"{name} is no dict")
-    common = {key: value for key, value in expected.items() if key in found or key in needed}
-    check_alike({key: found[key] for key in common if key in found}, common, name)
+        raise ValueError(f"{name} is not a dict")
+    common = {key: value for key, value in own.items() if key in found or key in needed}
+    check_alike({key: found[key] for key in common.keys() & found.keys()}, common, name)
+    return own | found
 
 
-def _completed(found: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Adds what only this version of torch knows of an optimizer to the state that was found."""
-    own = optimizer.state_dict()["param_groups"]
-    groups = [mine | group for mine, group in zip(own, found["param_groups"], strict=True)]
-    return {**found, "param_groups": groups}
-
-
-_RANKED = ("loss", "balanced_accuracy")  # metrics by which the best weights are chosen
-_ADDED_LATER = {"learning_rate", "saved_step"}  # of progress; a run goes on as well without them
-
-
-def _checked_progress(found: Any, model: nn.Module, num_steps: int) -> Progress:
-    """The progress that a checkpoint holds; raises ValueError where it is none."""
-    if not isinstance(found, dict):
-        raise ValueError("its progress is none")
-    names = {each.name for each in fields(Progress)}
-    differing = (found.keys() ^ names) - (_ADDED_LATER - found.keys())
-    if differing:
-        shown = ", ".join(sorted(str(name)[:80] for name in differing))
-        raise ValueError(f"its progress is that of another version of this project: {shown}")
-    progress = Progress(**found)
+def _read_progress(found: Any, model: nn.Module, num_steps: int) -> Progress:
+    """Returns the progress that a checkpoint holds; raises ValueError unless it is consistent."""
+    if isinstance(found, dict):  # earlier versions did not write these
+        found = {"learning_rate": 0.0, "saved_step": 0} | found
+    check_alike(found, dict.fromkeys(vars(Progress())), "progress")
+    count = len(found["history"]["step"]) if found["history"] else 0
+    evaluated = Progress()
+    if count:
+        evaluated.add(dict.fromkeys(VALIDATION_METRICS, 0.0), 0.0, 0.0)
+    ranked = {"loss": 0.0, "balanced_accuracy": 0.0}
+    expected = vars(Progress()) | {
+        "history": dict.fromkeys(evaluated.history, [0.0] * count),
+        "best_metrics": found["best_metrics"] | ranked if count else {},
+        "best_state": model.state_dict() if count else {},
+        "recent_losses": [0.0] * len(found["recent_losses"]),
+    }
+    check_alike(found, expected, "progress")
     for name in ("step", "saved_step", "evaluations_since_best"):
-        count = getattr(progress, name)
-        if type(count) is not int or not 0 <= count <= num_steps:
-            raise ValueError(f"{name} is not a whole number from 0 to {num_steps}")
-    for name in ("learning_rate", "recent_images", "recent_seconds"):
-        _check_numbers([getattr(progress, name)], name)
-    _check_numbers(progress.recent_losses, "recent_losses")
-    history, best = progress.history, progress.best_metrics
-    if not isinstance(history, dict) or not isinstance(best, dict):
-        raise ValueError("its history and best_metrics are no dicts")
-    if history:
-        example = Progress()
-        example.add(dict.fromkeys((*_RANKED, "precision", "recall", "f1"), 0.0), 0.0, 0.0)
-        if history.keys() != example.history.keys():
-            raise ValueError("history has other columns")
-        for name, values in history.items():
-            _check_numbers(values, f"history of {name}")
-            if len(values) != len(history["step"]):
-                raise ValueError("history has columns of different lengths")
-        check_alike({name: best.get(name) for name in _RANKED}, dict.fromkeys(_RANKED, 0.0), "best")
-        check_alike(progress.best_state, model.state_dict(), "best_state")
-    elif best or progress.best_state:
-        raise ValueError("it has best weights without an evaluation")
-    return progress
+        if type(found[name]) is not int or not 0 <= found[name] <= num_steps:
+            raise ValueError(f"{name} must be a whole number from 0 to {num_steps}")
+    return Progress(**found)
 
 
-def _check_numbers(values: Any, name: str) -> None:
-    if not isinstance(values, list) or not all(v is None or is_number(v) for v in values):
-        raise ValueError(f"{name} is no list of numbers")
+def _read_optimizer(found: Any, optimizer: Optimizer) -> dict[str, Any]:
+    """Returns the state to load; raises ValueError unless it is of the same parameters.
 
-
-def _check_optimizer(found: Any, optimizer: Optimizer) -> None:
-    """Raises ValueError unless this is the state of an optimizer of the same parameters.
-
-    Of the numbers that it keeps for a parameter, those of Adam and AdamW alone are known here.
+    Of the tensors that an optimizer keeps for a parameter, those of Adam and AdamW alone are known.
     """
     own = optimizer.state_dict()
-    if not isinstance(found, dict) or not {"state", "param_groups"} <= found.keys():
-        raise ValueError("optimizer is no state of one")
-    groups = found["param_groups"]
-    if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
-        raise ValueError(f"optimizer's groups is no list of {len(own['param_groups'])}")
-    for number, (group, own_group) in enumerate(zip(groups, own["param_groups"], strict=True)):
-        _check_common(group, own_group, f"optimizer's groups {number}", needed=("params", "lr"))
+    check_alike(found, dict.fromkeys(own), "optimizer")
+    check_alike(found["param_groups"], [None] * len(own["param_groups"]), "optimizer's groups")
+    groups = [
+        _completed(group, own_group, f"optimizer's group {number}", needed=("params", "lr"))
+        for number, (group, own_group) in enumerate(
+            zip(found["param_groups"], own["param_groups"], strict=True)
+        )
+    ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(found["state"], dict) or not found["state"].keys() <= set(
-        range(len(parameters))
-    ):
+    if not found["state"].keys() <= set(range(len(parameters))):
         raise ValueError("optimizer has a state of other parameters")
-    if not isinstance(optimizer, Adam | AdamW):
-        return
-    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.defaults["amsgrad"]
-    for number, state in found["state"].items():
-        kept = dict.fromkeys(names, parameters[number]) | {"step": torch.tensor(0.0)}
-        _check_common(state, kept, f"optimizer's state {number}", needed=kept)
+    if isinstance(optimizer, Adam | AdamW):
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.defaults["amsgrad"]
+        for number, state in found["state"].items():
+            kept = dict.fromkeys(names, parameters[number]) | {"step": torch.tensor(0.0)}
+            _completed(state, kept, f"optimizer's state {number}", needed=kept)
+    return {**found, "param_groups": groups}
 
 
 def describe_run(
@@ -291,7 +266,7 @@ def describe_run(
     valid_loader: Batches,
     num_steps: int,
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on as if it had not stopped, as plain values."""
+    """Returns, as plain values, what must be the same for a run to be resumed."""
     groups = [
         {name: repr(value) for name, value in group.items() if name not in ("params", "lr")}
         for group in optimizer.param_groups
@@ -305,10 +280,9 @@ def describe_run(
     }
     for name, loader in {"train": train_loader, "valid": valid_loader}.items():
         if isinstance(loader, LesionLoader):
-            images = loader.dataset.metadata[["path", "class", "content_hash"]]
-            run[f"{name} images"] = hashlib.sha256(
-                images.to_csv().encode(errors="replace")
-            ).hexdigest()
+            images = loader.dataset.metadata[["path", "class", "content_hash"]].to_csv()
+            digest = hashlib.sha256(images.encode(errors="replace")).hexdigest()
+            run[f"{name} images"] = digest
             run[f"{name} loader"] = {
                 "augmentation": loader.augmentation,
                 "balanced": loader.balanced,
@@ -329,32 +303,16 @@ def _describe_scheduler(scheduler: LRScheduler | None, num_steps: int) -> list[A
         return []
     state = {name: repr(value) for name, value in scheduler.state_dict().items()}
     described: list[Any] = [type(scheduler).__name__, state]
-    if isinstance(scheduler, LambdaLR):  # what its functions hold is not in its state
+    if isinstance(scheduler, LambdaLR):  # its state does not hold its functions
         steps = range(0, num_steps, max(num_steps // 16, 1))
         described += [repr([factor(s) for s in steps]) for factor in scheduler.lr_lambdas]
     return described
 
 
 def _environment(model: nn.Module) -> dict[str, Any]:
-    """What the last bits of the weights depend on, besides the settings."""
+    """Returns what the last bits of the weights depend on, besides the settings."""
     device = next(model.parameters()).device
-    is_cuda = device.type == "cuda"
-    kind = torch.backends.cpu.get_cpu_capability()
-    return {
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type}, {kind}",
-    }
-
-
-def _warn_of_other_environment(path: Path, before: Any, now: dict[str, Any]) -> None:
-    before = before if isinstance(before, dict) else {}
-    differing = [
-        f"{n} was {before[n]}, is {now[n]}" for n in now if before.get(n, now[n]) != now[n]
-    ]
-    if differing:
-        warnings.warn(
-            f"{path}: {'; '.join(differing)}: the weights will be as good, but not bit for bit "
-            "those of a run that was never stopped",
-            stacklevel=2,
-        )
+    name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name}

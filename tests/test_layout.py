@@ -13,7 +13,7 @@ ROOT_MODULES = {
 }  # fmt: skip
 # From bottom to top, as in ARCHITECTURE.md; a package stands for its modules in the order given.
 ORDER = (
-    "storage.files", "storage.tensors",
+    "storage.files", "storage.tensors", "storage.weights",
     "imaging.lesions", "imaging.decode", "imaging.synthetic", "imaging.audit", "imaging.prepare",
     "imaging.sources", "imaging.splits", "imaging.cache",
     "imaging.batches",
