@@ -82,6 +82,7 @@ _METRICS = {
     "balanced_accuracy": "balanced accuracy",
 }
 _SAMPLES_PER_CLASS = 6
+_MAX_MISTAKES = 12
 _HEATMAP_COLOURS = "viridis"
 _HEATMAP_OPACITY = 0.5
 
@@ -336,7 +337,7 @@ def plot_samples(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """A row of images for each class: the first six given of it.
+    """Draws a row of images for each class: the first six given of it.
 
     `images` is (N, H, W, 3), uint8 or float in [0, 1]; `labels` (N,) are the indices of their
     classes in `class_names`. A class without images has no row.
@@ -365,7 +366,7 @@ def plot_augmentations(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """An image, framed, followed by views of it, row by row.
+    """Draws an image, framed, followed by views of it, row by row.
 
     `original` is (H, W, 3) and `augmented` (N, H, W, 3), both uint8 or float in [0, 1].
 
@@ -401,20 +402,24 @@ def plot_pairs(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Findings of an audit, two images of each side by side with their classes and paths.
+    """Draws findings of an audit, two images of each side by side with their classes and paths.
 
-    `pairs` is the table that `audit.worst_pairs` gives; `images` holds for each of its rows two
-    images (H, W, 3) of any size, uint8 or float in [0, 1].
+    `pairs` is the table that `imaging.audit.worst_pairs` gives; `images` holds two images for each
+    of its rows, (H, W, 3) of any size, uint8 or float in [0, 1].
 
     Raises ValueError when a column is missing, there is no row, or images are of another number,
     shape or range.
     """
-    _check_table(pairs, "pairs", ["kinds", "images", "classes", "distance"])
+    pairs = _checked_table(pairs, "pairs", ["kinds", "images", "classes", "distance"])
     if len(images) != len(pairs) or any(len(both) != 2 for both in images):
         raise ValueError(f"images must hold two for each of the {len(pairs)} pairs")
     captions = [
-        tuple(_caption(*named) for named in zip(pair.classes, pair.images, strict=True))[:2]
-        for pair in pairs.itertuples()
+        [_caption(name, path) for name, path in zip(names, paths, strict=True)]
+        for names, paths in zip(pairs["classes"], pairs["images"], strict=True)
+    ]
+    headings = [
+        ", ".join(kinds) + (f" ({distance:.2f} apart)" if distance > 0 else "")
+        for kinds, distance in zip(pairs["kinds"], pairs["distance"], strict=True)
     ]
     num_lines = max(text.count("\n") + 1 for both in captions for text in both)
     num_rows = math.ceil(len(pairs) / 2)
@@ -424,15 +429,13 @@ def plot_pairs(
         for ax in axes.flat:
             ax.set_axis_off()
         axes = np.delete(axes, 2, axis=1).reshape(-1, 2)
-        for pair, shown, texts, both in zip(
-            pairs.itertuples(), images, captions, axes, strict=False
+        for axes_of_pair, heading, texts, two in zip(
+            axes, headings, captions, images, strict=False
         ):
-            heading = ", ".join(pair.kinds)
-            heading += f" ({pair.distance:.2f} apart)" if pair.distance > 0 else ""
-            both[0].set_title(heading, loc="left", fontsize=7)
-            for i in range(2):
-                image = as_uint8(shown[i], "an image of a pair", ndim=3)
-                _draw_captioned_image(both[i], image, texts[i])
+            axes_of_pair[0].set_title(heading, loc="left", fontsize=7)
+            for ax, image, text in zip(axes_of_pair, two, texts, strict=True):
+                image = as_uint8(image, "an image of a pair", ndim=3)
+                _draw_captioned_image(ax, image, text)
     return figure
 
 
@@ -445,7 +448,7 @@ def plot_mistakes(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Pictures that were taken for another class, the most confident mistake first, at most twelve.
+    """Draws misclassified images, the most confident mistake first, twelve at most.
 
     `images` is (N, H, W, 3), uint8 or float in [0, 1]; `true_classes` and `predicted_classes` hold
     N names, `confidences` (N,) the probabilities of the predicted ones.
@@ -459,7 +462,7 @@ def plot_mistakes(
     if right:
         raise ValueError(f"image {right[0]} is no mistake: {true_classes[right[0]]!r} is right")
     confidences = _checked_shares(confidences, "confidences", (len(images),))
-    shown = np.argsort(-confidences, kind="stable")[:_MOST_MISTAKES]
+    shown = np.argsort(-confidences, kind="stable")[:_MAX_MISTAKES]
     captions = [
         _caption(
             f"true: {true_classes[i]}",
@@ -483,7 +486,7 @@ def plot_gradcams(
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Pictures, and beside each the same in grey under its heatmap, row by row.
+    """Draws images, and beside each the same in grey under its heatmap, row by row.
 
     `images` is (N, H, W, 3), uint8 or float in [0, 1], and `heatmaps` (N, H, W) float in [0, 1];
     `true_classes` and `predicted_classes` hold N names. The predicted class is named where it is
@@ -502,13 +505,19 @@ def plot_gradcams(
     gap = np.full((*images.shape[:2], max(1, images.shape[2] // 30), 3), 255, dtype=np.uint8)
     # Grey images leave the colours of the map as they are on the scale.
     overlays = _blend(images.mean(axis=-1, keepdims=True), heatmaps, _HEATMAP_OPACITY)
-    pictures = np.concatenate([images, gap, overlays], axis=2)
-    width, height = _grid_size(pictures, captions, 3)
+    images = np.concatenate([images, gap, overlays], axis=2)
+    width, height = _grid_size(images, captions, 3)
     with _figure((width, height + 0.5), title, save_path) as figure:
-        _draw_grid(figure, pictures, captions, 3)
-        place = {"location": "bottom", "shrink": 2 / width, "aspect": 25, "pad": 0.1 / height}
-        heat = ScalarMappable(cmap=_HEATMAP_COLOURS)
-        scale = figure.colorbar(heat, ax=figure.axes, ticks=[0, 1], **place)
+        _draw_grid(figure, images, captions, 3)
+        scale = figure.colorbar(
+            ScalarMappable(cmap=_HEATMAP_COLOURS),
+            ax=figure.axes,
+            ticks=[0, 1],
+            location="bottom",
+            shrink=2 / width,
+            aspect=25,
+            pad=0.1 / height,
+        )
         scale.set_label("Grad-CAM")
         scale.outline.set_visible(False)
     return figure
@@ -672,6 +681,20 @@ def _line_style(label: int) -> dict[str, Any]:
     }
 
 
+def _draw_curves(
+    ax: Axes, curves: Mapping[int, Curve], names: Sequence[str], heading: str, **style: Any
+) -> None:
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+    if not curves:
+        ax.text(0.5, 0.5, "all images are of one class", ha="center", va="center")
+        return
+    for label, curve in curves.items():
+        ax.plot(curve.x, curve.y, **_line_style(label), **style)
+    texts = [f"{curve.area:.3f}  {names[label]}" for label, curve in curves.items()]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "handlelength": 4}
+    _put_legend(ax, ax.lines, texts, **place, title=heading)
+
+
 def _draw_diagonal(ax: Axes) -> None:
     ax.plot([0, 1], [0, 1], color="0.7", linewidth=0.6, zorder=0)
 
@@ -779,6 +802,21 @@ def _blend(images: np.ndarray, heatmaps: np.ndarray, opacity: np.ndarray | float
     return np.round((1 - opacity) * images + opacity * colours).astype(np.uint8)
 
 
+def _checked_table(
+    values: pd.DataFrame | Mapping[str, Any], name: str, columns: Sequence[str]
+) -> pd.DataFrame:
+    missing = [column for column in columns if column not in values]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    try:
+        table = pd.DataFrame({column: values[column] for column in columns})
+    except ValueError as error:  # lengths differ
+        raise ValueError(f"{name}: {error}") from error
+    if table.empty:
+        raise ValueError(f"{name} has no rows; there is nothing to draw")
+    return table
+
+
 def _in_readable_unit(seconds: pd.Series) -> tuple[pd.Series, str]:
     longest = seconds.max()
     if longest >= 2 * 3600:
@@ -859,42 +897,6 @@ def _put_legend_below(
     _put_legend(figure, handles, names, **options)
 
 
-def _longest(names: Sequence[str]) -> int:
-    return max(len(name) for name in names)
-
-
-_MAX_MISTAKES = 12
-
-
-def _draw_curves(
-    ax: Axes, curves: Mapping[int, Curve], names: Sequence[str], heading: str, **style: Any
-) -> None:
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
-    if not curves:
-        ax.text(0.5, 0.5, "all images are of one class", ha="center", va="center")
-        return
-    for label, curve in curves.items():
-        ax.plot(curve.x, curve.y, **_line_style(label), **style)
-    texts = [f"{curve.area:.3f}  {names[label]}" for label, curve in curves.items()]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "handlelength": 4}
-    _put_legend(ax, ax.lines, texts, **place, title=heading)
-
-
-def _checked_table(
-    values: pd.DataFrame | Mapping[str, Any], name: str, columns: Sequence[str]
-) -> pd.DataFrame:
-    missing = [column for column in columns if column not in values]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}")
-    try:
-        table = pd.DataFrame({column: values[column] for column in columns})
-    except ValueError as error:  # lengths differ
-        raise ValueError(f"{name}: {error}") from error
-    if table.empty:
-        raise ValueError(f"{name} has no rows; there is nothing to draw")
-    return table
-
-
 def _put_legend(
     owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any
 ) -> None:
@@ -902,3 +904,7 @@ def _put_legend(
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)  # given at once, a name with a leading underscore would be left out
+
+
+def _longest(names: Sequence[str]) -> int:
+    return max(len(name) for name in names)
