@@ -81,7 +81,7 @@ def turn_and_save_again(source, target):
         image.transpose(Image.Transpose.ROTATE_90).resize((80, 80)).save(target, quality=90)
 
 
-def test_near_duplicates_stay_together_and_count_as_one_picture(tmp_path):
+def test_near_duplicates_stay_together_and_have_one_number(tmp_path):
     root = save_lesions(tmp_path / "raw", {"a": 20, "b": 20})
     for i in range(10):
         turn_and_save_again(root / f"a/{i:04d}.jpg", root / f"a/turned {i}.jpg")
@@ -95,7 +95,7 @@ def test_near_duplicates_stay_together_and_count_as_one_picture(tmp_path):
     assert not metadata["path"].str.contains("contradicting").any()
 
 
-def test_the_audit_knows_pictures_labels_splits_and_broken_files(tmp_path):
+def test_the_audit_finds_copies_wrong_labels_leakage_and_broken_files(tmp_path):
     root = save_lesions(tmp_path / "raw", {"Train/a": 14, "Train/b": 12, "Test/a": 10})
     turn_and_save_again(root / "Train/b/0003.jpg", root / "Train/a/turned.jpg")
     shutil.copy(root / "Train/a/0001.jpg", root / "Test/a/copy.jpg")
@@ -158,7 +158,7 @@ def test_a_class_of_one_image_is_trained_on_and_warned_of(make_images):
     assert metadata.loc[metadata["class"] == "lonely", "split"].tolist() == ["train"]
 
 
-def test_metadata_has_a_row_an_image_with_all_columns(make_images):
+def test_metadata_has_a_row_for_each_image_with_all_columns(make_images):
     root = make_images({"Train/b": 5, "Train/a": 5})
     Image.new("RGB", (30, 20)).save(root / "Train/a/oblong.png")
     with warnings.catch_warnings():
@@ -181,7 +181,7 @@ def write(path, table):
     return path
 
 
-def test_options_that_contradict_one_another_are_refused(tmp_path):
+def test_contradictory_options_are_refused(tmp_path):
     for options, message in [
         ({"split_by": "folders", "splits_csv": "x.csv"}, "not from both"),
         ({"label_column": "dx"}, "label_column needs the table"),
@@ -452,7 +452,7 @@ def test_only_the_training_split_is_augmented(splits):
     assert not any(image.numpy().tobytes() in originals for image, _ in loaders["train"])
 
 
-def test_mistakes_in_loaders_are_said(splits):
+def test_invalid_arguments_of_loaders_are_named(splits):
     with pytest.raises(ValueError, match="batch_size is 0"):
         create_dataloaders(splits, batch_size=0)
     with pytest.raises(ValueError, match="num_workers is -1"):
