@@ -1,13 +1,16 @@
 """Diagnoses of skin lesions: how the published data sets spell them, and which are malignant.
 
-A name that is not in the table, such as "unknown" or "indeterminate", is unknown, never benign by
-default. Names are recognised as a whole: "melanoma (in situ)" is a melanoma, but "melanoma-like
-nevus" is unknown.
+The diagnoses are in `lesions.toml`. A name that is not among them, such as "unknown" or
+"indeterminate", is unknown, never benign by default. Names are recognised as a whole: "melanoma (in
+situ)" is a melanoma, but "melanoma-like nevus" is unknown.
 """
 
 import re
+import tomllib
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,210 +23,17 @@ class Diagnosis:
     """
 
     name: str
-    is_malignant: bool | None  # None where the name does not tell
+    is_malignant: bool | None = None  # None where the name leaves it open
     spellings: tuple[str, ...] = ()
     qualifiers: tuple[str, ...] = ()
 
 
-# Qualifiers of every diagnosis, and of every malignant or benign one.
-QUALIFIERS = (
-    "NOS", "not otherwise specified", "unspecified", "lesion", "skin", "of skin", "of the skin",
-    "cutaneous", "pigmented", "nonpigmented", "non pigmented",
-)  # fmt: skip
-MALIGNANT_QUALIFIERS = (
-    "malignant", "invasive", "metastatic", "metastasis", "primary", "recurrent", "early",
-    "advanced", "ulcerated", "skin cancer",
-)  # fmt: skip
-BENIGN_QUALIFIERS = ("benign",)
+def _diagnosis(fields: dict[str, Any]) -> Diagnosis:
+    return Diagnosis(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
-# HAM10000: akiec bcc bkl df mel nv vasc. ISIC challenges: MEL NV BCC AK BKL DF VASC SCC (UNK is not
-# known). PAD-UFES-20: ACK BCC MEL NEV SCC SEK. MILK10k: AKIEC BCC BEN_OTH BKL DF INF MAL_OTH MEL NV
-# SCCKA VASC. Names are those of the ISIC archive's diagnosis columns, derm7pt, PH2, Dermofit, DDI
-# and Fitzpatrick17k. Their "Thing, Variant" is a spelling with a qualifier.
-# fmt: off
-DIAGNOSES = (
-    Diagnosis("melanoma", True, (
-        "mel", "lentigo maligna", "malignant lentigo", "Hutchinson's melanotic freckle", "LMM",
-        "Malignant melanocytic proliferations (Melanoma)", "malignant melanocytic proliferation",
-    ), (
-        "in situ", "nodular", "NM", "superficial spreading", "SSM", "acral", "lentiginous", "ALM",
-        "amelanotic", "hypomelanotic", "desmoplastic", "nevoid", "spitzoid", "mucosal", "subungual",
-        "thin", "thick", "type", "associated with a nevus", "associated with nevus",
-        "nevus associated", "arising in a nevus", "on chronically sun exposed skin or", "mm",
-    )),
-    Diagnosis("basal cell carcinoma", True, (
-        "bcc", "basalioma", "basal cell cancer", "basosquamous carcinoma",
-    ), (
-        "nodular", "superficial", "infiltrating", "infiltrative", "micronodular", "morpheaform",
-        "morpheiform", "morphoeic", "sclerosing", "sclerodermiform", "solid", "cystic", "adenoid",
-        "keratotic", "basosquamous", "metatypical", "fibroepithelial", "fibroepithelioma of Pinkus",
-    )),
-    Diagnosis("squamous cell carcinoma", True, (
-        "scc", "cSCC", "SCCKA", "squamous cell cancer", "squamous carcinoma",
-        "spinocellular carcinoma", "verrucous carcinoma",
-    ), (
-        "well differentiated", "moderately differentiated", "poorly differentiated", "keratinizing",
-        "acantholytic", "desmoplastic", "spindle cell", "verrucous", "keratoacanthoma",
-        "and keratoacanthoma", "or keratoacanthoma", "keratoacanthoma type", "ka",
-    )),
-    # Precancerous, counted as malignant: it calls for action. HAM10000's and MILK10k's class takes
-    # Bowen's disease in.
-    Diagnosis("actinic keratosis", True, (
-        "akiec", "ak", "ack", "solar keratosis", "solar or actinic keratosis", "actinic cheilitis",
-    ), (
-        "hyperkeratotic", "hypertrophic", "atrophic", "bowenoid", "pagetoid", "lichenoid",
-        "acantholytic", "intraepithelial carcinoma", "and intraepithelial carcinoma",
-        "intraepidermal carcinoma", "and intraepidermal carcinoma", "Bowen's disease",
-        "and Bowen's disease", "or Bowen's disease", "Bowen's disease and",
-    )),
-    Diagnosis("Bowen's disease", True, (
-        "Bowen", "squamous cell carcinoma in situ", "in situ squamous cell carcinoma",
-        "SCC in situ", "SCCis", "iec", "intraepithelial carcinoma", "intraepidermal carcinoma",
-        "erythroplasia of Queyrat",
-    )),
-    Diagnosis("keratoacanthoma", True, ("ka",)),
-    Diagnosis("Merkel cell carcinoma", True, ("mcc", "merkel cell cancer")),
-    Diagnosis("Kaposi's sarcoma", True),
-    Diagnosis("cutaneous lymphoma", True, (
-        "lymphoma", "T cell lymphoma", "B cell lymphoma", "CTCL", "CBCL", "mycosis fungoides",
-        "subcutaneous T cell lymphoma", "Sezary syndrome", "leukemia cutis",
-        "blastic plasmacytoid dendritic cell neoplasm",
-    )),
-    Diagnosis("dermatofibrosarcoma protuberans", True, ("dfsp", "dermatofibrosarcoma")),
-    Diagnosis("angiosarcoma", True),
-    Diagnosis("leiomyosarcoma", True),
-    Diagnosis("atypical fibroxanthoma", True, ("afx", "pleomorphic dermal sarcoma")),
-    Diagnosis("Paget's disease", True, ("extramammary Paget's disease", "EMPD")),
-    Diagnosis("adnexal carcinoma", True, (
-        "sebaceous carcinoma", "porocarcinoma", "eccrine carcinoma", "apocrine carcinoma",
-        "microcystic adnexal carcinoma", "trichilemmal carcinoma", "pilomatrix carcinoma",
-        "hidradenocarcinoma",
-    )),
-    Diagnosis("carcinoma", True, (), ("in situ",)),
-    Diagnosis("sarcoma", True),
-    # Malignant and no melanoma.
-    Diagnosis("other malignant lesion", True, (
-        "mal oth", "other malignant", "malignant other", "nonmelanoma skin cancer",
-        "non melanoma skin cancer", "NMSC", "keratinocyte carcinoma", "keratinocyte cancer",
-        "other malignant proliferation", "other malignant proliferation including collision tumor",
-        "malignant epidermal", "malignant epidermal proliferation", "malignant dermal",
-        "malignant adnexal epithelial proliferation follicular",
-        "malignant adnexal epithelial proliferation apocrine or eccrine",
-        "malignant soft tissue proliferation fibro histiocytic",
-        "malignant soft tissue proliferation vascular", "malignant cutaneous lymphoma",
-    )),
-    # Malignant, and a melanoma or not.
-    Diagnosis("malignant", True, (
-        "malignancy", "cancer", "cancerous", "malignant tumor", "malignant neoplasm", "metastasis",
-        "collision at least one malignant proliferation",
-    )),
 
-    Diagnosis("nevus", False, (
-        "nv", "nev", "mole", "melanocytic nevus any type", "nevocellular nevus", "nevocytic nevus",
-    ), (
-        "melanocytic", "common", "acquired", "atypical", "dysplastic", "clark",
-        "atypical dysplastic or clark", "congenital", "dermal", "intradermal", "compound",
-        "junctional", "junction", "blue", "combined", "recurrent", "persistent",
-        "recurrent or persistent", "acral", "halo", "balloon cell", "deep penetrating",
-        "of special anatomic site", "of ota or ito", "of ota", "of ito", "meyerson", "miescher",
-        "unna", "spilus", "papillomatous", "giant",
-    )),
-    # Not with "atypical": atypical Spitz lesions may behave as a melanoma.
-    Diagnosis("nevus", False, (
-        "Spitz nevus", "nevus Spitz", "Reed nevus", "nevus Reed", "Reed or Spitz nevus",
-        "Spitz or Reed nevus", "nevus of Reed", "spindle cell nevus of Reed",
-    ), ("melanocytic", "congenital", "dermal", "compound", "junctional")),
-    # HAM10000's bkl, which takes in seborrheic keratosis, solar lentigo and lichen planus-like
-    # keratosis; the ISIC archive and the nine-class set have its images as pigmented benign
-    # keratosis.
-    Diagnosis("pigmented benign keratosis", False, (
-        "bkl", "benign keratosis", "benign keratosis like lesion", "benign keratinocytic lesion",
-        "benign epidermal proliferation", "pbk",
-        "benign keratosis solar lentigo seborrheic keratosis lichen planus like keratosis",
-    )),
-    Diagnosis("seborrheic keratosis", False, (
-        "sek", "sk", "seborrheic wart", "inverted follicular keratosis", "stucco keratosis",
-    ), ("irritated", "inflamed", "clonal", "acanthotic", "hyperkeratotic", "reticulated")),
-    Diagnosis("lichenoid keratosis", False, (
-        "lichen planus like keratosis", "lplk", "benign lichenoid keratosis",
-    )),
-    Diagnosis("lentigo", False, (
-        "solar lentigo", "lentigo simplex", "simple lentigo", "ink spot lentigo", "senile lentigo",
-        "actinic lentigo",
-    )),
-    Diagnosis("melanosis", False, (
-        "mucosal melanotic macule", "acral melanotic macule", "melanotic macule",
-        "labial melanotic macule", "ephelis", "freckle", "cafe au lait macule", "cafe au lait spot",
-        "flat melanotic pigmentation not melanocytic nevus",
-    )),
-    Diagnosis("dermatofibroma", False, ("df", "benign fibrous histiocytoma"), (
-        "hemosiderotic", "aneurysmal", "atrophic",
-    )),
-    Diagnosis("vascular lesion", False, (
-        "vasc", "vascular", "vascular lesion and hemorrhage", "vascular anomaly",
-        "benign soft tissue proliferation vascular",
-    )),
-    Diagnosis("hemangioma", False, ("angioma", "cherry angioma", "arteriovenous hemangioma"), (
-        "infantile", "capillary", "cavernous", "thrombosed", "cherry", "senile",
-    )),
-    Diagnosis("angiokeratoma", False),
-    Diagnosis("pyogenic granuloma", False, ("pyo", "lobular capillary hemangioma")),
-    Diagnosis("hemorrhage", False, ("hematoma", "subungual hematoma", "subcorneal hematoma")),
-    Diagnosis("lymphangioma", False),
-    Diagnosis("port wine stain", False, ("nevus flammeus",)),
-    Diagnosis("glomus tumor", False, ("glomangioma",)),
-    Diagnosis("wart", False, (
-        "verruca", "verruca vulgaris", "common wart", "plantar wart", "flat wart",
-    )),
-    Diagnosis("molluscum contagiosum", False, ("molluscum",)),
-    Diagnosis("acrochordon", False, (
-        "skin tag", "fibroepithelial polyp", "fibroepithelial papilloma", "soft fibroma",
-    )),
-    Diagnosis("angiofibroma", False, ("fibrous papule", "angiofibroma or fibrous papule")),
-    Diagnosis("clear cell acanthoma", False),
-    Diagnosis("sebaceous hyperplasia", False),
-    Diagnosis("benign adnexal tumor", False, (
-        "hidradenoma", "syringoma", "chondroid syringoma", "poroma", "eccrine poroma",
-        "spiradenoma", "cylindroma", "trichoepithelioma", "trichoblastoma", "trichilemmoma",
-        "trichofolliculoma", "pilomatricoma", "pilomatrixoma", "syringocystadenoma papilliferum",
-        "benign adnexal epithelial proliferation apocrine or eccrine",
-        "benign adnexal epithelial proliferation follicular",
-    )),
-    Diagnosis("neurofibroma", False),
-    Diagnosis("lipoma", False),
-    Diagnosis("leiomyoma", False, ("angioleiomyoma",)),
-    Diagnosis("xanthogranuloma", False, ("juvenile xanthogranuloma",)),
-    Diagnosis("cyst", False, (
-        "epidermal cyst", "epidermoid cyst", "trichilemmal cyst", "pilar cyst", "sebaceous cyst",
-        "trichilemmal or isthmic catagen or pilar cyst", "milia", "milium", "steatocystoma",
-    )),
-    Diagnosis("scar", False, ("keloid", "hypertrophic scar")),
-    Diagnosis("epidermal nevus", False, (
-        "nevus sebaceous", "sebaceous nevus", "nevus sebaceous of Jadassohn", "Becker nevus",
-        "Becker's nevus", "nevus lipomatosus superficialis", "nevus lipomatosus",
-    )),
-    Diagnosis("inflammatory or infectious disease", False, (
-        "inf", "inflammatory", "infectious", "inflammatory and infectious",
-        "inflammatory or infectious", "inflammatory and infectious disease",
-        "inflammatory and infectious condition", "inflammatory disease", "infectious disease",
-    )),
-    # Benign, whatever it is.
-    Diagnosis("benign", False, (
-        "ben oth", "other benign", "benign other", "benign tumor", "benign neoplasm",
-        "benign proliferation", "other benign proliferation",
-        "other benign proliferation including collision tumor", "not malignant", "non malignant",
-        "nonmalignant", "non cancerous", "noncancerous", "not cancerous", "non neoplastic",
-        "nonneoplastic", "benign melanocytic", "benign melanocyte", "benign epidermal",
-        "benign dermal", "benign melanocytic proliferation",
-        "benign soft tissue proliferation fibro histiocytic",
-        "benign soft tissue proliferation neural", "benign soft tissue proliferation lipocytic",
-        "collision only benign proliferation",
-    )),
-    # Malignant or benign, and no melanoma.
-    Diagnosis("not melanoma", None, ("non melanoma", "nonmelanoma", "notmelanoma", "no melanoma")),
-)
-# fmt: on
-
+_CONTENTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+DIAGNOSES = tuple(map(_diagnosis, _CONTENTS["diagnoses"]))
 _IRREGULAR_PLURALS = {
     "nevi": "nevus",
     "keratoses": "keratosis",
@@ -270,8 +80,10 @@ def _phrases(*phrases: str) -> frozenset[str]:
 
 def all_qualifiers(diagnosis: Diagnosis) -> frozenset[str]:
     """Returns the normalized qualifiers that the diagnosis takes, the general ones included."""
-    by_malignancy = {True: MALIGNANT_QUALIFIERS, False: BENIGN_QUALIFIERS, None: ()}
-    return _phrases(*QUALIFIERS, *by_malignancy[diagnosis.is_malignant], *diagnosis.qualifiers)
+    general = _CONTENTS["qualifiers"]
+    by_malignancy = {True: general["malignant"], False: general["benign"], None: []}
+    own = diagnosis.qualifiers
+    return _phrases(*general["any"], *by_malignancy[diagnosis.is_malignant], *own)
 
 
 _TABLE = tuple((d, _phrases(d.name, *d.spellings), all_qualifiers(d)) for d in DIAGNOSES)

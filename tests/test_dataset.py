@@ -67,43 +67,6 @@ def turn_and_save_again(source, target):
         image.transpose(Image.Transpose.ROTATE_90).resize((80, 80)).save(target, quality=90)
 
 
-def test_near_duplicates_stay_together_and_count_as_one_picture(tmp_path):
-    root = save_lesions(tmp_path / "raw", {"a": 20, "b": 20})
-    for i in range(10):
-        turn_and_save_again(root / f"a/{i:04d}.jpg", root / f"a/turned {i}.jpg")
-        turn_and_save_again(root / f"b/{i:04d}.jpg", root / f"a/contradicting {i}.jpg")
-    _, metadata = build(root)
-    assert metadata["picture"].nunique() == 40
-    assert metadata["content_hash"].nunique() == 60
-    assert metadata.groupby("picture")["split"].nunique().max() == 1
-    _, metadata = build(root, label_conflicts="drop")
-    assert len(metadata) == 40
-    assert not metadata["path"].str.contains("contradicting").any()
-
-
-def test_the_audit_knows_pictures_labels_splits_and_broken_files(tmp_path):
-    root = save_lesions(tmp_path / "raw", {"Train/a": 14, "Train/b": 12, "Test/a": 10})
-    turn_and_save_again(root / "Train/b/0003.jpg", root / "Train/a/turned.jpg")
-    shutil.copy(root / "Train/a/0001.jpg", root / "Test/a/copy.jpg")
-    (root / "Test/a/broken.jpg").write_bytes(b"GIF89a")
-    Image.new("RGB", (20, 90), "red").save(root / "Train/b/red.png")
-    builder = DatasetBuilder(root, image_size=16)
-    findings = builder.audit()
-    named = [(row.kind, row.images) for row in findings.itertuples()]
-    turned = ("Train/a/turned.jpg", "Train/b/0003.jpg")
-    copied = ("Test/a/copy.jpg", "Train/a/0001.jpg")
-    assert named == [
-        ("unreadable", ("Test/a/broken.jpg",)),
-        ("contradiction", turned),
-        ("leakage", copied),
-        ("identical", copied),
-        ("near-duplicate", turned),
-        ("tiny", ("Train/b/red.png",)),
-        ("flat", ("Train/b/red.png",)),
-    ]
-    assert builder.audit().equals(findings)  # from the array that is there
-
-
 @pytest.mark.parametrize("flag", ["splits_csv", "metadata_csv"])
 def test_the_audit_finds_leakage_between_the_splits_of_a_table(tmp_path, flag):
     root = save_lesions(tmp_path / "raw", {"a": 12, "b": 12})
@@ -144,38 +107,12 @@ def test_a_class_of_one_image_is_trained_on_and_warned_of(make_images):
     assert metadata.loc[metadata["class"] == "lonely", "split"].tolist() == ["train"]
 
 
-def test_metadata_has_a_row_an_image_with_all_columns(make_images):
-    root = make_images({"Train/b": 5, "Train/a": 5})
-    Image.new("RGB", (30, 20)).save(root / "Train/a/oblong.png")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, metadata = build(root)
-    assert metadata.columns.tolist() == [
-        "path", "class", "label", "source_split", "width", "height", "content_hash", "picture",
-        "group", "split",
-    ]  # fmt: skip
-    assert metadata.groupby("class")["label"].unique().map(list).to_dict() == {"a": [0], "b": [1]}
-    oblong = metadata.set_index("path").loc["Train/a/oblong.png"]
-    assert (oblong["width"], oblong["height"]) == (30, 20)
-
-
 # ---------------------------------------------------------------------------- tables
 
 
 def write(path, table):
     pd.DataFrame(table).to_csv(path, index=False)
     return path
-
-
-def test_options_that_contradict_one_another_are_refused(tmp_path):
-    for options, message in [
-        ({"split_by": "folders", "splits_csv": "x.csv"}, "not from both"),
-        ({"label_column": "dx"}, "label_column needs the table"),
-        ({"split_by": "chance"}, "split_by is 'chance'"),
-        ({"label_conflicts": "ignore"}, "label_conflicts is 'ignore'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            DatasetBuilder(tmp_path, **options)
 
 
 def with_conflicts(make_images):
@@ -386,17 +323,6 @@ def test_only_the_training_split_is_augmented(splits):
     assert not any(image.numpy().tobytes() in originals for image, _ in loaders["train"])
 
 
-def test_mistakes_in_loaders_are_said(splits):
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        create_dataloaders(splits, batch_size=0)
-    with pytest.raises(ValueError, match="num_workers is -1"):
-        create_dataloaders(splits, num_workers=-1)
-    with pytest.raises(ValueError, match="seed is -1"):
-        create_dataloaders(splits, seed=-1)
-    with pytest.raises(ValueError, match="rank is 2"):
-        create_dataloaders(splits, rank=2, world_size=2)
-
-
 def test_a_split_without_images_is_named(make_images):
     with pytest.warns(UserWarning, match="not every split"):
         splits, _ = build(make_images({"a": 1, "b": 1}))
@@ -463,3 +389,77 @@ def test_an_input_that_does_not_fit_the_images_is_refused(splits):
 def test_fractions_that_do_not_make_splits_are_refused(make_images, splits):
     with pytest.raises(ValueError, match="splits"):
         build(make_images({"a": 3, "b": 3}), splits=splits)
+
+
+def test_near_duplicates_stay_together_and_have_one_number(tmp_path):
+    root = save_lesions(tmp_path / "raw", {"a": 20, "b": 20})
+    for i in range(10):
+        turn_and_save_again(root / f"a/{i:04d}.jpg", root / f"a/turned {i}.jpg")
+        turn_and_save_again(root / f"b/{i:04d}.jpg", root / f"a/contradicting {i}.jpg")
+    _, metadata = build(root)
+    assert metadata["picture"].nunique() == 40
+    assert metadata["content_hash"].nunique() == 60
+    assert metadata.groupby("picture")["split"].nunique().max() == 1
+    _, metadata = build(root, label_conflicts="drop")
+    assert len(metadata) == 40
+    assert not metadata["path"].str.contains("contradicting").any()
+
+
+def test_the_audit_finds_copies_wrong_labels_leakage_and_broken_files(tmp_path):
+    root = save_lesions(tmp_path / "raw", {"Train/a": 14, "Train/b": 12, "Test/a": 10})
+    turn_and_save_again(root / "Train/b/0003.jpg", root / "Train/a/turned.jpg")
+    shutil.copy(root / "Train/a/0001.jpg", root / "Test/a/copy.jpg")
+    (root / "Test/a/broken.jpg").write_bytes(b"GIF89a")
+    Image.new("RGB", (20, 90), "red").save(root / "Train/b/red.png")
+    builder = DatasetBuilder(root, image_size=16)
+    findings = builder.audit()
+    named = [(row.kind, row.images) for row in findings.itertuples()]
+    turned = ("Train/a/turned.jpg", "Train/b/0003.jpg")
+    copied = ("Test/a/copy.jpg", "Train/a/0001.jpg")
+    assert named == [
+        ("unreadable", ("Test/a/broken.jpg",)),
+        ("contradiction", turned),
+        ("leakage", copied),
+        ("identical", copied),
+        ("near-duplicate", turned),
+        ("tiny", ("Train/b/red.png",)),
+        ("flat", ("Train/b/red.png",)),
+    ]
+    assert builder.audit().equals(findings)  # from the array that is there
+
+
+def test_metadata_has_a_row_for_each_image_with_all_columns(make_images):
+    root = make_images({"Train/b": 5, "Train/a": 5})
+    Image.new("RGB", (30, 20)).save(root / "Train/a/oblong.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, metadata = build(root)
+    assert metadata.columns.tolist() == [
+        "path", "class", "label", "source_split", "width", "height", "content_hash", "picture",
+        "group", "split",
+    ]  # fmt: skip
+    assert metadata.groupby("class")["label"].unique().map(list).to_dict() == {"a": [0], "b": [1]}
+    oblong = metadata.set_index("path").loc["Train/a/oblong.png"]
+    assert (oblong["width"], oblong["height"]) == (30, 20)
+
+
+def test_contradictory_options_are_refused(tmp_path):
+    for options, message in [
+        ({"split_by": "folders", "splits_csv": "x.csv"}, "not from both"),
+        ({"label_column": "dx"}, "label_column needs the table"),
+        ({"split_by": "chance"}, "split_by is 'chance'"),
+        ({"label_conflicts": "ignore"}, "label_conflicts is 'ignore'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DatasetBuilder(tmp_path, **options)
+
+
+def test_invalid_arguments_of_loaders_are_named(splits):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        create_dataloaders(splits, batch_size=0)
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        create_dataloaders(splits, num_workers=-1)
+    with pytest.raises(ValueError, match="seed is -1"):
+        create_dataloaders(splits, seed=-1)
+    with pytest.raises(ValueError, match="rank is 2"):
+        create_dataloaders(splits, rank=2, world_size=2)

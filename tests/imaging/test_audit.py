@@ -25,7 +25,7 @@ def thumbnail(image):
     return np.asarray(image.convert("L").resize(size, Image.Resampling.BOX))
 
 
-def saved_again(image, quality):
+def reencoded(image, quality):
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return Image.open(buffer)
@@ -57,12 +57,12 @@ def near(thumbnails, hashes=None):
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_a_picture_is_known_again_mirrored_turned_resized_and_saved_anew(lesions, turn):
+def test_copies_that_are_flipped_rotated_resized_or_reencoded_are_found(lesions, turn):
     changed = []
     for number, lesion in enumerate(lesions):
         side = 60 + number
         other = lesion if turn is None else lesion.transpose(turn)
-        changed.append(thumbnail(saved_again(other.resize((side, side)), quality=60 + number % 35)))
+        changed.append(thumbnail(reencoded(other.resize((side, side)), quality=60 + number % 35)))
     both = np.stack([thumbnail(lesion) for lesion in lesions] + changed)
     found = near(both)
     true_pairs = {(i, i + len(lesions)) for i in range(len(lesions))}
@@ -71,7 +71,7 @@ def test_a_picture_is_known_again_mirrored_turned_resized_and_saved_anew(lesions
     assert len(found_pairs - true_pairs) == 0
 
 
-def test_different_lesions_are_no_pair_and_a_picture_itself_is_at_distance_0(lesions):
+def test_different_lesions_are_not_paired_and_a_copy_is_at_distance_0(lesions):
     thumbnails = np.stack([thumbnail(lesion) for lesion in lesions])
     assert len(near(thumbnails)) == 0
     twice = near(np.concatenate([thumbnails, thumbnails[:1]]))
@@ -79,7 +79,7 @@ def test_different_lesions_are_no_pair_and_a_picture_itself_is_at_distance_0(les
     assert twice["distance"][0] == 0
 
 
-def test_equal_files_and_images_of_one_colour_are_no_near_duplicates(lesions):
+def test_identical_files_and_images_of_one_colour_are_no_near_duplicates(lesions):
     grey = np.full((32, 32), 90, dtype=np.uint8)
     thumbnails = np.stack([thumbnail(lesions[0])] * 3 + [grey, grey + 1])
     found = near(thumbnails, ["a", "a", "other encoding", "grey", "lighter"])
@@ -87,8 +87,8 @@ def test_equal_files_and_images_of_one_colour_are_no_near_duplicates(lesions):
     assert len(near(thumbnails[:2], ["a", "a"])) == len(near(thumbnails[3:])) == 0
 
 
-def test_different_lesions_in_the_same_black_frame_are_no_pair(lesions):
-    """Round lenses leave black corners that are alike in all pictures of a camera."""
+def test_different_lesions_in_the_same_black_frame_are_not_paired(lesions):
+    """Round lenses leave black corners that are alike in all images of a camera."""
     across = np.linspace(-1, 1, 96)
     inside = (np.hypot(across[:, None], across) < 0.8)[:, :, None]
     framed = [
@@ -97,13 +97,13 @@ def test_different_lesions_in_the_same_black_frame_are_no_pair(lesions):
     ]
     thumbnails = np.stack([thumbnail(image) for image in framed])
     assert len(near(thumbnails)) == 0
-    again = [thumbnail(saved_again(image.rotate(90), 70)) for image in framed]
+    again = [thumbnail(reencoded(image.rotate(90), 70)) for image in framed]
     found = near(np.concatenate([thumbnails, again]))
     assert len(found) >= 0.9 * len(lesions)
     assert (found["second"] == found["first"] + len(lesions)).all()
 
 
-def test_hundreds_of_copies_of_two_pictures_are_two_pictures(lesions):
+def test_hundreds_of_copies_of_two_images_have_two_numbers(lesions):
     rng = np.random.default_rng(0)
     thumbnails = np.stack([thumbnail(lesions[i % 2]) for i in range(300)]).astype(int)
     thumbnails = (thumbnails + rng.integers(-2, 3, thumbnails.shape)).clip(0, 255).astype(np.uint8)
@@ -111,16 +111,16 @@ def test_hundreds_of_copies_of_two_pictures_are_two_pictures(lesions):
     assert pictures.tolist() == [0, 1] * 150
 
 
-def test_copies_of_a_picture_have_one_number(lesions):
+def test_copies_of_an_image_have_one_number(lesions):
     thumbnails = [thumbnail(lesion) for lesion in lesions[:5]]
-    thumbnails += [thumbnail(saved_again(lesions[3], 60)), thumbnails[1]]
+    thumbnails += [thumbnail(reencoded(lesions[3], 60)), thumbnails[1]]
     thumbnails += [thumbnail(lesions[3].transpose(Image.Transpose.ROTATE_90))]
     hashes = ["a", "b", "c", "d", "e", "d again", "b", "d turned"]
     pictures = number_pictures(hashes, near(np.stack(thumbnails), hashes), np.stack(thumbnails))
     assert pictures.tolist() == [0, 1, 2, 3, 4, 3, 1, 3]
 
 
-def test_a_series_that_changes_by_small_steps_does_not_become_one_picture(lesions):
+def test_a_series_that_changes_by_small_steps_has_several_numbers(lesions):
     """Each is a near-duplicate of the next, yet the first and the last are different lesions."""
     ends = [thumbnail(lesion).astype(float) for lesion in lesions[:2]]
     weights = np.linspace(0, 1, 60)[:, None, None]
@@ -153,7 +153,7 @@ def test_each_kind_of_finding_names_its_images_and_classes(lesions):
     ]
     columns = ["path", "class", "content_hash", "split", "width", "height", "error"]
     images = pd.concat([images, pd.DataFrame(extra, columns=columns)], ignore_index=True)
-    thumbnails += [thumbnails[0], thumbnails[1], thumbnail(saved_again(lesions[2], 70))]
+    thumbnails += [thumbnails[0], thumbnails[1], thumbnail(reencoded(lesions[2], 70))]
     blank = np.zeros((32, 32), dtype=np.uint8)
     ramp = np.arange(1024).astype(np.uint8).reshape(32, 32)
     thumbnails = np.stack([*thumbnails, blank + 7, ramp, blank, blank])
@@ -182,9 +182,9 @@ def test_each_kind_of_finding_names_its_images_and_classes(lesions):
     assert len(lines) == 8
 
 
-def test_a_picture_of_many_files_is_one_contradiction_and_one_leak(lesions):
+def test_an_image_in_many_files_is_one_contradiction_and_one_leak(lesions):
     """The copy in the test split is near a file that has an identical one in training."""
-    changed = [lesions[0], lesions[0], saved_again(lesions[0], 60), saved_again(lesions[0], 80)]
+    changed = [lesions[0], lesions[0], reencoded(lesions[0], 60), reencoded(lesions[0], 80)]
     thumbnails = np.stack([thumbnail(image) for image in changed])
     images = table(list("wxyz"), ["a", "a", "b", "c"], ["one", "one", "two", "three"])
     images["split"] = ["", "train", "test", "test"]
@@ -197,7 +197,7 @@ def test_a_picture_of_many_files_is_one_contradiction_and_one_leak(lesions):
     assert worst_pairs(findings)["classes"][0] == ("a", "b")
 
 
-def test_nothing_wrong_is_said_in_one_line(lesions):
+def test_no_findings_are_summarised_in_one_line(lesions):
     thumbnails = np.stack([thumbnail(lesion) for lesion in lesions])
     names = [f"{i}.jpg" for i in range(90)]
     findings = audit(table(names, ["a", "b"] * 45, names), near(thumbnails), thumbnails)
@@ -206,7 +206,7 @@ def test_nothing_wrong_is_said_in_one_line(lesions):
     assert len(worst_pairs(findings)) == 0
 
 
-def test_the_pairs_to_look_at_are_of_every_sort_before_any_is_shown_twice():
+def test_the_worst_pairs_have_every_combination_before_any_comes_twice():
     def finding(kind, number, classes, distance=0.0):
         return kind, (f"{classes}{number}.jpg", f"{classes}{number} again.jpg"), classes, distance
 

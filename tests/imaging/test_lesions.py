@@ -95,7 +95,7 @@ any_spelling = st.sampled_from([*MALIGNANT_SPELLINGS, *BENIGN_SPELLINGS])
 
 
 @pytest.mark.parametrize("published", PUBLISHED)
-def test_the_names_of_the_published_sets_are_known_and_what_they_do_not_tell_is_not(published):
+def test_the_names_of_the_published_sets_are_known_and_undecided_ones_are_not(published):
     for names, expected in zip(PUBLISHED[published], (True, False, None), strict=True):
         assert {name: is_malignant(name) for name in names} == dict.fromkeys(names, expected)
 

@@ -52,7 +52,7 @@ def test_a_class_name_that_no_table_could_hold_is_refused(make_images):
         find_images(root)
 
 
-def test_hidden_files_and_files_of_other_kinds_are_passed_over(make_images):
+def test_hidden_files_and_files_of_other_kinds_are_ignored(make_images):
     root = make_images({"a": 1, "b": 1, ".cache/c": 1})
     shutil.copy(root / "a/0000.png", root / "a/._0000.png")
     (root / "a/notes.txt").write_text("no image")
@@ -90,7 +90,7 @@ def test_labels_from_a_table_override_those_of_the_folders(make_images, tmp_path
     assert found.drop(["a/0000.png", "b/0003.png"]).value_counts().to_dict() == {"a": 11, "b": 11}
 
 
-def test_rows_of_a_table_of_labels_that_name_no_image_are_said(make_images, tmp_path):
+def test_rows_of_labels_that_match_no_image_are_warned_of(make_images, tmp_path):
     root = make_images({"a": 12, "b": 12})
     labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "a/nine.png"], "class": ["b", "b"]})
     with pytest.warns(UserWarning, match="l.csv: 1 of its 2 rows match no image, such as a/nine"):
@@ -163,14 +163,14 @@ def test_tables_that_do_not_fit_are_refused(make_images, tmp_path, table, option
     assert not (root.parent / "processed").exists() or "splits_csv" in options
 
 
-def test_rows_of_images_that_are_not_here_may_be_anything(make_images, tmp_path):
+def test_rows_that_match_no_image_may_have_any_values(make_images, tmp_path):
     root = make_images({"a": 4, "b": 4})
     rows = {"path": ["a/0000.png", "x.png", "x.png"], "age": [60, 1, 2]}
     _, metadata = build(root, metadata_csv=write(tmp_path / "t.csv", pd.DataFrame(rows)))
     assert metadata["age"].dropna().tolist() == ["60"]
 
 
-def test_files_that_are_no_tables_are_refused(make_images, tmp_path):
+def test_files_that_are_not_tables_are_refused(make_images, tmp_path):
     root = make_images({"a": 4, "b": 4})
     with pytest.raises(FileNotFoundError, match="gone.csv"):
         build(root, labels_csv=tmp_path / "gone.csv")

@@ -59,14 +59,14 @@ def test_splits_of_whole_groups_are_within_the_largest_group_of_their_share(seed
     for group in range(len(sizes)):
         assert len(set(split[groups == group])) == 1
     for label, size in enumerate(np.bincount(labels)):
-        # A class too small for one image in each split comes into each all the same.
+        # A class too small for one image in each split is in each nevertheless.
         lacking = sum(max(0, 1 - size * fraction) for fraction in THREE.values())
         for name, fraction in THREE.items():
             count = (split[labels == label] == name).sum()
             assert abs(count - size * fraction) <= sizes.max() + lacking + 1e-9
 
 
-def test_the_seed_decides_who_and_not_how_many():
+def test_the_seed_decides_which_images_and_not_how_many():
     labels = np.repeat([0, 1, 2], [50, 20, 10])
     groups = np.arange(80)
     first, again, other = (stratified_split(labels, groups, THREE, seed) for seed in (1, 1, 2))

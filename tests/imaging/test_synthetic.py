@@ -173,7 +173,7 @@ def test_a_size_too_small_is_an_error_and_leaves_no_folder(tmp_path):
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
-def test_a_killed_draw_leaves_no_set_and_does_not_stand_in_the_way_of_the_next(tmp_path):
+def test_drawing_that_is_killed_leaves_no_set_and_does_not_hinder_the_next(tmp_path):
     root = tmp_path / "raw"
     script = f"from imaging import synthetic; synthetic.make_dataset({str(root)!r}, 20_000, seed=1)"
     drawing = subprocess.Popen(
