@@ -33,24 +33,13 @@ STARTS = ("scratch", "head", "finetuned")
 
 @dataclass(frozen=True)
 class Backbone:
-    """Describes a backbone: how it is built, its weights, its input and its feature maps.
+    """Describes a backbone: how it is built, its weights, its input and its feature maps."""
 
-    Attributes
-    ----------
-    build : returns the module, from normalised images to features `(B, F)`, with random weights
-        drawn from the global generator, and F
-    feature_maps : names of layers with maps `(B, C, h, w)` for Grad-CAM, the last first, each with
-        its stride
-    weights_url : of the default weights, a state dict; None where there are none
-    classifier : prefix of the weights in a file that are left out, as the head replaces them
-    mean, std : of each channel of RGB images in [0, 1], by which the input is normalised
-    """
-
-    build: Callable[[], tuple[nn.Module, int]]
-    feature_maps: tuple[tuple[str, int], ...] = ()
-    weights_url: str | None = None
-    classifier: str = "fc."
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    build: Callable[[], tuple[nn.Module, int]]  # gives a module to features `(B, F)`, and F
+    feature_maps: tuple[tuple[str, int], ...] = ()  # layers and their strides, the last first
+    weights_url: str | None = None  # of the default weights, a state dict
+    classifier: str = "fc."  # prefix of those of its names that are left out
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
 
 
@@ -207,8 +196,9 @@ class BackboneClassifier(LesionClassifier):
         of_entry = (entry.mean, entry.std, entry.feature_maps)
         super().__init__(module, num_features, num_classes, dropout_rate, *of_entry)
         if start != "scratch" and weights is not None:
-            path = pretrained_weights(backbone) if weights == "imagenet" else Path(weights)
-            load_weights(module, path, backbone, entry.classifier)
+            if weights == "imagenet":
+                weights = download_weights(entry.weights_url, backbone)
+            load_weights(module, Path(weights), backbone, entry.classifier)
         self.is_frozen = start == "head"
         if self.is_frozen:
             module.requires_grad_(False).eval()
@@ -504,20 +494,6 @@ def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
 
 
 def imagenet_weights(layers: int, download: bool = True) -> Path:
-    """Returns the file of torchvision's default weights for a ResNet, as `pretrained_weights`."""
-    return pretrained_weights(f"resnet{layers}", download)
-
-
-def pretrained_weights(backbone: str, download: bool = True) -> Path:
-    """Returns the file of a backbone's default weights, downloaded if it is not there yet.
-
-    Raises FileNotFoundError, which says which file to put where, if it is neither there nor can be
-    downloaded, or if the backbone has none.
-    """
-    url = BACKBONES[backbone].weights_url
-    if url is None:
-        raise FileNotFoundError(
-            f"{backbone} has no default weights: give a file with --weights FILE, or start from "
-            "random weights with --weights none"
-        )
-    return download_weights(url, backbone, download)
+    """Returns the file of torchvision's default weights for a ResNet; see `download_weights`."""
+    backbone = f"resnet{layers}"
+    return download_weights(BACKBONES[backbone].weights_url, backbone, download)

@@ -139,7 +139,8 @@ class Checkpoint:
         if differing:
             raise ValueError(f"{path} is of another run: {differing}")
         environment, before = _environment(self.model), contents.get("environment")
-        differing = isinstance(before, dict) and _differences(environment | before, environment)
+        before = environment | (before if isinstance(before, dict) else {})
+        differing = _differences(before, environment)
         if differing:
             warnings.warn(
                 f"{path}: {differing}: the weights will be as good, but not bit for bit those of "
@@ -160,11 +161,9 @@ class Checkpoint:
         self.model.load_state_dict(dict(contents["model"]))
         self.optimizer.load_state_dict(optimizer_state)
         if self.scheduler is not None:
-            own = self.scheduler.state_dict()
-            needed = own.keys() & {"last_epoch"}
-            self.scheduler.load_state_dict(
-                _completed(contents["scheduler"], own, "scheduler", needed)
-            )
+            own, found = self.scheduler.state_dict(), contents["scheduler"]
+            found = _completed(found, own, "scheduler", needed=own.keys() & {"last_epoch"})
+            self.scheduler.load_state_dict(found)
         if contents.get("scaler"):
             own = self.scaler.state_dict()
             self.scaler.load_state_dict(_completed(contents["scaler"], own, "scaler"))
@@ -206,7 +205,7 @@ def _completed(
     if not isinstance(found, dict):
         raise ValueError(f"{name} is not a dict")
     common = {key: value for key, value in own.items() if key in found or key in needed}
-    check_alike({key: found[key] for key in common.keys() & found.keys()}, common, name)
+    check_alike({key: found[key] for key in common if key in found}, common, name)
     return own | found
 
 
@@ -241,12 +240,8 @@ def _read_optimizer(found: Any, optimizer: Optimizer) -> dict[str, Any]:
     own = optimizer.state_dict()
     check_alike(found, dict.fromkeys(own), "optimizer")
     check_alike(found["param_groups"], [None] * len(own["param_groups"]), "optimizer's groups")
-    groups = [
-        _completed(group, own_group, f"optimizer's group {number}", needed=("params", "lr"))
-        for number, (group, own_group) in enumerate(
-            zip(found["param_groups"], own["param_groups"], strict=True)
-        )
-    ]
+    pairs = zip(found["param_groups"], own["param_groups"], strict=True)
+    groups = [_completed(*pair, "optimizer's group", needed=("params", "lr")) for pair in pairs]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not found["state"].keys() <= set(range(len(parameters))):
         raise ValueError("optimizer has a state of other parameters")

@@ -11,12 +11,17 @@ from storage.files import lock
 from storage.tensors import check_alike, load_tensors
 
 
-def download_weights(url: str, architecture: str, download: bool = True) -> Path:
+def download_weights(url: str | None, architecture: str, download: bool = True) -> Path:
     """Returns torch.hub's file of this address, downloaded once by all processes together.
 
     Raises FileNotFoundError, which says which file to put where, if it is not there and cannot, or
-    without `download` may not, be downloaded.
+    without `download` may not, be downloaded, and for None in place of an address.
     """
+    if url is None:
+        raise FileNotFoundError(
+            f"{architecture} has no default weights: give a file with --weights FILE, or start "
+            "from random weights with --weights none"
+        )
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     reason = "not downloaded"
     if download and not path.exists():
