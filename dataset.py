@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +96,7 @@ class PreparedImages(NamedTuple):
     index: CacheIndex
 
 
+@dataclass(eq=False)
 class DatasetBuilder:
     """Makes stratified data sets from a folder of images, with a folder for each class.
 
@@ -124,50 +126,38 @@ class DatasetBuilder:
     Tables name the images as `join_table` describes.
     """
 
-    def __init__(
-        self,
-        data_dir: str | Path,
-        *,
-        image_size: int = 224,
-        cache_dir: str | Path | None = None,
-        num_workers: int | None = None,
-        seed: int = 42,
-        skip_unreadable: bool = False,
-        labels_csv: str | Path | None = None,
-        label_column: str | None = None,
-        label_conflicts: str = "keep",
-        metadata_csv: str | Path | None = None,
-        group_by: Sequence[str] = (),
-        split_by: str = "random",
-        splits_csv: str | Path | None = None,
-    ) -> None:
-        check_at_least(8, image_size=image_size)
-        check_at_least(0, num_workers=num_workers or 0)
-        if label_conflicts not in ("keep", "drop", "error"):
-            raise ValueError(f"label_conflicts is {label_conflicts!r}; not keep, drop or error")
-        if split_by not in ("random", "folders"):
-            raise ValueError(f"split_by is {split_by!r}; it must be random or folders")
-        if split_by == "folders" and splits_csv is not None:
+    data_dir: str | Path
+    _: KW_ONLY
+    image_size: int = 224
+    cache_dir: str | Path | None = None
+    num_workers: int | None = None
+    seed: int = 42
+    skip_unreadable: bool = False
+    labels_csv: str | Path | None = None
+    label_column: str | None = None
+    label_conflicts: str = "keep"
+    metadata_csv: str | Path | None = None
+    group_by: Sequence[str] = ()
+    split_by: str = "random"
+    splits_csv: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(8, image_size=self.image_size)
+        check_at_least(0, num_workers=self.num_workers or 0)
+        check_seed(self.seed)
+        if self.label_conflicts not in ("keep", "drop", "error"):
+            raise ValueError(
+                f"label_conflicts is {self.label_conflicts!r}; it must be keep, drop or error"
+            )
+        if self.split_by not in ("random", "folders"):
+            raise ValueError(f"split_by is {self.split_by!r}; it must be random or folders")
+        if self.split_by == "folders" and self.splits_csv is not None:
             raise ValueError(
                 "splits come from split_by='folders' or from splits_csv, not from both"
             )
-        if label_column is not None and labels_csv is None and metadata_csv is None:
+        no_table = self.labels_csv is None and self.metadata_csv is None
+        if self.label_column is not None and no_table:
             raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
-        check_seed(seed)
-        self.data_dir = Path(data_dir)
-        self.image_size = image_size
-        default = Path(os.path.abspath(data_dir)).parent / "processed"
-        self.cache_dir = default if cache_dir is None else Path(cache_dir)
-        self.num_workers = num_workers
-        self.seed = seed
-        self.skip_unreadable = skip_unreadable
-        self.labels_csv = labels_csv
-        self.label_column = label_column
-        self.label_conflicts = label_conflicts
-        self.metadata_csv = metadata_csv
-        self.group_by = list(group_by)
-        self.split_by = split_by
-        self.splits_csv = splits_csv
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
         """Returns `path`, `class` and `source_split` of each image, without decoding any.
@@ -282,8 +272,13 @@ class DatasetBuilder:
         return PreparedImages(metadata, given, cache, index)
 
     def _cache(self, preprocessors: Sequence[Preprocessor]) -> ArrayCache:
+        default = Path(os.path.abspath(self.data_dir)).parent / "processed"
         return ArrayCache(
-            self.data_dir, self.cache_dir, self.image_size, preprocessors, self.num_workers
+            Path(self.data_dir),
+            default if self.cache_dir is None else Path(self.cache_dir),
+            self.image_size,
+            preprocessors,
+            self.num_workers,
         )
 
     def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -305,8 +300,8 @@ class DatasetBuilder:
             first = metadata[metadata["picture"] == metadata["picture"][conflicting].iloc[0]]
             names = ", ".join(map(printable, first["path"]))
             raise ValueError(
-                f"{conflicting.sum()} files show images that are in several classes, such as "
-                f"{names}"
+                f"{conflicting.sum()} images have copies of another class, such as {names}; correct "
+                "the labels, or choose to keep or drop these images"
             )
         return (metadata[~conflicting] if self.label_conflicts == "drop" else metadata).copy()
 

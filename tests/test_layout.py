@@ -25,7 +25,8 @@ ORDER = (
     "learning.checkpoints",
     "training", "visualizations",
     "inference.options", "inference.explain", "inference.ensemble", "inference.export",
-    "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.report",
+    "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.run_files",
+    "experiment.report",
     "experiment.results", "experiment.pipeline",
     "train_models", "predict",
 )  # fmt: skip
