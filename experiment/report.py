@@ -1,7 +1,5 @@
 """The results of a run as one HTML page that needs no network and no file beside it.
 
-from dataclasses import dataclass
-from imaging.lesions import is_melanoma
     python -c "from experiment.report import write_report; write_report('models')"
 
 What the page says is in `report.html.j2`, how it looks in `report.css`; here are its tables and the
@@ -25,7 +23,7 @@ from PIL import Image
 from evaluation import why_screening_is_off
 from experiment.console import format_duration
 from experiment.run_files import Model, Run, read_run
-from imaging.audit import FEWEST_PICTURES, summarise
+from imaging.audit import MIN_DISTINCT_IMAGES, summarise
 from storage.files import write_text
 
 DASH = "–"
@@ -368,7 +366,7 @@ _PAGES = Environment(
 _PAGES.filters |= _by_name(
     _count, _duration, _embed, _one_line, _rounded, _whole, _with_interval, _worded
 )
-_PAGES.globals |= {"DASH": DASH, "MIN_IMAGES": FEWEST_PICTURES} | _by_name(
+_PAGES.globals |= {"DASH": DASH, "MIN_IMAGES": MIN_DISTINCT_IMAGES} | _by_name(
     _bias_table,
     _calibration_table,
     _class_table,

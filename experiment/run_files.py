@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from evaluation import best_evaluation, counted_as
-from imaging.audit import FEWEST_PICTURES, KINDS, unavoidable_errors
+from imaging.audit import KINDS, MIN_DISTINCT_IMAGES, unavoidable_errors
 from imaging.lesions import is_melanoma
 from storage.files import read_csv, split_names
 
@@ -43,7 +43,7 @@ class Model:
     @property
     def small_classes(self) -> list[str]:
         """The classes with too few test images, and how many they have."""
-        few = [(name, n) for name, n in self.supports.items() if n < FEWEST_PICTURES]
+        few = [(name, n) for name, n in self.supports.items() if n < MIN_DISTINCT_IMAGES]
         return [f"{name} ({n})" for name, n in few]
 
     @property
