@@ -281,8 +281,8 @@ class DatasetBuilder:
             first = metadata[metadata["picture"] == metadata["picture"][conflicting].iloc[0]]
             names = ", ".join(map(printable, first["path"]))
             raise ValueError(
-                f"{conflicting.sum()} images have copies of another class, such as {names}; correct "
-                "the labels, or choose to keep or drop these images"
+                f"{conflicting.sum()} images have copies of another class, such as {names}; "
+                "correct the labels, or choose to keep or drop these images"
             )
         return (metadata[~conflicting] if self.label_conflicts == "drop" else metadata).copy()
 
