@@ -138,7 +138,7 @@ def audit(
         groups = pd.Series(readable).groupby(values[readable], sort=sort)
         return (rows.to_numpy() for _, rows in groups)
 
-    for row in np.flatnonzero(~is_readable):
+    for row in np.flatnonzero(~is_readable).tolist():
         add("unreadable", [row])
     for rows in rows_by(pictures):
         distance = max_distance.get(pictures[rows[0]], 0.0)

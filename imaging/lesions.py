@@ -29,7 +29,8 @@ class Diagnosis:
 
 
 def _diagnosis(fields: dict[str, Any]) -> Diagnosis:
-    return Diagnosis(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in fields.items()}
+    return Diagnosis(**values)
 
 
 _CONTENTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from storage.files import lock
 
-Range = Sequence[float]  # two ends, between which a number is drawn uniformly
-Colours = Sequence[str]  # two ends, between which a colour is drawn uniformly
+Range = tuple[float, float]  # two ends, between which a number is drawn uniformly
+Colours = tuple[str, str]  # two ends, between which a colour is drawn uniformly
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Structure:
     colours: Colours
     probability: float
     width: Range
-    count: Sequence[int] = (1, 1)
+    count: tuple[int, int] = (1, 1)
     reach: Range = (0.0, 1.0)
     opacity: Range = (0.6, 0.9)
 
@@ -65,13 +65,17 @@ class Looks:
     structures: tuple[Structure, ...]
 
 
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+
+
 def _structures(table: Iterable[dict[str, Any]]) -> tuple[Structure, ...]:
-    return tuple(Structure(**fields) for fields in table)
+    return tuple(Structure(**_with_tuples(fields)) for fields in table)
 
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 LOOKS = {
-    name: Looks(**fields | {"structures": _structures(fields["structures"])})
+    name: Looks(**_with_tuples(fields) | {"structures": _structures(fields["structures"])})
     for name, fields in _TABLES["classes"].items()
 }
 CLASSES = tuple(sorted(LOOKS))
@@ -410,7 +414,7 @@ def _unevenly(lesion: _Lesion, rng: np.random.Generator) -> np.ndarray:
 
 def _noise(rng: np.random.Generator, size: int, *cells: int) -> np.ndarray:
     """Smooth noise about 0: random values, `cells` to a side, and finer ones of half the weight."""
-    field = np.zeros((1, 1), dtype=np.float32)
+    field: np.ndarray = np.zeros((1, 1), dtype=np.float32)
     for octave, side in enumerate(cells):
         field = _resize(field, side) + 0.5**octave * _uniform(rng, side)
     return _resize(field, size)
