@@ -103,12 +103,17 @@ def needed_side(image_size: int, preprocessors: Sequence[Preprocessor]) -> int |
 def prepare(
     image: Image.Image, image_size: int, preprocessors: Sequence[Preprocessor], path: str | Path
 ) -> np.ndarray:
-    """Returns a decoded image as the models see it; a ValueError of a preprocessor names `path`."""
-    if preprocessors:
+    """Returns a decoded image as the models see it.
+
+    Raises ValueError, which names `path` too, for a preprocessor whose result is not an image.
+    """
+    for preprocessor in preprocessors:
+        name = f"preprocessor {_name_of(preprocessor)} on {printable(path)}"
         try:
-            image = Image.fromarray(_preprocess(np.array(image), preprocessors))
-        except ValueError as error:
-            raise ValueError(f"{error} (on {printable(path)})") from error
+            result = preprocessor(np.array(image))
+        except Exception as error:
+            raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
+        image = Image.fromarray(as_uint8(result, f"the result of {name}"))
     return np.asarray(resize_and_crop(image, image_size))
 
 
@@ -147,10 +152,10 @@ def _check_repeatable(
         again = [_probe(preprocessor, probe) for probe in probes]
         if again != results or _global_random_state() != state:
             raise ValueError(
-                f"preprocessor {_name_of(preprocessor)} does not make the same of the same image "
-                "every time (randomness, time, or something kept from call to call); what it makes "
-                "is kept on disk and must come out the same for new images: leave randomness to "
-                "the augmentation, or start a generator from a fixed seed in each call"
+                f"preprocessor {_name_of(preprocessor)} gives different results for the same image "
+                "(randomness, time, or something kept between calls), but they are kept on disk "
+                "and must be the same for new images: leave randomness to the augmentation, or "
+                "start a generator from a fixed seed in each call"
             )
         if time.monotonic() > end:
             return
@@ -172,9 +177,9 @@ def _probe(preprocessor: Preprocessor, image: np.ndarray) -> bytes:
         result = np.asarray(preprocessor(image.copy()))
     except Exception as error:  # a user's code: that it refuses a probe tells it apart as well
         return type(error).__name__.encode()
-    if result.dtype.hasobject:  # no image; its bytes would be addresses, other ones in each run
-        return f"{result.dtype}{result.shape}".encode()
-    return f"{result.dtype}{result.shape}".encode() + result.tobytes()
+    # Objects' bytes would be their addresses, which change from run to run.
+    contents = b"" if result.dtype.hasobject else result.tobytes()
+    return f"{result.dtype}{result.shape}".encode() + contents
 
 
 def _name_of(preprocessor: Preprocessor) -> str:
@@ -227,7 +232,7 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
         case list() | tuple():
             return value
         case np.ndarray():
-            return value.tolist()
+            return value.ravel().tolist()
         case types.ModuleType():
             return [value.__name__]
         case logging.Logger():  # has all loggers of the process among its attributes
@@ -237,17 +242,6 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
     members = [item for kind in type(value).__mro__ for item in vars(kind).items()]
     own = [m for name, m in members if isinstance(m, types.FunctionType) or name[:2] != "__"]
     return type(value), getattr(value, "__name__", ""), own, vars(value)
-
-
-def _preprocess(image: np.ndarray, preprocessors: Sequence[Preprocessor]) -> np.ndarray:
-    for preprocessor in preprocessors:
-        name = _name_of(preprocessor)
-        try:
-            result = preprocessor(image)
-        except Exception as error:
-            raise ValueError(f"preprocessor {name}: {type(error).__name__}: {error}") from error
-        image = as_uint8(result, f"the result of preprocessor {name}")
-    return image
 
 
 def _decode_file(path: str | Path, shorter_side: int | None = None) -> Image.Image:

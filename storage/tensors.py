@@ -18,13 +18,9 @@ KNOWN_NAMES = {
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor",
     "torch._utils _rebuild_tensor_v2",
-    *(
-        f"torch {kind}Storage"
-        for kind in (
-            "BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short",
-        )
-    ),
-}  # fmt: skip
+}
+KNOWN_TYPES = "BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short"
+KNOWN_NAMES |= {f"torch {kind}Storage" for kind in KNOWN_TYPES}
 MAX_PICKLED_BYTES = 16 * 2**20  # a checkpoint of ResNet-50 has 0.2 MB beside its tensors
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 30

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -175,19 +176,6 @@ def auto_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def drop_the_rights_of_root() -> Callable[[], None]:
-    """A `preexec_fn` that takes from a process the right to pass over permission bits."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("drops rights as Linux has it")
-
-    def drop() -> None:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-
-    return drop
-
-
-@pytest.fixture
 def quick_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves figures as a few pixels, as drawing them takes most of the time of a short run.
 
@@ -214,3 +202,31 @@ def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         "experiment.results.plot_model_comparison",
     ):
         monkeypatch.setattr(name, lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def without_the_rights_of_root() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which this thread may not pass over permission bits, as root may."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("drops rights as Linux has it")
+    libc = ctypes.CDLL(None)
+    this_thread = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
+    rights = (ctypes.c_uint32 * 6)()
+    assert libc.capget(this_thread, rights) == 0
+
+    @contextmanager
+    def drop() -> Iterator[None]:
+        effective = rights[0]
+        rights[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        # With SECBIT_NO_SETUID_FIXUP, or access(2) would still count root's permitted rights.
+        secure_bits = libc.prctl(27, 0, 0, 0, 0)
+        assert libc.prctl(28, secure_bits | 0b100, 0, 0, 0) == 0
+        assert libc.capset(this_thread, rights) == 0
+        try:
+            yield
+        finally:
+            rights[0] = effective
+            assert libc.capset(this_thread, rights) == 0
+            assert libc.prctl(28, secure_bits, 0, 0, 0) == 0
+
+    return drop
