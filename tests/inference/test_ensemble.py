@@ -161,7 +161,7 @@ def test_batches_take_the_options_of_predict_and_no_others(images, save_model):
     assert [len(table) for table in tables] == [3, 3, 1]
     together = predict(model, images, tta=2, device="cpu")
     assert np.allclose(pd.concat(tables)[PROBABILITIES], together[PROBABILITIES], atol=1e-6)
-    options = [name for name in inspect.signature(predict).parameters][2:]
+    options = list(inspect.signature(predict).parameters)[2:]
     assert options == [field.name for field in fields(PredictionOptions)]
     with pytest.raises(TypeError, match="top_k"):
         next(predict_batches(model, images, top_k=2))

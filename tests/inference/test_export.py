@@ -1,7 +1,6 @@
 """A trained model as an ONNX file."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
