@@ -94,8 +94,7 @@ def predict(
     thresholds : by name of a class, `malignant` (those counted as such) or `melanoma` (all classes
         of it), the calibrated probability from which an image is flagged. None: those chosen in
         training for a sensitivity of 95 %, with a warning for several models or views
-    preprocessors : those that the models were trained with
-    device, precision : as in training; a device of None is CUDA where there is one
+    preprocessors, device, precision : as in training; a device of None is CUDA where there is one
     batch_size, num_workers : images in a batch; threads that decode, None for one a core
 
     Raises FileNotFoundError for files that do not exist, and ValueError for values out of range,

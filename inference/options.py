@@ -58,4 +58,4 @@ def check_file_to_write(path: str | Path, suffixes: Sequence[str]) -> None:
 
 def as_list(paths: Paths) -> list[str]:
     """Returns one path or several as a list of strings."""
-    return list(map(os.fspath, [paths] if isinstance(paths, str | os.PathLike) else paths))
+    return [os.fspath(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]

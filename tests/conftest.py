@@ -164,6 +164,33 @@ def start_processes(start: Callable) -> Callable:
     return start_ranks
 
 
+@pytest.fixture
+def images(make_images: MakeImages) -> Path:
+    """A folder of seven images in two folders."""
+    return make_images({"a": 4, "b": 3}, name="images")
+
+
+@pytest.fixture
+def save_model(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a `model.pth`; `info` is what it holds besides."""
+    from storage.tensors import save_tensors
+    from tests.samples import CLASSES, small_model
+
+    def save(file="model.pth", model=None, classes=CLASSES, **info):
+        model = small_model() if model is None else model
+        contents = {
+            "config": model.config,
+            "classes": list(classes),
+            "image_size": model.config["image_size"],
+            "preprocessors": "",
+            "state_dict": model.state_dict(),
+        }
+        save_tensors(tmp_path / file, contents | info)
+        return tmp_path / file
+
+    return save
+
+
 @pytest.fixture(params=["fp32", "bf16"])
 def auto_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the precision `auto` stands for in this process: each in turn, whatever the processor.

@@ -333,7 +333,7 @@ def test_a_prediction_that_is_stopped_ends_in_one_line_without_half_a_file(
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-@pytest.mark.parametrize("where", ["predict.Ensemble.__init__", "predict._Printer.print"])
+@pytest.mark.parametrize("where", ["predict.Ensemble.__init__", "tqdm.tqdm.write"])
 def test_a_prediction_can_be_stopped_at_any_moment(
     prediction, tmp_path, monkeypatch, capfd, signum, where
 ):

@@ -1,0 +1,35 @@
+"""Small models, and files that are no images, that tests share."""
+
+import os
+
+import torch
+from torch import nn
+
+from models import get_model
+
+CLASSES = ["melanoma", "mole $1_x", "nevus"]
+PROBABILITIES = [f"prob_{name}" for name in CLASSES]
+THRESHOLDS = {
+    "malignant": {"sensitivity 90%": 0.9, "sensitivity 95%": 0.5, "specificity 90%": 0.95},
+    "melanoma": {"sensitivity 95%": 0.3},
+}
+
+
+def small_model(seed=0, name="simple_cnn", image_size=32):
+    """A model whose probabilities differ from image to image, which fresh weights' hardly do."""
+    options = {"layers": 18, "weights": None, "image_size": image_size, "seed": seed}
+    model = get_model(name, len(CLASSES), **options).eval()
+    with torch.no_grad():
+        for layer in model.head:
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(4)
+    return model
+
+
+def break_files(folder):
+    """Adds files that are no images to a folder with `a/0000.png`; gives their names."""
+    whole = (folder / "a/0000.png").read_bytes()
+    (folder / "empty.jpg").touch()
+    (folder / "cut\nshort.png").write_bytes(whole[: len(whole) // 2])
+    os.mkfifo(folder / "pipe.gif")
+    return ["empty.jpg", "cut\nshort.png", "pipe.gif"]
