@@ -265,17 +265,17 @@ def plot_class_metrics(
     Raises ValueError when there is no class, or one lacks any of these.
     """
     names = list(per_class)
-    incomplete = [
-        name
-        for name in names
-        if not {"recall", "precision", "support"} <= set(per_class[name])
-        or not {"recall", "precision"} <= set(intervals.get(name, ()))
-    ]
-    if incomplete or not names:
-        raise ValueError(
-            "per_class must have recall, precision and support of one class or more, and intervals "
-            f"recall and precision of the same; lacking of: {', '.join(incomplete) or 'all'}"
-        )
+    if not names:
+        raise ValueError("per_class has no classes; there is nothing to draw")
+    for name in names:
+        for given, needed in (
+            (per_class, ("recall", "precision", "support")),
+            (intervals, ("recall", "precision")),
+        ):
+            missing = [key for key in needed if key not in given.get(name, ())]
+            if missing:
+                which = "per_class" if given is per_class else "intervals"
+                raise ValueError(f"{which} lacks {', '.join(missing)} of {name}")
     size = (4.6 + _longest(names) * _INCHES_PER_CHARACTER, 0.32 * len(names) + 1.0)
     with _figure(size, title, save_path) as figure:
         ax = figure.add_subplot()

@@ -263,9 +263,9 @@ def test_a_flag_without_effect_is_refused_and_named_before_anything_is_read(
     [
         (["--batch_size", "0"], "--batch_size: 0 is not 1 or more"),
         (["--batch_size", "-3"], "--batch_size: -3 is not 1 or more"),
-        (["--batch_size", "1" + 5000 * "0"], "is not a number of that kind"),
+        (["--batch_size", "1" + 5000 * "0"], "is not a whole number"),
         (["--batch_size", str(2**31)], "less than 2**31"),
-        (["--batch_size", "2.5"], "--batch_size: '2.5' is not a number"),
+        (["--batch_size", "2.5"], "--batch_size: '2.5' is not a whole number"),
         (["--num_workers", "0"], "--num_workers: 0 is not 1 or more"),
         (["--top_k", "0"], "--top_k: 0 is not 1 or more"),
         (["--tta", "0"], "--tta: 0 is not from 1 to 8"),

@@ -456,7 +456,7 @@ def test_of_two_processes_one_audits(arguments, start_processes, tmp_path):
     (printed, errors), (printed_by_second, _) = (each.communicate(timeout=240) for each in both)
     assert [each.returncode for each in both] == [1, 0] and "error: " not in errors, errors
     assert printed_by_second == ""
-    assert printed.count("audit: pictures under several classes: 1") == 1
+    assert printed.count("audit: images with several labels: 1") == 1
     assert names(tmp_path / "out") == {"audit.csv", "audit.png", "config.json"}
 
 

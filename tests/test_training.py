@@ -598,12 +598,12 @@ def test_resuming_under_another_torch_is_a_warning(loaders, tmp_path, change, ki
         (lambda c: c["settings"]["optimizer"][1][0].update(eps="1e-05"), "optimizer was"),
         (lambda c: c["settings"]["optimizer"][1].pop(), "optimizer was"),
         (lambda c: c["settings"]["scheduler"][1].update(base_lrs="[1.0, 1.0]"), "scheduler was"),
-        (lambda c: c["optimizer"]["param_groups"][0].pop("lr"), "groups 0 lacks lr"),
-        (lambda c: c["optimizer"]["param_groups"][1].pop("params"), "groups 1 lacks params"),
+        (lambda c: c["optimizer"]["param_groups"][0].pop("lr"), "group lacks lr"),
+        (lambda c: c["optimizer"]["param_groups"][1].pop("params"), "group lacks params"),
         (lambda c: c["scheduler"].pop("last_epoch"), "scheduler lacks last_epoch"),
         (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "state 0 lacks exp_avg"),
-        (lambda c: c["progress"].pop("best_state"), "another version .*: best_state"),
-        (lambda c: c["progress"].update(colour="red"), "another version .*: colour"),
+        (lambda c: c["progress"].pop("best_state"), "progress lacks best_state"),
+        (lambda c: c["progress"].update(colour="red"), "progress has an unknown colour"),
     ],
 )
 def test_what_every_torch_has_must_be_there_and_be_the_same(loaders, tmp_path, change, words):

@@ -416,9 +416,9 @@ def test_a_history_of_nothing_but_gaps_has_no_best_evaluation():
 
 
 def test_a_history_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="no entry"):
+    with pytest.raises(ValueError, match="history has no rows"):
         plot_learning_curves({name: [] for name in HISTORY})
-    with pytest.raises(ValueError, match=r"different lengths.*'valid_loss': 3"):
+    with pytest.raises(ValueError, match="All arrays must be of the same length"):
         plot_learning_curves(HISTORY | {"valid_loss": [1, 2, 3]})
     with pytest.raises(ValueError, match="lacks train_loss"):
         plot_learning_curves({k: v for k, v in HISTORY.items() if k != "train_loss"})
@@ -613,10 +613,10 @@ def test_the_legend_has_the_expected_calibration_errors():
 def test_a_reliability_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="after lacks count, expected_calibration_error"):
         plot_reliability(BEFORE, {"confidence": [0.5], "accuracy": [0.5]})
-    with pytest.raises(ValueError, match="before must have as many bins.*'accuracy': 2"):
+    with pytest.raises(ValueError, match="before: All arrays must be of the same length"):
         plot_reliability(BEFORE | {"accuracy": [0.5, 0.6]}, AFTER)
     empty = {name: [] for name in ("confidence", "accuracy", "count")}
-    with pytest.raises(ValueError, match="1 or more"):
+    with pytest.raises(ValueError, match="no rows"):
         plot_reliability(BEFORE | empty, AFTER | empty)
     one = {name: [1] for name in ("confidence", "accuracy", "count")}
     with pytest.raises(ValueError, match="before has 3 bins, after has 1"):
@@ -662,7 +662,7 @@ def test_classes_of_which_nothing_is_known_are_drawn_without_a_dot():
 
 
 def test_class_metrics_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="no class"):
+    with pytest.raises(ValueError, match="per_class has no classes"):
         plot_class_metrics({}, {})
     with pytest.raises(ValueError, match="intervals lacks recall, precision of nevus"):
         plot_class_metrics(PER_CLASS, {"melanoma": INTERVALS["melanoma"]})
@@ -688,7 +688,7 @@ def test_splits_come_as_train_valid_test_and_then_the_others():
 
 
 def test_a_table_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="lacks the columns split"):
+    with pytest.raises(ValueError, match="lacks split"):
         plot_class_distribution(METADATA[["class"]])
     with pytest.raises(ValueError, match="no rows"):
         plot_class_distribution(METADATA[:0])
@@ -955,7 +955,7 @@ def test_a_comparison_without_intervals_does_not_speak_of_them():
 
 
 def test_a_comparison_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="lacks the columns f1, parameters"):
+    with pytest.raises(ValueError, match="lacks f1, parameters"):
         plot_model_comparison(COMPARISON.drop(columns=["f1", "parameters"]))
     with pytest.raises(ValueError, match="no rows"):
         plot_model_comparison(COMPARISON[:0])
