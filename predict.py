@@ -94,8 +94,8 @@ def predict(
     thresholds : by name of a class, `malignant` (those counted as such) or `melanoma` (all classes
         of it), the calibrated probability from which an image is flagged. None: those chosen in
         training for a sensitivity of 95 %, with a warning for several models or views
-    preprocessors, device, precision : as in training; a device of None is CUDA where there is one
-    batch_size, num_workers : images in a batch; threads that decode, None for one a core
+    preprocessors, device, precision, batch_size : as in training; None is CUDA if it is available
+    num_workers : threads that decode, None for one a core
 
     Raises FileNotFoundError for files that do not exist, and ValueError for values out of range,
     thresholds of no class, and models that do not fit each other or the preprocessors.

@@ -100,14 +100,13 @@ def evaluate_predictions(
     columns: pd.DataFrame | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """All that the predictions say of a model, as `metrics.json` has it.
+    """Returns what `metrics.json` holds of a model: all metrics of its predictions.
 
-    `y_prob` (N, C) are the model's own probabilities: the highest is its decision. All else is of
+    `y_prob` (N, C) are the model's own probabilities, the highest its decision; all else comes from
     the calibrated ones. `thresholds` has for each of `screening_targets` those that
-    `choose_thresholds` gave on validation; a target without them, or that is all or none of these
-    images, is left out. `malignant` and `unknown` are as in `counted_as`; the images of classes
-    that are not known are left out of all that is said of a target. `columns` (N rows) is what
-    subgroups are made by.
+    `choose_thresholds` gave on validation; a target without them, or without positives or negatives
+    here, is left out. `malignant` and `unknown` are as in `counted_as`; images of unknown classes
+    are left out of screening. Subgroups are made by the `columns` (N rows).
 
     Returns `test` (`compute_metrics`), `test_intervals` (`compute_intervals`), `calibration` (its
     `temperature`, `bias`, and `reliability` of the decisions, `log_loss` and `brier_score` with the

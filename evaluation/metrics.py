@@ -33,22 +33,21 @@ def compute_metrics(
     class_names: Sequence[str],
     y_pred: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The figures of a set of predictions, by name, as plain values.
+    """Returns the metrics of a set of predictions, by name, as plain values.
 
     Returns
     -------
     dict with `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images;
-    `top_2_accuracy`, the share of images whose class is the decided one or the most probable of
-    the others;
+    `top_2_accuracy`, the share of images whose class is the decision or the most probable other;
     `precision`, `recall` and `f1`, weighted by the classes' numbers of images; `macro_precision`,
     `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_average_precision`, plain means;
-    `cohen_kappa` and `matthews_corrcoef`, from -1 to 1; `log_loss`, the mean of
-    -log(probability of the true class); `brier_score`, the mean squared distance of the
-    probabilities from the truth, from 0 to 2 (Brier 1950); `per_class`, by class name `precision`,
-    `recall`, `specificity`, `f1`, `roc_auc`, `average_precision` (of the class against the rest)
-    and `support`; `confusion_matrix`, counts as lists, a row a true class.
+    `cohen_kappa` and `matthews_corrcoef`, from -1 to 1; `log_loss`, the mean of -log(probability of
+    the true class); `brier_score`, the mean squared distance of the probabilities from the truth,
+    from 0 to 2 (Brier 1950); `per_class`, by name `precision`, `recall`, `specificity`, `f1`,
+    `roc_auc`, `average_precision` (one class against the rest) and `support`; `confusion_matrix`,
+    counts as lists, a row a true class.
 
-    A class that is never predicted has precision 0. A class without images has None for its figures
+    A class that is never predicted has precision 0. A class without images has None for its metrics
     and is left out of the means, and so are areas of a class that all images have.
     """
     y_true, y_prob = check_predictions(y_true, y_prob, len(class_names))
@@ -58,15 +57,9 @@ def compute_metrics(
         y_true, y_pred, labels=labels, zero_division=0
     )
     present = support > 0
-    roc_auc, average_precision = _areas(y_true, y_prob)
-    per_class = {
-        "precision": precision,
-        "recall": recall,
-        "specificity": _specificity(y_true, y_pred, labels),
-        "f1": f1,
-        "roc_auc": roc_auc,
-        "average_precision": average_precision,
-    }
+    per_class = {"precision": precision, "recall": recall}
+    per_class |= {"specificity": _specificity(y_true, y_pred, labels), "f1": f1}
+    per_class |= zip(("roc_auc", "average_precision"), _areas(y_true, y_prob), strict=True)
     metrics: dict[str, Any] = {
         "accuracy": float(accuracy_score(y_true, y_pred)),
         "balanced_accuracy": float(recall[present].mean()),
@@ -76,12 +69,13 @@ def compute_metrics(
     } | proper_scores(y_true, y_prob)
     for name in ("precision", "recall", "f1"):
         metrics[name] = float(np.average(per_class[name], weights=support))
+    is_known = {name: present & np.isfinite(values) for name, values in per_class.items()}
     for name in ("precision", "recall", "f1", "roc_auc", "average_precision"):
-        known = per_class[name][present & np.isfinite(per_class[name])]
+        known = per_class[name][is_known[name]]
         metrics[f"macro_{name}"] = float(known.mean()) if len(known) else None
     metrics["per_class"] = {
         class_name: {
-            name: float(values[label]) if present[label] and np.isfinite(values[label]) else None
+            name: float(values[label]) if is_known[name][label] else None
             for name, values in per_class.items()
         }
         | {"support": int(support[label])}

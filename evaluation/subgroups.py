@@ -55,19 +55,7 @@ def compute_subgroups(
         figures, *resampled = bootstrap(
             y_true[:, None], y_pred[:, None], num_classes, groups, seed, kind_of_image
         )
-        counts = np.bincount(kind_of_image)
-        found = {}
-        for kind, name in enumerate(names.tolist()):
-            found[name] = {
-                "images": int(counts[kind]),
-                "is_too_small": bool(counts[kind] < SMALLEST_SUBGROUP),
-            }
-            for figure in ("accuracy", "balanced_accuracy"):
-                value = float(figures[figure][kind])
-                found[name][figure] = value
-                found[name][f"{figure}_interval"] = basic_interval(
-                    *(values[figure][:, kind] for values in resampled), value, counts[kind]
-                )
+        found = _of_each_group(names, np.bincount(kind_of_image), figures, resampled)
         subgroups[str(column)] = {
             "groups": found,
             "widest_gap": _widest_gap(
@@ -79,6 +67,27 @@ def compute_subgroups(
             },
         }
     return subgroups
+
+
+def _of_each_group(
+    names: np.ndarray,
+    counts: np.ndarray,
+    figures: Mapping[str, np.ndarray],
+    resampled: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for kind, name in enumerate(names.tolist()):
+        found[name] = {
+            "images": int(counts[kind]),
+            "is_too_small": bool(counts[kind] < SMALLEST_SUBGROUP),
+        }
+        for figure in ("accuracy", "balanced_accuracy"):
+            value = float(figures[figure][kind])
+            found[name][figure] = value
+            found[name][f"{figure}_interval"] = basic_interval(
+                *(values[figure][:, kind] for values in resampled), value, counts[kind]
+            )
+    return found
 
 
 def _screen_within(
