@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from augmentation import Views, apply_views, draw_views
+from augmentation import Policy, resolve_policy
 from imaging import audit
 from imaging.batches import (
     MAX_GPU_FRACTION,
@@ -467,7 +468,7 @@ class LesionLoader:
         batch_size: int = 32,
         *,
         shuffle: bool = False,
-        augmentation: bool = False,
+        augmentation: bool | str | Policy = False,
         balanced: bool = False,
         device: torch.device | str | None = None,
         seed: int = 42,
@@ -487,7 +488,7 @@ class LesionLoader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.augmentation = augmentation
+        self.augmentation = resolve_policy(augmentation)
         self.balanced = balanced
         self.device = torch.device(device) if device is not None else _default_device()
         self.seed = seed
@@ -506,8 +507,8 @@ class LesionLoader:
         order = self._own_part(self._order(epoch))
         parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         for number, batch in enumerate(self._gathered(iter(parts))):
-            views = self._views(len(batch[1]), "epoch batch", epoch, number, self.rank)
-            yield self._finish(batch, views)
+            drawn = self._draw(len(batch[1]), "epoch batch", epoch, number, self.rank)
+            yield self._finish(batch, drawn)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
         """The batches from number `start` on, without end; each has `batch_size` images."""
@@ -515,7 +516,8 @@ class LesionLoader:
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         parts = (part[own] for part in self._endless_order(start, size))
         for number, batch in enumerate(self._gathered(parts), start):
-            yield self._finish(batch, self._views(size, "batch", number)[own])
+            drawn = [values[own] for values in self._draw(size, "batch", number)]
+            yield self._finish(batch, drawn)
 
     def _own_part(self, order: np.ndarray) -> np.ndarray:
         return np.array_split(order, self.world_size)[self.rank]
@@ -555,18 +557,20 @@ class LesionLoader:
             )
         )
 
-    def _views(self, count: int, purpose: str, *numbers: int) -> Views:
+    def _draw(self, count: int, purpose: str, *numbers: int) -> list[Any]:
+        """Returns what each entry of the policy draws for `count` images."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, purpose, *numbers))
-        return draw_views(count, generator)
+        return [entry.draw(generator, count) for entry in self.augmentation]
 
     def _finish(
-        self, batch: tuple[dict[str, Tensor], Tensor], views: Views
+        self, batch: tuple[dict[str, Tensor], Tensor], drawn: list[Any]
     ) -> tuple[Inputs, Tensor]:
         inputs, labels = batch
         inputs = {name: t.to(self.device, non_blocking=True) for name, t in inputs.items()}
         labels = labels.to(self.device, non_blocking=True)
         images = to_float(inputs["images"])
-        images = apply_views(images, views) if self.augmentation else images
+        for entry, values in zip(self.augmentation, drawn, strict=True):
+            images, labels = entry.apply(images, labels, values)
         return images if len(inputs) == 1 else inputs | {"images": images}, labels
 
 
@@ -579,7 +583,7 @@ def create_dataloaders(
     dataset_splits: Mapping[str, LesionDataset],
     batch_size: int = 32,
     *,
-    augmentation: bool = True,
+    augmentation: bool | str | Policy = True,
     balanced: bool = False,
     device: torch.device | str | None = None,
     seed: int = 42,
@@ -589,6 +593,8 @@ def create_dataloaders(
 ) -> dict[str, LesionLoader]:
     """A loader for each split; the one named `train` is shuffled and augmented, the others neither.
 
+    `augmentation` is whether to apply the "standard" policy, or the name of one of
+    `augmentation.POLICIES`, or a policy of one's own.
     `balanced` draws the classes of the training split evenly, but no image more than ten times as
     often as plain shuffling would. `device` is where the batches are made ready, None for CUDA
     where there is one; there the other splits come in batches four times as large, as evaluation
@@ -606,7 +612,7 @@ def create_dataloaders(
             dataset,
             batch_size if name == "train" else batch_size * larger,
             shuffle=name == "train",
-            augmentation=augmentation and name == "train",
+            augmentation=augmentation if name == "train" else "none",
             balanced=balanced and name == "train",
             device=device,
             seed=seed,

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from augmentation import describe_policy
 from dataset import LesionLoader
 from evaluation import best_evaluation
-from models import ModelInfo
+from imaging.batches import Inputs
 from storage.files import write_csv
 from storage.tensors import check_alike, is_number, load_tensors, save_tensors
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Inputs, Tensor]]
 
 
 @dataclass
@@ -92,26 +93,6 @@ class Checkpoint:
     def save_history(self, progress: Progress) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_csv(pd.DataFrame(progress.history), self.folder / "history.csv")
-
-    def save_best(
-        self,
-        progress: Progress,
-        valid_loader: Batches,
-        class_names: list[str],
-        fitted: dict[str, Any],
-    ) -> None:
-        """Writes `model.pth`, all that is needed to use the best model."""
-        config = _config(self.model)
-        dataset = getattr(valid_loader, "dataset", None)
-        info = ModelInfo(
-            config=config,
-            classes=class_names,
-            image_size=getattr(dataset, "image_size", config.get("image_size")),
-            preprocessors=getattr(dataset, "preprocessors", ""),
-            metrics=progress.best_metrics,
-            **fitted,
-        )
-        info.save(self.folder / "model.pth", progress.best_state)
 
     def save_last(self, progress: Progress) -> None:
         """Writes `last.pth`, all that is needed to go on from this step."""
@@ -310,7 +291,7 @@ def describe_run(
                 images.to_csv().encode(errors="replace")
             ).hexdigest()
             run[f"{name} loader"] = {
-                "augmentation": loader.augmentation,
+                "augmentation": describe_policy(loader.augmentation),
                 "balanced": loader.balanced,
                 "seed": loader.seed,
                 "image_size": loader.dataset.image_size,
