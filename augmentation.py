@@ -1,103 +1,165 @@
-"""Random views of a batch of images, on the batch's own device.
+"""Random views of a batch of images, and the policies that training chooses among.
 
-Every function takes images as float32 `(B, 3, H, W)` in [0, 1] and returns a new batch of the same
-shape, device and range, each image varied on its own. What is random comes from a
-`torch.Generator`: its state and the number of images alone decide the views, on whatever device it
-and the images are.
+The functions take images as float32 `(B, 3, H, W)` in [0, 1], on any device, and return a new batch
+of the same shape, device and range, in which each image is varied independently. What is random
+comes from a `torch.Generator`: its state and the number of images alone decide the views.
+
+A policy is a sequence of augmentations that are applied to a batch one after the other.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# So many normal deviates are drawn once; the noise of an image is a stretch of them (see `_noise`).
-NOISE_TABLE_SIZE = 2**22
+NOISE_TABLE_SIZE = 2**22  # numbers in the table from which noise is taken; see `_noise`
+
+
+class Augmentation(Protocol):
+    """An entry of a policy."""
+
+    def draw(self, generator: torch.Generator, count: int) -> Any:
+        """Returns what is random, for the `count` images of the batches of all processes.
+
+        A slice of it must be that of these images; a tensor with a row for each image will do.
+        """
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: Any) -> tuple[Tensor, Tensor]:
+        """Returns the new images and their labels, given what was drawn for them.
+
+        Labels are int64 `(B,)`, or float `(B, num_classes)` where an entry has mixed them.
+        """
+
+
+Policy = Sequence[Augmentation]
 
 
 @dataclass(frozen=True)
 class Views:
     """What is drawn for each image of a batch; all tensors are `(B,)`."""
 
-    mirrored: Tensor  # 1 or -1, left to right
-    upended: Tensor  # 1 or -1, top to bottom
+    hflip: Tensor  # -1 for an image that is flipped left to right, else 1
+    vflip: Tensor  # -1 for an image that is flipped top to bottom, else 1
     angle: Tensor  # radians
     brightness: Tensor  # a factor
     contrast: Tensor  # a factor
     noise_std: Tensor
-    noise_place: Tensor  # in [0, 1), of the stretch of noise
+    noise_start: Tensor  # in [0, 1), where in the table the image's noise starts
 
     def __getitem__(self, images: slice) -> "Views":
-        """The views of a part of the batch."""
+        """Returns the views of a part of the batch."""
         return Views(*(getattr(self, field.name)[images] for field in fields(self)))
 
     def to(self, device: torch.device) -> "Views":
+        """Returns the views on the device."""
         parts = torch.stack([getattr(self, field.name) for field in fields(self)])
         return Views(*parts.to(device, non_blocking=True))
 
 
+class StandardViews:
+    """Flips, rotation, brightness, contrast and noise at their defaults; labels stay."""
+
+    def draw(self, generator: torch.Generator, count: int) -> Views:
+        """Returns `draw_views`."""
+        return draw_views(count, generator)
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: Views) -> tuple[Tensor, Tensor]:
+        """Returns `apply_views` and the labels."""
+        return apply_views(images, drawn), labels
+
+
+POLICIES: dict[str, Policy] = {"none": (), "standard": (StandardViews(),)}
+
+
+def resolve_policy(augmentation: bool | str | Policy) -> Policy:
+    """Returns a policy by its name in `POLICIES`; True is "standard", False "none".
+
+    A policy is returned as it is. Raises ValueError for an unknown name.
+    """
+    if isinstance(augmentation, bool):
+        augmentation = "standard" if augmentation else "none"
+    if not isinstance(augmentation, str):
+        return augmentation
+    if augmentation not in POLICIES:
+        names = ", ".join(POLICIES)
+        raise ValueError(f"augmentation is {augmentation!r}; the policies are {names}")
+    return POLICIES[augmentation]
+
+
+def describe_policy(policy: Policy) -> bool | list[list[str]]:
+    """Returns plain values that two policies share only if they are the same.
+
+    They are True for "standard" and False for "none", as in the checkpoints of earlier versions.
+    """
+    if tuple(policy) in (POLICIES["standard"], POLICIES["none"]):
+        return len(policy) > 0
+    return [[type(entry).__qualname__, repr(getattr(entry, "__dict__", entry))] for entry in policy]
+
+
 def draw_views(count: int, generator: torch.Generator) -> Views:
-    """The training views of `count` images: flips, rotation, brightness, contrast and noise."""
+    """Draws the training views of `count` images: flips, rotation, brightness, contrast, noise."""
     return Views(
-        mirrored=_signs(count, generator),
-        upended=_signs(count, generator),
+        hflip=_signs(count, generator),
+        vflip=_signs(count, generator),
         angle=_angles(count, generator),
         brightness=_factors(count, generator),
         contrast=_factors(count, generator),
         noise_std=_uniform(count, generator, 0.0, 0.03),
-        noise_place=_uniform(count, generator, 0.0, 1.0),
+        noise_start=_uniform(count, generator, 0.0, 1.0),
     )
 
 
 def apply_views(images: Tensor, views: Views) -> Tensor:
-    """The images as `views` says: flipped, turned, then brightness, contrast, and noise.
+    """Returns the images flipped, rotated, changed in brightness and contrast, and with noise.
 
     As fast as memory allows: the flips are part of the rotation, and brightness and contrast are
-    one multiplication, so that values are cut to [0, 1] once, at the end.
+    one multiplication, so that values are clamped to [0, 1] once, at the end.
     """
     views = views.to(images.device)
-    turned = _turn(images, views.angle, views.mirrored, views.upended)
+    rotated = _rotate(images, views.angle, views.hflip, views.vflip)
     brightness, contrast = _per_image(views.brightness), _per_image(views.contrast)
     # c (b x - b m) + b m, with the mean m of an image, is (c b) x + (1 - c) b m.
-    shift = (1 - contrast) * brightness * turned.mean(dim=(1, 2, 3), keepdim=True)
-    noise = _noise(images, views.noise_place).mul_(_per_image(views.noise_std)).add_(shift)
-    return noise.addcmul_(turned, contrast * brightness).clamp_(0, 1)
+    shift = (1 - contrast) * brightness * rotated.mean(dim=(1, 2, 3), keepdim=True)
+    noise = _noise(images, views.noise_start).mul_(_per_image(views.noise_std)).add_(shift)
+    return noise.addcmul_(rotated, contrast * brightness).clamp_(0, 1)
 
 
 def augment_batch(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The training views: flips, rotation, brightness, contrast and noise at their defaults."""
+    """Applies all the training views at their defaults."""
     return apply_views(images, draw_views(len(images), generator))
 
 
 def flip_batch_horizontally(
     images: Tensor, generator: torch.Generator, probability: float = 0.5
 ) -> Tensor:
-    """Mirrors each image left to right with the given probability."""
+    """Flips each image left to right with the given probability."""
     return _flip(images, _signs(len(images), generator, probability), dim=3)
 
 
 def flip_batch_vertically(
     images: Tensor, generator: torch.Generator, probability: float = 0.5
 ) -> Tensor:
-    """Mirrors each image top to bottom with the given probability."""
+    """Flips each image top to bottom with the given probability."""
     return _flip(images, _signs(len(images), generator, probability), dim=2)
 
 
 def rotate_batch(images: Tensor, generator: torch.Generator, degrees: float = 10.0) -> Tensor:
-    """Turns each image about its centre by an angle drawn evenly from [-degrees, degrees].
+    """Rotates each image about its centre by an angle drawn uniformly from [-degrees, degrees].
 
     Bilinear; the corners that come into view are filled by reflection.
     """
-    return _turn(images, _angles(len(images), generator, degrees).to(images.device)).clamp_(0, 1)
+    return _rotate(images, _angles(len(images), generator, degrees).to(images.device)).clamp_(0, 1)
 
 
 def adjust_batch_brightness(
     images: Tensor, generator: torch.Generator, strength: float = 0.2
 ) -> Tensor:
-    """Multiplies each image by a factor drawn evenly from [1 - strength, 1 + strength]."""
+    """Multiplies each image by a factor drawn uniformly from [1 - strength, 1 + strength]."""
     factors = _factors(len(images), generator, strength).to(images.device)
     return (images * _per_image(factors)).clamp_(0, 1)
 
@@ -105,7 +167,7 @@ def adjust_batch_brightness(
 def adjust_batch_contrast(
     images: Tensor, generator: torch.Generator, strength: float = 0.2
 ) -> Tensor:
-    """Moves each image away from or towards its own mean grey by a factor from [1 - s, 1 + s]."""
+    """Scales each image's distance from its mean grey by a factor from [1 - s, 1 + s]."""
     factors = _factors(len(images), generator, strength).to(images.device)
     means = images.mean(dim=(1, 2, 3), keepdim=True)
     return torch.lerp(means, images, _per_image(factors)).clamp_(0, 1)
@@ -114,28 +176,28 @@ def adjust_batch_contrast(
 def add_noise_to_batch(images: Tensor, generator: torch.Generator, max_std: float = 0.03) -> Tensor:
     """Adds Gaussian noise, its standard deviation drawn for each image evenly from [0, max_std]."""
     std = _uniform(len(images), generator, 0.0, max_std).to(images.device)
-    places = _uniform(len(images), generator, 0.0, 1.0).to(images.device)
-    return torch.addcmul(images, _noise(images, places), _per_image(std)).clamp_(0, 1)
+    starts = _uniform(len(images), generator, 0.0, 1.0).to(images.device)
+    return torch.addcmul(images, _noise(images, starts), _per_image(std)).clamp_(0, 1)
 
 
 def _flip(images: Tensor, signs: Tensor, dim: int) -> Tensor:
     return torch.where(_per_image(signs.to(images.device)) < 0, images.flip(dim), images)
 
 
-def _turn(
-    images: Tensor, angles: Tensor, mirrored: Tensor | None = None, upended: Tensor | None = None
+def _rotate(
+    images: Tensor, angles: Tensor, hflip: Tensor | None = None, vflip: Tensor | None = None
 ) -> Tensor:
-    """The images turned by angles `(B,)` in radians, and before that flipped where a sign is -1."""
+    """Flips the images where a sign is -1, then rotates them by angles `(B,)` in radians."""
     height, width = images.shape[2:]
     x, y = _pixel_centres(width, images.device), _pixel_centres(height, images.device)[:, None]
     cos, sin = angles.cos().view(-1, 1, 1), angles.sin().view(-1, 1, 1)
-    mirrored = torch.ones_like(cos) if mirrored is None else mirrored.view(-1, 1, 1)
-    upended = torch.ones_like(cos) if upended is None else upended.view(-1, 1, 1)
-    # Where each pixel comes from. Coordinates run from -1 to 1 along either side, so a turn of an
+    hflip = torch.ones_like(cos) if hflip is None else hflip.view(-1, 1, 1)
+    vflip = torch.ones_like(cos) if vflip is None else vflip.view(-1, 1, 1)
+    # Where each pixel comes from. Coordinates run from -1 to 1 along either side, so rotating an
     # oblong image needs the ratio of its sides.
     grid = images.new_empty(len(images), height, width, 2)
-    torch.sub(mirrored * cos * x, mirrored * sin * (height / width) * y, out=grid[..., 0])
-    torch.add(upended * sin * (width / height) * x, upended * cos * y, out=grid[..., 1])
+    torch.sub(hflip * cos * x, hflip * sin * (height / width) * y, out=grid[..., 0])
+    torch.add(vflip * sin * (width / height) * x, vflip * cos * y, out=grid[..., 1])
     return F.grid_sample(
         images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
@@ -145,17 +207,17 @@ def _pixel_centres(count: int, device: torch.device) -> Tensor:
     return (torch.arange(count, device=device) * 2 + 1) / count - 1
 
 
-def _noise(images: Tensor, places: Tensor) -> Tensor:
-    """Normal deviates of the images' shape.
+def _noise(images: Tensor, starts: Tensor) -> Tensor:
+    """Returns standard normal numbers of the images' shape.
 
-    Drawing them one by one would cost as much as all other views together. So each image takes a
-    stretch of one long table of deviates, from a place of its own: within an image they are
-    independent, and between images nobody learns anything from so few repetitions.
+    Drawing each of them would cost as much as all other views together. So each image takes a
+    stretch of one long table, from a start of its own: within an image the numbers are independent,
+    and between images repetitions are too rare to be learned from.
     """
     length = images[0].numel()
     table = _noise_table(max(NOISE_TABLE_SIZE, 2 * length), images.device)
-    starts = (places.double() * (len(table) - length)).long()
-    return table.unfold(0, length, 1)[starts].view(images.shape)
+    first = (starts.double() * (len(table) - length)).long()
+    return table.unfold(0, length, 1)[first].view(images.shape)
 
 
 @functools.cache
@@ -164,7 +226,7 @@ def _noise_table(size: int, device: torch.device) -> Tensor:
 
 
 def _signs(count: int, generator: torch.Generator, probability: float = 0.5) -> Tensor:
-    """-1 with the given probability, or else 1."""
+    """Returns -1 with the given probability, or else 1."""
     return 1 - 2 * (_uniform(count, generator, 0.0, 1.0) < probability).float()
 
 
@@ -177,7 +239,7 @@ def _factors(count: int, generator: torch.Generator, strength: float = 0.2) -> T
 
 
 def _uniform(count: int, generator: torch.Generator, low: float, high: float) -> Tensor:
-    """One number an image, `(B,)`, on the generator's device."""
+    """Returns a number per image, `(B,)`, on the generator's device."""
     return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
 
 

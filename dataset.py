@@ -5,14 +5,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from augmentation import Views, apply_views, draw_views
+from augmentation import Policy, resolve_policy
 from imaging import audit
 from imaging.batches import (
     MAX_GPU_FRACTION,
@@ -374,7 +374,7 @@ class LesionLoader:
         batch_size: int = 32,
         *,
         shuffle: bool = False,
-        augmentation: bool = False,
+        augmentation: bool | str | Policy = False,
         balanced: bool = False,
         device: torch.device | str | None = None,
         seed: int = 42,
@@ -392,7 +392,7 @@ class LesionLoader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.augmentation = augmentation
+        self.augmentation = resolve_policy(augmentation)
         self.balanced = balanced
         self.device = torch.device(device) if device is not None else _default_device()
         self.seed = seed
@@ -411,8 +411,8 @@ class LesionLoader:
         order = self._own_part(self._order(epoch))
         parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         for number, batch in enumerate(self._gathered(iter(parts))):
-            views = self._views(len(batch[1]), "epoch batch", epoch, number, self.rank)
-            yield self._finish(batch, views)
+            drawn = self._draw(len(batch[1]), "epoch batch", epoch, number, self.rank)
+            yield self._finish(batch, drawn)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
         """Yields batch number `start` and all that follow, each of `batch_size` images."""
@@ -420,7 +420,8 @@ class LesionLoader:
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         parts = (part[own] for part in self._endless_order(start, size))
         for number, batch in enumerate(self._gathered(parts), start):
-            yield self._finish(batch, self._views(size, "batch", number)[own])
+            drawn = [values[own] for values in self._draw(size, "batch", number)]
+            yield self._finish(batch, drawn)
 
     def _own_part(self, order: np.ndarray) -> np.ndarray:
         return np.array_split(order, self.world_size)[self.rank]
@@ -449,18 +450,20 @@ class LesionLoader:
         pin_memory = self.device.type == "cuda"  # so that copying a batch need not wait for the GPU
         return gather_batches(self.dataset, parts, self.num_workers, pin_memory)
 
-    def _views(self, count: int, purpose: str, *numbers: int) -> Views:
+    def _draw(self, count: int, purpose: str, *numbers: int) -> list[Any]:
+        """Returns what each entry of the policy draws for `count` images."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, purpose, *numbers))
-        return draw_views(count, generator)
+        return [entry.draw(generator, count) for entry in self.augmentation]
 
     def _finish(
-        self, batch: tuple[dict[str, Tensor], Tensor], views: Views
+        self, batch: tuple[dict[str, Tensor], Tensor], drawn: list[Any]
     ) -> tuple[Inputs, Tensor]:
         inputs, labels = batch
         inputs = {name: t.to(self.device, non_blocking=True) for name, t in inputs.items()}
         labels = labels.to(self.device, non_blocking=True)
         images = to_float(inputs["images"])
-        images = apply_views(images, views) if self.augmentation else images
+        for entry, values in zip(self.augmentation, drawn, strict=True):
+            images, labels = entry.apply(images, labels, values)
         return images if len(inputs) == 1 else inputs | {"images": images}, labels
 
 
@@ -468,7 +471,7 @@ def create_dataloaders(
     dataset_splits: Mapping[str, LesionDataset],
     batch_size: int = 32,
     *,
-    augmentation: bool = True,
+    augmentation: bool | str | Policy = True,
     balanced: bool = False,
     device: torch.device | str | None = None,
     seed: int = 42,
@@ -478,6 +481,8 @@ def create_dataloaders(
 ) -> dict[str, LesionLoader]:
     """Returns a loader for each split; only the one named `train` is shuffled and augmented.
 
+    `augmentation` is whether to apply the "standard" policy, or the name of one of
+    `augmentation.POLICIES`, or a policy of one's own.
     `balanced` draws the classes of the training split equally often, but no image more than ten
     times as often as plain shuffling would. `device` is where the batches go, None for CUDA if it
     is available; there the other splits come in batches four times as large, as evaluation needs
@@ -495,7 +500,7 @@ def create_dataloaders(
             dataset,
             batch_size if name == "train" else batch_size * larger,
             shuffle=name == "train",
-            augmentation=augmentation and name == "train",
+            augmentation=augmentation if name == "train" else "none",
             balanced=balanced and name == "train",
             device=device,
             seed=seed,

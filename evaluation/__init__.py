@@ -29,6 +29,7 @@ from evaluation.intervals import (
 )
 from evaluation.metrics import (
     HEADLINES,
+    Evaluation,
     best_evaluation,
     check_predictions,
     compute_metrics,
@@ -62,6 +63,7 @@ __all__ = [
     "NUM_RESAMPLES",
     "SMALLEST_SUBGROUP",
     "Calibration",
+    "Evaluation",
     "Z",
     "best_evaluation",
     "choose_thresholds",

@@ -27,6 +27,14 @@ HEADLINES = (
 )
 
 
+class Evaluation(NamedTuple):
+    """Mean cross-entropy, true labels int64 `(N,)` and probabilities float64 `(N, num_classes)`."""
+
+    loss: float
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+
 def compute_metrics(
     y_true: np.ndarray,
     y_prob: np.ndarray,

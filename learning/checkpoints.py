@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from augmentation import describe_policy
 from dataset import LesionLoader
 from evaluation import best_evaluation
-from models import ModelInfo
+from imaging.batches import Inputs
 from storage.files import write_csv
 from storage.tensors import check_alike, load_tensors, save_tensors
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Inputs, Tensor]]
 VALIDATION_METRICS = ("loss", "precision", "recall", "f1", "balanced_accuracy")  # in the history
 
 
@@ -87,26 +88,6 @@ class Checkpoint:
         """Writes `history.csv`, a row an evaluation."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_csv(pd.DataFrame(progress.history), self.folder / "history.csv")
-
-    def save_best(
-        self,
-        progress: Progress,
-        valid_loader: Batches,
-        class_names: list[str],
-        fitted: dict[str, Any],
-    ) -> None:
-        """Writes `model.pth`: the best weights and all that is needed to use them."""
-        config = _config(self.model)
-        dataset = getattr(valid_loader, "dataset", None)
-        info = ModelInfo(
-            config=config,
-            classes=class_names,
-            image_size=getattr(dataset, "image_size", config.get("image_size", 0)),
-            preprocessors=getattr(dataset, "preprocessors", ""),
-            metrics=progress.best_metrics,
-            **fitted,
-        )
-        info.save(self.folder / "model.pth", progress.best_state)
 
     def save_last(self, progress: Progress) -> None:
         """Writes `last.pth`: all that is needed to resume from this step."""
@@ -279,7 +260,7 @@ def describe_run(
             digest = hashlib.sha256(images.encode(errors="replace")).hexdigest()
             run[f"{name} images"] = digest
             run[f"{name} loader"] = {
-                "augmentation": loader.augmentation,
+                "augmentation": describe_policy(loader.augmentation),
                 "balanced": loader.balanced,
                 "seed": loader.seed,
                 "image_size": loader.dataset.image_size,

@@ -72,6 +72,7 @@ class Agreement:
         return largest
 
     def wait(self) -> None:
+        """Waits until all processes have called this."""
         if self._group is not None:
             dist.barrier(group=self._group)
 

@@ -1,12 +1,15 @@
 """What training and prediction ask of the machine: device, precision, memory layout."""
 
 import contextlib
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from imaging.batches import Inputs
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,6 +77,33 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Returns the context in which a model runs in this precision; none for float32."""
     is_on = dtype is not torch.float32
     return torch.autocast(device.type, dtype if is_on else None, enabled=is_on)
+
+
+def compute_logits(
+    model: nn.Module,
+    inputs: Inputs,
+    device: torch.device,
+    dtype: torch.dtype,
+    forward: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Returns the model's logits in float32, computed on this device in this precision.
+
+    `inputs` are images, or a dict of `images` and further inputs, of which the model is given those
+    that its `forward` has a parameter for. `forward` is called in place of the model, such as its
+    compiled form.
+    """
+    others = dict(inputs) if isinstance(inputs, Mapping) else {"images": inputs}
+    images = move_images(others.pop("images"), device, dtype)
+    if others:
+        parameters = inspect.signature(model.forward).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        others = {
+            name: values.to(device, non_blocking=True)
+            for name, values in others.items()
+            if takes_all or name in parameters
+        }
+    with autocast(device, dtype):
+        return (forward or model)(images, **others).float()
 
 
 def own_random_state(device: torch.device) -> Any:

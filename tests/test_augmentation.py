@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from scipy import ndimage, stats
 
 from augmentation import (
+    POLICIES,
     add_noise_to_batch,
     adjust_batch_brightness,
     adjust_batch_contrast,
     augment_batch,
     flip_batch_horizontally,
     flip_batch_vertically,
+    resolve_policy,
     rotate_batch,
 )
 
@@ -367,3 +369,13 @@ def test_training_views_are_turned_brightened_changed_in_contrast_and_noisy():
     leaning = light[:, :4].mean(dim=1) - light[:, -4:].mean(dim=1)
     assert 3 < leaning.max() < 6  # 28 rows times tan(10 degrees) are 4.9 pixels
     assert -6 < leaning.min() < -3
+
+
+# Policies
+
+
+def test_policies_have_names_and_an_unknown_one_is_refused():
+    assert resolve_policy(True) == resolve_policy("standard") == POLICIES["standard"]
+    assert resolve_policy(False) == resolve_policy("none") == ()
+    with pytest.raises(ValueError, match="'strong'; the policies are none, standard"):
+        resolve_policy("strong")

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from dataset import DatasetBuilder, create_dataloaders
-from evaluation import choose_thresholds
+from augmentation import POLICIES
+from dataset import DatasetBuilder, LesionLoader, create_dataloaders
+from evaluation import best_evaluation, choose_thresholds
+from learning.losses import LOSSES
 from models import get_model, load_model
 from training import (
     evaluate,
@@ -66,7 +68,7 @@ def test_thresholds_are_chosen_on_the_images_that_are_known(make_images, tmp_pat
         chosen.append((np.nansum(is_positive), np.isfinite(is_positive).sum()))
         return choose_thresholds(is_positive, score)
 
-    monkeypatch.setattr("training.choose_thresholds", choose)
+    monkeypatch.setattr("learning.best_model.choose_thresholds", choose)
     root = make_images({"mel": 20, "nv": 15, "UNK": 30})
     splits, _ = DatasetBuilder(root, image_size=32).build()
     loaders = create_dataloaders(splits, batch_size=8, device="cpu")
@@ -336,6 +338,8 @@ def test_class_weights_turn_the_model_towards_a_class(loaders, auto_precision):
     assert shares[1] > shares[0] + 0.2
     with pytest.raises(ValueError, match="class_weights must be 3"):
         run(loaders, class_weights=[1, 2])
+    with pytest.raises(ValueError, match="class_weights have no effect"):
+        run(loaders, class_weights=[1, 2, 3], criterion=nn.CrossEntropyLoss())
 
 
 def test_any_iterable_optimizer_and_scheduler_will_do(make_images, tmp_path):
@@ -378,6 +382,7 @@ def test_mixed_labels_are_trained_on(loaders):
         ({"accumulate": 0}, "accumulate is 0"),
         ({"precision": "half"}, "precision is 'half'"),
         ({"seed": -1}, "seed is -1"),
+        ({"criterion": "hinge"}, "criterion is 'hinge'; the losses are cross_entropy"),
         ({"resume": True}, "resume needs the save_path"),
     ],
 )
@@ -451,6 +456,128 @@ def test_processes_exchange_their_gradients_once_a_step_compiled_or_not(
     model = get_model("simple_cnn", 3, image_size=32, seed=0)
     run(loaders, 4, model=model, compile=compile, accumulate=3, eval_every=4)
     assert len(exchanges) == 4
+
+
+# ---------------------------------------------------------------------------- seams
+
+
+def test_a_loss_of_ones_own_is_trained_on(loaders):
+    seen = []
+
+    def focal(logits, labels):
+        seen.append((logits.dtype, labels.dtype))
+        log_p = logits.log_softmax(1).gather(1, labels[:, None])
+        return (-((1 - log_p.exp()) ** 2) * log_p).mean()
+
+    focal_model, _ = run(loaders, criterion=focal)
+    plain_model, _ = run(loaders)
+    assert set(seen) == {(torch.float32, torch.int64)}
+    assert not same_weights(focal_model, plain_model)
+
+
+def test_a_loss_added_to_the_table_is_used_by_name(loaders, monkeypatch):
+    def smoothed(class_weights):
+        return nn.CrossEntropyLoss(class_weights, label_smoothing=0.1)
+
+    monkeypatch.setitem(LOSSES, "smoothed", smoothed)
+    named, _ = run(loaders, criterion="smoothed", class_weights=[1, 2, 3])
+    own = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.1)
+    given, _ = run(loaders, criterion=own)
+    assert same_weights(named, given)
+
+
+def test_a_run_goes_on_only_with_the_loss_that_it_began_with(loaders, tmp_path):
+    run(loaders, save_path=tmp_path)
+    with pytest.raises(ValueError, match="criterion was None, is MultiMarginLoss"):
+        run(loaders, save_path=tmp_path, resume=True, criterion=nn.MultiMarginLoss())
+
+
+def test_what_happens_to_the_best_model_can_be_chosen(loaders, tmp_path):
+    calls = []
+
+    def on_best(model, evaluation, metrics):
+        calls.append((metrics["step"], metrics["loss"], evaluation.loss, len(evaluation.labels)))
+
+    _, history = run(loaders, save_path=tmp_path / "m", on_best=on_best)
+    best = best_evaluation(history)
+    assert calls[0][0] == history["step"][0]
+    loss = history["valid_loss"][best]
+    assert calls[-1] == (history["step"][best], loss, loss, len(loaders["valid"].dataset))
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"history.csv", "last.pth"}
+
+
+class SeesAge(nn.Module):
+    """Classifies by the mean colour and the age."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, images, age):
+        return self.linear(torch.cat([images.mean(dim=(2, 3)), age[:, None]], dim=1))
+
+
+def test_a_model_is_given_the_inputs_that_it_knows_by_name():
+    torch.manual_seed(0)
+    age = torch.rand(32)
+    labels = (age > 0.5).long()  # which the images do not tell
+    inputs = {"images": torch.full((32, 3, 8, 8), 0.5), "age": age, "place": torch.rand(32)}
+    batches = [(inputs, labels)]
+    model = SeesAge()
+    optimizer = make_optimizer(model, 0.1)
+    arguments = {"eval_every": 30, "precision": "fp32"}
+    _, history = train(model, batches, batches, 2, 60, optimizer, **arguments)
+    assert history["valid_balanced_accuracy"][-1] > 0.8
+    plain = get_model("simple_cnn", 2, image_size=32)  # knows images alone
+    inputs |= {"images": torch.rand(32, 3, 32, 32)}
+    assert len(evaluate(plain, [(inputs, labels)]).labels) == 32
+
+
+class MixUp:
+    """mixup (Zhang et al. 2018), each image with the one opposite in the batch."""
+
+    def draw(self, generator, count):
+        return torch.rand(count, generator=generator)
+
+    def apply(self, images, labels, drawn):
+        share = drawn.to(images.device)[:, None]
+        labels = nn.functional.one_hot(labels, 3).float()
+        mixed = share * labels + (1 - share) * labels.flip(0)
+        share = share[..., None, None]
+        return share * images + (1 - share) * images.flip(0), mixed
+
+
+def test_a_mixture_of_images_and_labels_is_an_entry_of_a_policy(loaders, tmp_path):
+    policy = (*POLICIES["standard"], MixUp())
+    datasets = {name: loader.dataset for name, loader in loaders.items()}
+    mixed = create_dataloaders(datasets, batch_size=8, device="cpu", augmentation=policy)
+    _, labels = next(mixed["train"].batches())
+    assert labels.shape == (8, 3)
+    assert torch.allclose(labels.sum(dim=1), torch.ones(8))
+    assert next(iter(mixed["valid"]))[1].dtype == torch.int64
+    _, history = run(mixed, save_path=tmp_path)
+    assert np.isfinite(history["train_loss"]).all()
+    assert run(mixed, save_path=tmp_path, resume=True)[1] == history
+    with pytest.raises(ValueError, match="train loader was .*MixUp.*, is .*'augmentation': True"):
+        run(loaders, save_path=tmp_path, resume=True)
+
+
+def test_of_several_processes_each_gets_its_part_of_what_a_policy_draws(loaders):
+    dataset = loaders["train"].dataset
+
+    class Marks:
+        def draw(self, generator, count):
+            return torch.rand(count, generator=generator)
+
+        def apply(self, images, labels, drawn):
+            return images, drawn
+
+    def first_labels(batch_size, **options):
+        options |= {"augmentation": [Marks()], "device": "cpu"}
+        return next(LesionLoader(dataset, batch_size, **options).batches())[1]
+
+    halves = [first_labels(4, rank=rank, world_size=2) for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), first_labels(8))
 
 
 # ---------------------------------------------------------------------------- resume
