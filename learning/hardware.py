@@ -103,7 +103,7 @@ def compute_logits(
             if takes_all or name in parameters
         }
     with autocast(device, dtype):
-        return (forward or model)(images, **others).float()
+        return (model if forward is None else forward)(images, **others).float()
 
 
 def own_random_state(device: torch.device) -> Any:
