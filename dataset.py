@@ -1,11 +1,10 @@
 """Image folders → metadata → memory-mapped arrays → stratified splits → loaders."""
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,7 @@ from imaging.batches import (
     shuffled_epoch,
     to_float,
 )
-from imaging.cache import ArrayCache, CacheIndex, FileRecord
+from imaging.cache import ArrayCache, PreparedImages
 from imaging.decode import UnreadableImageError
 from imaging.prepare import (
     MAX_REPETITIONS,
@@ -85,15 +84,6 @@ DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
 EVALUATION_BATCHES = 4  # times as many images in a batch, on GPUs, where nothing is trained
 SHARE_OF_GPU_FOR_IMAGES = MAX_GPU_FRACTION  # its former name
 MOST_REPEATS = MAX_REPEATS  # its former name
-
-
-class PreparedImages(NamedTuple):
-    """The images of a folder as they were when `DatasetBuilder.prepare` read them."""
-
-    metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
-    given: pd.DataFrame  # the columns of metadata_csv
-    cache: ArrayCache
-    index: CacheIndex
 
 
 @dataclass(eq=False)
@@ -202,7 +192,7 @@ class DatasetBuilder:
         check_splits(splits)
         # Until the end, the index of the table is the row of the image in the array.
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
-        readable = self._check_readable(index.records)
+        readable = index.check_readable(skip_unreadable=self.skip_unreadable)
         metadata = self._settle_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
@@ -338,19 +328,6 @@ class DatasetBuilder:
             groups = metadata["group"][is_train].to_numpy()
             split[is_train] = stratified_split(labels, groups, parts, self.seed)
         return split
-
-    def _check_readable(self, records: Sequence[FileRecord]) -> np.ndarray:
-        unreadable = [record for record in records if record.error]
-        if unreadable:
-            names = ", ".join(f"{printable(r.path)} ({r.error})" for r in unreadable)
-            found = f"{len(unreadable)} of {len(records)} images cannot be read"
-            if not self.skip_unreadable:
-                raise UnreadableImageError(
-                    f"{found}: {names}; repair or remove them, or leave them out with "
-                    "--skip_unreadable (skip_unreadable=True)"
-                )
-            warnings.warn(f"{found} and are left out: {names}", stacklevel=3)
-        return np.array([not record.error for record in records])
 
 
 class LesionLoader:

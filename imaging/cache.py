@@ -11,11 +11,13 @@ import os
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -62,6 +64,24 @@ class CacheIndex:
     hashed_at_ns: int
     records: list[FileRecord]
     near_duplicates: pd.DataFrame  # of rows of the array, as audit.py finds them
+
+    def check_readable(self, *, skip_unreadable: bool) -> np.ndarray:
+        """Returns whether each image could be read (N,).
+
+        Raises UnreadableImageError, which names all that could not, unless they are to be skipped,
+        which is a warning.
+        """
+        unreadable = [record for record in self.records if record.error]
+        if unreadable:
+            names = ", ".join(f"{printable(r.path)} ({r.error})" for r in unreadable)
+            found = f"{len(unreadable)} of {len(self.records)} images cannot be read"
+            if not skip_unreadable:
+                raise UnreadableImageError(
+                    f"{found}: {names}; repair or remove them, or leave them out with "
+                    "--skip_unreadable (skip_unreadable=True)"
+                )
+            warnings.warn(f"{found} and are left out: {names}", stacklevel=3)
+        return np.array([not record.error for record in self.records])
 
 
 class ArrayCache:
@@ -265,6 +285,15 @@ class ArrayCache:
         for path in self.folder.glob("*-*.npy"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
+
+
+class PreparedImages(NamedTuple):
+    """The images of a folder as they were when `DatasetBuilder.prepare` read them."""
+
+    metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
+    given: pd.DataFrame  # the columns of metadata_csv
+    cache: ArrayCache
+    index: CacheIndex
 
 
 @contextmanager

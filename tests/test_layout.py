@@ -76,7 +76,7 @@ PUBLIC = {
     "evaluation": """
         AGE_BANDS AIMS Calibration HEADLINES MALIGNANT MAX_COUNTS_AT_ONCE MOST_SUBGROUPS
         NUM_BINS NUM_RESAMPLES SMALLEST_SUBGROUP Z assess choose_thresholds compare
-        compute_intervals compute_metrics compute_subgroups counted_as
+        compute_intervals compute_metrics compute_subgroups counted_as evaluate_predictions
         effective_sample_size fit_calibration left_out_of_screening match_classes
         most_confident_mistakes reliability screen screening_targets screening_warnings
         typical_examples why_screening_is_off wilson_interval
@@ -133,6 +133,40 @@ def test_no_module_imports_a_private_name_of_another(name):
         if alias.name.startswith("_")
     ]
     assert private == []
+
+
+def functions(node, within=""):
+    """The functions below a node of the syntax tree, by name, such as `Class.method`."""
+    for child in ast.iter_child_nodes(node):
+        name = within
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            name = f"{within}.{child.name}".lstrip(".")
+        if isinstance(child, ast.FunctionDef):
+            yield name, child
+        yield from functions(child, name)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_no_function_is_longer_than_60_lines(name):
+    found = functions(ast.parse(MODULES[name].read_text()))
+    assert [each for each, node in found if node.end_lineno - node.lineno >= 60] == []
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_no_function_has_more_than_8_parameters_but_those_that_users_call(name):
+    def count(arguments):
+        given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        return len([each for each in given if each.arg not in ("self", "cls")])
+
+    public = PUBLIC.get(name, "").split()
+    tree = ast.parse(MODULES[name].read_text())
+    found = [each for each, node in functions(tree) if count(node.args) > 8]
+    assert [each for each in found if each.removesuffix(".__init__") not in public] == []
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_no_module_has_more_than_500_lines_but_the_one_of_the_figures(name):
+    assert name == "visualizations" or len(MODULES[name].read_text().splitlines()) <= 500
 
 
 @pytest.mark.parametrize("module", PUBLIC)
