@@ -24,6 +24,7 @@ class Calibration:
     bias: tuple[float, ...]
 
     def apply(self, y_prob: np.ndarray) -> np.ndarray:
+        """Returns the calibrated probabilities (N, C) of a model's own."""
         return softmax(_log(y_prob) / self.temperature + np.array(self.bias), axis=1)
 
 
