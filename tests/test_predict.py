@@ -116,7 +116,7 @@ def test_exit_statuses_are_0_for_all_read_1_for_some_and_2_for_a_mistake(
             ["--model", "m.pth", "a.png", "--threshold", "nevus=x"],
             "--threshold: 'x' is not a number",
         ),
-        (["--model", "m.pth", "a.png", "--tta", "x"], "--tta: 'x' is not a number"),
+        (["--model", "m.pth", "a.png", "--tta", "x"], "--tta: 'x' is not a whole number"),
         (["--model", "m.pth", "a.png", "--top_k", "0"], "--top_k: 0 is not 1 or more"),
         (["--model", "m.pth", "a.png", "--export", "m.onnx"], "--export takes no images"),
         (["--model", "m", "--model", "n", "--export", "m.onnx"], "--export takes one --model"),
