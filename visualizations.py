@@ -28,7 +28,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrM
 
 from evaluation import best_evaluation
 from evaluation.metrics import Curve, compute_precision_recall_curve, compute_roc_curve
-from imaging.decode import as_uint8
+from imaging.decode import as_shares, as_uint8
+from imaging.heatmaps import HEATMAP_COLOURS, blend_heatmaps
+from imaging.heatmaps import overlay_heatmap as overlay_heatmap  # for those who import it from here
 from storage.files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
@@ -83,7 +85,6 @@ _METRICS = {
 }
 _SAMPLES_PER_CLASS = 6
 _MAX_MISTAKES = 12
-_HEATMAP_COLOURS = "viridis"
 _HEATMAP_OPACITY = 0.5
 
 
@@ -179,7 +180,7 @@ def plot_roc_pr_curves(
     Raises ValueError for no predictions, shapes that do not fit, labels out of range, or
     probabilities that are not in [0, 1].
     """
-    y_prob = _checked_shares(y_prob, "y_prob", (np.size(y_true), len(class_names)))
+    y_prob = as_shares(y_prob, "y_prob", (np.size(y_true), len(class_names)))
     y_true = _checked_labels(y_true, "y_true", *y_prob.shape)
     support = np.bincount(y_true, minlength=len(class_names))
     shown = [label for label, n in enumerate(support) if 0 < n < len(y_true)]
@@ -461,7 +462,7 @@ def plot_mistakes(
     right = [i for i in range(len(images)) if true_classes[i] == predicted_classes[i]]
     if right:
         raise ValueError(f"image {right[0]} is no mistake: {true_classes[right[0]]!r} is right")
-    confidences = _checked_shares(confidences, "confidences", (len(images),))
+    confidences = as_shares(confidences, "confidences", (len(images),))
     shown = np.argsort(-confidences, kind="stable")[:_MAX_MISTAKES]
     captions = [
         _caption(
@@ -495,7 +496,7 @@ def plot_gradcams(
     Raises ValueError for no images, or another shape, range or number.
     """
     images = as_uint8(images, "images", ndim=4)
-    heatmaps = _checked_shares(heatmaps, "heatmaps", images.shape[:3])
+    heatmaps = as_shares(heatmaps, "heatmaps", images.shape[:3])
     true_classes = _checked_names(true_classes, "true_classes", len(images))
     predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
     captions = [
@@ -504,13 +505,13 @@ def plot_gradcams(
     ]
     gap = np.full((*images.shape[:2], max(1, images.shape[2] // 30), 3), 255, dtype=np.uint8)
     # Grey images leave the colours of the map as they are on the scale.
-    overlays = _blend(images.mean(axis=-1, keepdims=True), heatmaps, _HEATMAP_OPACITY)
+    overlays = blend_heatmaps(images.mean(axis=-1, keepdims=True), heatmaps, _HEATMAP_OPACITY)
     images = np.concatenate([images, gap, overlays], axis=2)
     width, height = _grid_size(images, captions, 3)
     with _figure((width, height + 0.5), title, save_path) as figure:
         _draw_grid(figure, images, captions, 3)
         scale = figure.colorbar(
-            ScalarMappable(cmap=_HEATMAP_COLOURS),
+            ScalarMappable(cmap=HEATMAP_COLOURS),
             ax=figure.axes,
             ticks=[0, 1],
             location="bottom",
@@ -521,19 +522,6 @@ def plot_gradcams(
         scale.set_label("Grad-CAM")
         scale.outline.set_visible(False)
     return figure
-
-
-def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-    """Returns an image uint8 (H, W, 3) under a heatmap in colour, the more opaque the higher it is.
-
-    `image` is (H, W, 3), uint8 or float in [0, 1], and `heatmap` (H, W) float in [0, 1]. Where the
-    heatmap is 0, the image stays as it is.
-
-    Raises ValueError for another shape or range.
-    """
-    image, heatmap = as_uint8(image, "image", ndim=3), np.asarray(heatmap)
-    _checked_shares(heatmap, "heatmap", image.shape[:2])
-    return _blend(image, heatmap, 0.6 * heatmap[..., None])
 
 
 def plot_model_comparison(
@@ -729,16 +717,6 @@ def _checked_labels(
     return labels
 
 
-def _checked_shares(values: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
-    if values.shape != shape or not values.size:
-        raise ValueError(f"{name} has shape {values.shape}; it must be {shape}, and not empty")
-    low, high = values.min(), values.max()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # so written, it refuses NaN
-        raise ValueError(f"{name} goes from {low} to {high}; it must be in [0, 1]")
-    return values
-
-
 def _checked_names(names: Sequence[str], name: str, num_images: int) -> list[str]:
     if len(names) != num_images:
         raise ValueError(f"{name} has {len(names)} names for {num_images} images")
@@ -795,11 +773,6 @@ def _draw_grid(figure: Figure, images: np.ndarray, captions: Sequence[str], colu
         ax.set_axis_off()
     for ax, image, caption in zip(axes.flat, images, captions, strict=False):
         _draw_captioned_image(ax, image, caption)
-
-
-def _blend(images: np.ndarray, heatmaps: np.ndarray, opacity: np.ndarray | float) -> np.ndarray:
-    colours = 255 * matplotlib.colormaps[_HEATMAP_COLOURS](heatmaps)[..., :3]
-    return np.round((1 - opacity) * images + opacity * colours).astype(np.uint8)
 
 
 def _checked_table(

@@ -137,6 +137,20 @@ def as_uint8(images: ArrayLike, name: str, ndim: int = 3) -> np.ndarray:
     return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
+def as_shares(values: ArrayLike, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns values that must be of this shape and in [0, 1] as float64.
+
+    Raises ValueError, with this name, for others.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.shape != shape or not values.size:
+        raise ValueError(f"{name} has shape {values.shape}; it must be {shape}, and not empty")
+    low, high = values.min(), values.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # so written, it refuses NaN
+        raise ValueError(f"{name} goes from {low} to {high}; it must be in [0, 1]")
+    return values
+
+
 def scaled_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
     """Returns width and height at the same aspect ratio, the shorter one being `shorter_side`."""
     if width <= height:

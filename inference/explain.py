@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import interpolate, relu
 
+from imaging.heatmaps import overlay_heatmap
 from models import LesionClassifier, evaluation_mode
 from storage.files import write_atomically
-from visualizations import overlay_heatmap
 
 MIN_MAP_SIZE = 4  # on a side; the one place of a 1 x 1 map would explain nothing
 SMALLEST_MAP = MIN_MAP_SIZE  # its former name
