@@ -1,10 +1,12 @@
-"""Small models, and files that are no images, that tests share."""
+"""Small data sets and models, and files that are no images, that tests share."""
 
 import os
 
+import numpy as np
 import torch
 from torch import nn
 
+from dataset import DatasetBuilder
 from models import get_model
 
 CLASSES = ["melanoma", "mole $1_x", "nevus"]
@@ -33,3 +35,17 @@ def break_files(folder):
     (folder / "cut\nshort.png").write_bytes(whole[: len(whole) // 2])
     os.mkfifo(folder / "pipe.gif")
     return ["empty.jpg", "cut\nshort.png", "pipe.gif"]
+
+
+def build(root, image_size=16, splits=None, preprocessors=(), **options):
+    builder = DatasetBuilder(root, image_size=image_size, **options)
+    return builder.build(preprocessors=preprocessors, splits=splits)
+
+
+def shown(splits, path):
+    """The prepared image of a file."""
+    for split in splits.values():
+        found = np.flatnonzero(split.metadata["path"] == path)
+        if len(found):
+            return split.gather(found)[0]
+    raise KeyError(path)

@@ -17,20 +17,7 @@ from dataset import DatasetBuilder, create_dataloaders, find_images, to_float
 from imaging import batches
 from imaging.batches import DeviceDataset
 from imaging.synthetic import CLASSES, draw_lesion
-
-
-def build(root, image_size=16, splits=None, preprocessors=(), **options):
-    builder = DatasetBuilder(root, image_size=image_size, **options)
-    return builder.build(preprocessors=preprocessors, splits=splits)
-
-
-def shown(splits, path):
-    for split in splits.values():
-        found = np.flatnonzero(split.metadata["path"] == path)
-        if len(found):
-            return split.gather(found)[0]
-    raise KeyError(path)
-
+from tests.samples import build, shown
 
 # ---------------------------------------------------------------------------- splits
 

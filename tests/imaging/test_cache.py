@@ -11,30 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import DatasetBuilder
 from imaging import cache
 from inference import ensemble
 from models import get_model
 from predict import predict
 from storage.files import lock
-
-
-def build(root, image_size=16, splits=None, preprocessors=(), **options):
-    builder = DatasetBuilder(root, image_size=image_size, **options)
-    return builder.build(preprocessors=preprocessors, splits=splits)
+from tests.samples import build, shown
 
 
 def array_file(root):
     (path,) = (root.parent / "processed").glob("*/images-*.npy")
     return path
-
-
-def shown(splits, path):
-    for split in splits.values():
-        found = np.flatnonzero(split.metadata["path"] == path)
-        if len(found):
-            return split.gather(found)[0]
-    raise KeyError(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")

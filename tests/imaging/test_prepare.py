@@ -16,7 +16,6 @@ from PIL import Image
 from torchvision import transforms
 
 from dataset import (
-    DatasetBuilder,
     UnreadableImageError,
     center_crop,
     fingerprint,
@@ -25,21 +24,9 @@ from dataset import (
     resize,
 )
 from imaging import prepare
+from tests.samples import build, shown
 
 ROOT = Path(__file__).parents[2]
-
-
-def build(root, image_size=16, splits=None, preprocessors=(), **options):
-    builder = DatasetBuilder(root, image_size=image_size, **options)
-    return builder.build(preprocessors=preprocessors, splits=splits)
-
-
-def shown(splits, path):
-    for split in splits.values():
-        found = np.flatnonzero(split.metadata["path"] == path)
-        if len(found):
-            return split.gather(found)[0]
-    raise KeyError(path)
 
 
 @pytest.mark.parametrize("size", [(33, 57), (60, 45), (224, 224), (7, 5), (300, 256), (100, 900)])
