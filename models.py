@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
-from evaluation import Calibration, counted_as
+from evaluation import Calibration, group_by_malignancy
 from imaging.lesions import is_malignant
 from storage.tensors import check_alike, is_number, load_tensors, save_tensors
 from storage.weights import download_weights, load_weights
@@ -355,7 +355,7 @@ class ModelInfo(Mapping[str, Any]):
         if self.bias == []:
             object.__setattr__(self, "bias", [0.0] * len(self.classes))
         if self.malignant_classes is _NOT_GIVEN:
-            counted = counted_as(self.classes)
+            counted = group_by_malignancy(self.classes)
             object.__setattr__(self, "malignant_classes", counted["malignant"])
             object.__setattr__(self, "unknown_classes", counted["unknown"])
         elif self.unknown_classes is _NOT_GIVEN:

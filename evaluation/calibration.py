@@ -1,4 +1,4 @@
-"""How far probabilities can be trusted: temperature, bias, reliability."""
+"""Calibration of probabilities by temperature and bias, and how reliable they are."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from evaluation.metrics import check_predictions, decisions
+from evaluation.metrics import check_predictions
 
 NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
 
@@ -16,8 +16,8 @@ NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
 class Calibration:
     """Turns a model's probabilities into calibrated ones: softmax(log(p) / temperature + bias).
 
-    A temperature above 1 makes them less sure (Guo et al. 2017); `bias` has a number for each
-    class, which undoes priors that balanced sampling has shifted (Alexandari et al. 2020).
+    A temperature above 1 lowers the confidence (Guo et al. 2017); a bias for each class undoes
+    priors that balanced sampling has shifted (Alexandari et al. 2020).
     """
 
     temperature: float
@@ -31,14 +31,15 @@ class Calibration:
 def fit_calibration(
     y_true: np.ndarray, y_prob: np.ndarray, *, priors_shifted: bool = True
 ) -> Calibration:
-    """The calibration that makes these images most likely, which are those of validation.
+    """Returns the calibration under which the labels of the validation images are most likely.
 
-    Never those of training, on which a model is surer than it should be. Without `priors_shifted`,
-    which balanced sampling and class weights do, the biases stay 0. A weak prior (standard
-    deviation 3) keeps the bias of a class without images finite.
+    On training images a model is overconfident. Balanced sampling and class weights shift the
+    priors; without `priors_shifted` the biases stay 0. A weak prior (standard deviation 3) keeps
+    the bias of a class without images finite.
     """
-    y_true, y_prob = check_predictions(y_true, y_prob, np.asarray(y_prob).shape[-1])
-    log_prob, num_classes = _log(y_prob), y_prob.shape[1]
+    num_classes = np.asarray(y_prob).shape[-1]
+    y_true, y_prob, _ = check_predictions(y_true, y_prob, num_classes)
+    log_prob = _log(y_prob)
     truth = np.eye(num_classes)[y_true]
 
     def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
@@ -60,15 +61,14 @@ def fit_calibration(
 def reliability(
     y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """How far the probability of the class decided for is from how often it is right.
+    """Returns how far the probabilities of the predicted classes are from how often they are right.
 
-    In 15 equal bins of that probability (Guo et al. 2017): `confidence`, its mean in each bin,
-    `accuracy`, None for both in an empty one, and `count`; over the bins
-    `expected_calibration_error`, the mean of |accuracy - confidence| weighted by count, and
-    `maximum_calibration_error`, the largest.
+    In `NUM_BINS` equal bins of that probability: `confidence`, its mean, `accuracy`, both None in
+    an empty bin, and `count`; over all bins `expected_calibration_error`, the mean of
+    |accuracy - confidence| weighted by count, and `maximum_calibration_error`, the largest.
     """
-    y_true, y_prob = check_predictions(y_true, y_prob, np.asarray(y_prob).shape[-1])
-    y_pred = decisions(y_true, y_prob, y_pred)
+    num_classes = np.asarray(y_prob).shape[-1]
+    y_true, y_prob, y_pred = check_predictions(y_true, y_prob, num_classes, y_pred)
     confidence, is_right = y_prob[np.arange(len(y_pred)), y_pred], y_pred == y_true
     # Bins are closed above, so that a probability of 1 is in the last.
     bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
@@ -78,13 +78,10 @@ def reliability(
         for values in (confidence, is_right)
     ]
     gaps = np.abs(means[0] - means[1])
-
-    def without_empty(values: np.ndarray) -> list[float | None]:
-        return [float(v) if n > 0 else None for v, n in zip(values, count, strict=True)]
-
+    confidences, accuracies = np.where(count > 0, means, np.array(None)).tolist()
     return {
-        "confidence": without_empty(means[0]),
-        "accuracy": without_empty(means[1]),
+        "confidence": confidences,
+        "accuracy": accuracies,
         "count": count.tolist(),
         "expected_calibration_error": float(np.average(gaps, weights=count)),
         "maximum_calibration_error": float(gaps.max()),

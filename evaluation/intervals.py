@@ -1,13 +1,15 @@
-"""Confidence intervals by bootstrap over groups, and Wilson's for shares."""
+"""Confidence intervals: the bootstrap over groups, and Wilson's score interval of proportions."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from scipy.stats import norm
 
-from evaluation.metrics import HEADLINES, check_predictions, decisions, headline_metrics
+from evaluation.metrics import HEADLINES, check_predictions, headline_metrics
 
 NUM_RESAMPLES = 2000
 MAX_COUNTS_AT_ONCE = 4_000_000  # of the bootstrap in memory: 32 MB
@@ -18,36 +20,29 @@ def compute_intervals(
     y_true: np.ndarray,
     y_prob: np.ndarray,
     class_names: Sequence[str],
-    groups: Sequence[Any] | None = None,
+    groups: ArrayLike | None = None,
     y_pred: np.ndarray | None = None,
     *,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """95 % intervals of the figures of `compute_metrics`, by the same names, as [low, high].
+    """Returns 95 % intervals, [low, high], by the names that `compute_metrics` gives the metrics.
 
     Images with equal `groups` (N,), such as those of one lesion, count as one observation. The
-    headline figures, which are all but macro precision, have intervals by bootstrap, 2,000
-    resamples of whole groups with the possibility of groups unlike those seen (see
-    `basic_interval`), so that 20 right of 20 give 0.87 to 1 and not 1 to 1. A class's recall and
-    precision have Wilson's score interval (1927) for the effective number of groups
-    (`effective_sample_size`), under `per_class`; None where nothing was counted.
+    `HEADLINES` have bootstrap intervals (`Resampled.interval`); precision and recall of each class,
+    under `per_class`, Wilson's for the effective number of groups, or None without images.
     """
     num_classes = len(class_names)
-    y_true, y_prob = check_predictions(y_true, y_prob, num_classes)
-    y_pred = decisions(y_true, y_prob, y_pred)
-    groups = group_numbers(groups, len(y_true))
-    figures, *resampled = bootstrap(y_true[:, None], y_pred[:, None], num_classes, groups, seed)
+    y_true, y_prob, y_pred = check_predictions(y_true, y_prob, num_classes, y_pred)
+    group = number_groups(groups, len(y_true))
+    resampled = bootstrap(y_true[:, None], y_pred[:, None], num_classes, group, seed)
     intervals: dict[str, Any] = {
-        name: basic_interval(
-            *(values[name][:, 0] for values in resampled), figures[name][0], groups.max() + 1
-        )
-        for name in HEADLINES
+        name: resampled[name].part(0).interval(group.max() + 1) for name in HEADLINES
     }
     is_right = y_true == y_pred
     intervals["per_class"] = {
         name: {
-            "precision": interval_of_share(is_right[y_pred == label], groups[y_pred == label]),
-            "recall": interval_of_share(is_right[y_true == label], groups[y_true == label]),
+            "precision": interval_of_share(is_right[y_pred == label], group[y_pred == label]),
+            "recall": interval_of_share(is_right[y_true == label], group[y_true == label]),
         }
         for label, name in enumerate(class_names)
     }
@@ -58,54 +53,50 @@ def compare(
     y_true: np.ndarray,
     y_pred_a: np.ndarray,
     y_pred_b: np.ndarray,
-    groups: Sequence[Any] | None = None,
+    groups: ArrayLike | None = None,
     *,
     seed: int = 42,
 ) -> dict[str, dict[str, Any]]:
-    """By how much model A is better than model B on these images, for each headline figure.
+    """Returns how much better model A is than model B on the same images, by headline metric.
 
-    Paired bootstrap: both are measured on the same resamples of whole groups, to which groups may
-    be added that only one of them gets right (see `basic_interval`): two models that agree on 20
-    images may differ on others. Gives `difference` (A - B), its 95 % `interval`, and
-    `probability`, the share of resamples in which A is better, ties counted half.
+    Both are measured on the same resamples of whole groups (paired bootstrap). Each metric has its
+    `difference` (A - B), the 95 % `interval` of that, and `probability`, the share of resamples in
+    which A is better, ties counted half. Two models that agree on 20 images may differ on others:
+    the unseen groups of a resample are right in one model alone.
     """
     y_true, *predicted = (np.asarray(labels) for labels in (y_true, y_pred_a, y_pred_b))
     highest = max(labels.max(initial=0) for labels in (y_true, *predicted))
-    num_classes = max(int(highest) + 1, 2)  # where all is one class, another could have been called
+    num_classes = max(int(highest) + 1, 2)  # with one class there is no wrong prediction to add
     for y_pred in predicted:
         check_predictions(y_true, np.zeros((len(y_pred), num_classes)), num_classes)
-    groups = group_numbers(groups, len(y_true))
-    figures, drawn, smoothed = bootstrap(
-        np.stack([y_true, y_true], axis=1),
-        np.stack(predicted, axis=1),
-        num_classes,
-        groups,
-        seed,
-        are_opposed=True,
+    group = number_groups(groups, len(y_true))
+    both = np.stack(predicted, axis=1)
+    resampled = bootstrap(
+        np.stack([y_true, y_true], axis=1), both, num_classes, group, seed, are_opposed=True
     )
     compared = {}
     for name in HEADLINES:
-        difference, differences, smoothed_ones = (
-            values[name][..., 0] - values[name][..., 1] for values in (figures, drawn, smoothed)
-        )
+        difference = resampled[name].part(0) - resampled[name].part(1)
+        is_better, is_tie = difference.drawn > 0, difference.drawn == 0
         compared[name] = {
-            "difference": float(difference),
-            "interval": basic_interval(
-                differences, smoothed_ones, difference, groups.max() + 1, lowest=-1.0
-            ),
-            "probability": float(np.mean((differences > 0) + 0.5 * (differences == 0))),
+            "difference": float(difference.observed),
+            "interval": difference.interval(group.max() + 1, lowest=-1.0),
+            "probability": float(np.mean(is_better + 0.5 * is_tie)),
         }
     return compared
 
 
 def wilson_interval(successes: float, total: float) -> list[float] | None:
-    """Wilson's 95 % score interval of a share, [low, high]; None of nothing.
+    """Returns Wilson's 95 % score interval of a proportion, [low, high]; None if total is 0."""
+    return None if total == 0 else score_interval(successes, total)
 
-    With the share p of n and z = 1.96, (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n). Where
-    n is an effective sample size, neither number need be whole.
+
+def score_interval(successes: float, total: float) -> list[float]:
+    """Returns Wilson's 95 % score interval (1927) of a proportion, [low, high].
+
+    (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n) for p of n. The numbers need not be whole,
+    as those of `scipy.stats.binomtest` must: n may be an effective sample size.
     """
-    if total == 0:
-        return None
     share = successes / total
     centre = share + Z**2 / (2 * total)
     half = Z * np.sqrt(share * (1 - share) / total + (Z / (2 * total)) ** 2)
@@ -113,27 +104,24 @@ def wilson_interval(successes: float, total: float) -> list[float] | None:
     return [float(max(min(low, share), 0)), float(min(max(high, share), 1))]  # despite rounding
 
 
-def effective_sample_size(groups: Sequence[Any], weights: np.ndarray | None = None) -> float:
-    """Gives the number of independent observations that images of these groups are worth.
+def effective_sample_size(groups: ArrayLike, weights: np.ndarray | None = None) -> float:
+    """Returns how many independent observations the images of these groups are worth.
 
-    Kish (1965): (Σ w)² / Σ W², with w the weights of the images, equal unless given, and W their
-    sums over each group. Images of one group count as if all had the same result, so that with
-    equal weights and groups of equal size it is the number of groups; images without groups have
-    one each.
+    Kish (1965): (Σ w)² / Σ W², with w the weights of the images, equal by default, and W their sums
+    over each group. Of equal weights and groups of equal size it is the number of groups.
     """
-    group_of_image = group_numbers(groups, len(groups))
-    sums = np.bincount(group_of_image, weights)
+    sums = np.bincount(number_groups(groups, np.size(groups)), weights)
     return float(sums.sum() ** 2 / (sums**2).sum()) if len(sums) > 0 else 0.0
 
 
 def interval_of_share(is_hit: np.ndarray, groups: np.ndarray) -> list[float] | None:
-    """Gives Wilson's interval of the share of hits, for the effective number of groups."""
+    """Returns Wilson's interval of the share of hits, for the effective number of groups."""
     size = effective_sample_size(groups)
-    return wilson_interval(is_hit.mean() * size, size) if size > 0 else None
+    return score_interval(is_hit.mean() * size, size) if size > 0 else None
 
 
-def group_numbers(groups: Sequence[Any] | None, num_images: int) -> np.ndarray:
-    """Numbers the groups of the images (N,) from 0; where none are given each has its own."""
+def number_groups(groups: ArrayLike | None, num_images: int) -> np.ndarray:
+    """Returns the number of each image's group (N,), from 0; by default each image has its own."""
     if groups is None:
         return np.arange(num_images)
     groups = np.asarray(groups)
@@ -142,39 +130,86 @@ def group_numbers(groups: Sequence[Any] | None, num_images: int) -> np.ndarray:
     return np.unique(groups, return_inverse=True)[1]
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """A metric of each of P parts of the predictions, as observed and in R resamples.
+
+    Each `smoothed` resample is the `drawn` one with a few unseen groups added.
+    """
+
+    observed: np.ndarray  # (P,)
+    drawn: np.ndarray  # (R, P)
+    smoothed: np.ndarray  # (R, P)
+
+    def part(self, index: int) -> "Resampled":
+        """Returns the metric of one part alone, with shapes (), (R,) and (R,)."""
+        return Resampled(self.observed[index], self.drawn[:, index], self.smoothed[:, index])
+
+    def __sub__(self, other: "Resampled") -> "Resampled":
+        return Resampled(
+            self.observed - other.observed,
+            self.drawn - other.drawn,
+            self.smoothed - other.smoothed,
+        )
+
+    def interval(self, sample_size: float, *, lowest: float = 0.0, z: float = Z) -> list[float]:
+        """Returns the 95 % interval of the metric of one part, [low, high]; NaN are left out.
+
+        Its ends are percentiles of the smoothed resamples: plain ones of images that are all right,
+        or all wrong, are all alike. One group more that is right and one that is wrong, on average,
+        give about Wilson's interval there (Agresti and Coull 1998 and Price and Bonett 2004 add two
+        of each, which benchmarks/RESULTS.md shows to be too many).
+
+        The percentiles are Phi(z0 ± z), with Phi(z0) the share of plain resamples below the
+        observed value, ties counted half: half of Efron's bias correction (BC, 1981), as the whole
+        one, Phi(2 z0 ± z), overshoots near 0 and 1. The observed value is always inside. A metric
+        that is the same in all resamples gets the width by which an outcome not seen in
+        `sample_size` observations could move it, between `lowest` and 1.
+        """
+        is_known = np.isfinite(self.drawn)
+        drawn, smoothed = self.drawn[is_known], self.smoothed[is_known]
+        is_tie = np.isclose(drawn, self.observed, rtol=0, atol=1e-9)
+        share_below = np.mean(((drawn < self.observed) & ~is_tie) + 0.5 * is_tie)
+        z0 = np.clip(norm.ppf(share_below), -Z, Z)
+        low, high = np.quantile(smoothed, norm.cdf(z0 + np.array([-z, z])))
+        low, high = min(low, self.observed), max(high, self.observed)
+        if high - low < 1e-9:
+            share_unseen = score_interval(0, sample_size)[1]
+            low, high = low - share_unseen * (low - lowest), high + share_unseen * (1 - high)
+        return [float(low), float(high)]
+
+
 def bootstrap(
     y_true: np.ndarray,
     y_pred: np.ndarray,
     num_classes: int,
     groups: np.ndarray,
     seed: int,
-    kind_of_image: np.ndarray | None = None,
+    subgroup: np.ndarray | None = None,
     *,
     are_opposed: bool = False,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Gives the headline figures observed (P,), and in NUM_RESAMPLES resamples (R, P), twice.
+) -> dict[str, Resampled]:
+    """Returns the headline metrics of P parts in the same NUM_RESAMPLES resamples of whole groups.
 
-    The P parts are either the models whose decisions are the columns of `y_pred` (N, P), or the
-    kinds into which `kind_of_image` (N,) cuts the images. All parts are of the same resamples of
-    whole groups. The second time each resample has unseen groups besides (`_unseen_groups`).
+    The parts are the models whose predictions are the columns of `y_pred` (N, P), or the subgroups
+    into which `subgroup` (N,) divides the images.
     """
-    part = np.arange(y_pred.shape[1]) if kind_of_image is None else kind_of_image[:, None]
+    part = np.arange(y_pred.shape[1]) if subgroup is None else subgroup[:, None]
     cells = (part * num_classes + y_true) * num_classes + y_pred
     shape = (int(part.max()) + 1, num_classes, num_classes)
     observed = np.bincount(cells.ravel(), minlength=np.prod(shape)).reshape(shape)
     images_per_group = len(groups) / len(np.unique(groups))
     rng = np.random.default_rng([seed, 1])
-    drawn, smoothed = [], []
+    chunks = []
     for counts in resampled_counts(cells, observed.size, groups, seed):
         confusions = counts.reshape(-1, *shape)
         unseen = images_per_group * _unseen_groups(rng, len(counts), observed, are_opposed)
-        drawn.append(headline_metrics(confusions))
-        smoothed.append(headline_metrics(confusions + unseen))
-    return headline_metrics(observed), _joined(drawn), _joined(smoothed)
-
-
-def _joined(figures: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([some[name] for some in figures]) for name in HEADLINES}
+        chunks.append(headline_metrics(np.stack([confusions, confusions + unseen])))
+    metrics = headline_metrics(observed)
+    return {
+        name: Resampled(metrics[name], *np.concatenate([chunk[name] for chunk in chunks], axis=1))
+        for name in HEADLINES
+    }
 
 
 def resampled_counts(
@@ -183,8 +218,7 @@ def resampled_counts(
     """Yields how often each cell is drawn, (r, num_cells), for NUM_RESAMPLES resamples in all.
 
     A resample has as many groups as there are, drawn with replacement; each brings all its images,
-    and an image counts in its `cells` (N, P). The groups drawn depend on the seed and the groups
-    alone.
+    and an image counts in its `cells` (N, P). The draws depend on the seed and the groups alone.
     """
     num_groups = int(groups.max()) + 1
     rows = np.repeat(groups, cells.shape[1])
@@ -194,6 +228,7 @@ def resampled_counts(
     rng = np.random.default_rng(seed)
     at_once = max(1, MAX_COUNTS_AT_ONCE // max(num_groups, num_cells))
     for start in range(0, NUM_RESAMPLES, at_once):
+        # Faster than rng.multinomial, which draws a binomial number for each group and resample.
         count = min(at_once, NUM_RESAMPLES - start)
         drawn = rng.integers(num_groups, size=(count, num_groups))
         drawn += num_groups * np.arange(count)[:, None]
@@ -204,11 +239,11 @@ def resampled_counts(
 def _unseen_groups(
     rng: np.random.Generator, count: int, observed: np.ndarray, are_opposed: bool
 ) -> np.ndarray:
-    """The numbers of groups (count, P, C, C) that could have been seen besides, in each resample.
+    """Returns confusion matrices (count, P, C, C) of groups that could have been seen as well.
 
-    On average one that is called right and one that is called wrong, in each of P parts; Poisson
-    numbers, spread evenly over the classes that have images, and those called wrong over the other
-    classes. Where two models are opposed, what is right in one is wrong in the other.
+    In each part, Poisson numbers with a mean of one that is right and one that is wrong, spread
+    evenly over the classes that have images, and the wrong ones over the other classes. Of opposed
+    models one is wrong where the other is right.
     """
     has_images = observed.sum(axis=2) > 0
     rates = has_images / np.maximum(has_images.sum(axis=1, keepdims=True), 1)
@@ -219,42 +254,3 @@ def _unseen_groups(
     is_right = np.eye(num_classes)
     elsewhere = (1 - is_right) / max(num_classes - 1, 1)
     return right[..., None] * is_right + wrong[..., None] * elsewhere
-
-
-def basic_interval(
-    resampled: np.ndarray,
-    smoothed: np.ndarray,
-    observed: float,
-    sample_size: float,
-    *,
-    lowest: float = 0.0,
-    z: float = Z,
-) -> list[float]:
-    """The 95 % interval of a figure, [low, high], from what it is in resamples, NaN left out.
-
-    They are percentiles of the `smoothed` resamples, which have unseen groups besides: where all
-    images are right or all are wrong, resamples of them are too, and say nothing of what a few more
-    images could have shown. On average one group more that is right and one that is wrong gives
-    about Wilson's interval there (Agresti and Coull 1998 and Price and Bonett 2004 add two of each,
-    which benchmarks/RESULTS.md shows to be too many).
-
-    The percentiles are Phi(z0 ± z), with Phi(z0) the share of the plain resamples below what was
-    observed, ties counted half. That is half of Efron's bias correction (BC, 1981): the middle is
-    where the figure observed lies among the plain resamples, which exaggerate weighted precision.
-    The whole correction, Phi(2 z0 ± z), overshoots near the border. The figure observed is always
-    inside.
-
-    Weighted precision of images of one class is 1 or 0 in any resample. What never differs gets a
-    width by as much as an outcome not seen in `sample_size` could move it, in [`lowest`, 1].
-    """
-    is_known = np.isfinite(resampled)
-    resampled, smoothed = resampled[is_known], smoothed[is_known]
-    is_tie = np.isclose(resampled, observed, rtol=0, atol=1e-9)
-    share_below = np.mean(((resampled < observed) & ~is_tie) + 0.5 * is_tie)
-    z0 = np.clip(norm.ppf(share_below), -Z, Z)
-    low, high = np.quantile(smoothed, norm.cdf(z0 + np.array([-z, z])))
-    low, high = min(low, observed), max(high, observed)
-    if high - low < 1e-9:
-        share_unseen = wilson_interval(0, sample_size)[1]
-        low, high = low - share_unseen * (low - lowest), high + share_unseen * (1 - high)
-    return [float(low), float(high)]

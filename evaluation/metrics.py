@@ -1,9 +1,10 @@
-"""Metrics of predictions, for unbalanced classes, and images to look at."""
+"""Metrics of predictions for imbalanced classes, and which images to look at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.metrics import (
     accuracy_score,
     auc,
@@ -15,7 +16,7 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-# Those of `compute_metrics` that have an interval.
+# The metrics that have bootstrap intervals.
 HEADLINES = (
     "accuracy",
     "balanced_accuracy",
@@ -41,43 +42,33 @@ def compute_metrics(
     class_names: Sequence[str],
     y_pred: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Returns the metrics of a set of predictions, by name, as plain values.
+    """Returns the metrics of predictions by name, as plain values.
 
-    Returns
-    -------
-    dict with `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images;
-    `top_2_accuracy`, the share of images whose class is the decision or the most probable other;
-    `precision`, `recall` and `f1`, weighted by the classes' numbers of images; `macro_precision`,
-    `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_average_precision`, plain means;
-    `cohen_kappa` and `matthews_corrcoef`, from -1 to 1; `log_loss`, the mean of -log(probability of
-    the true class); `brier_score`, the mean squared distance of the probabilities from the truth,
-    from 0 to 2 (Brier 1950); `per_class`, by name `precision`, `recall`, `specificity`, `f1`,
-    `roc_auc`, `average_precision` (one class against the rest) and `support`; `confusion_matrix`,
-    counts as lists, a row a true class.
+    They are `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images;
+    `top_2_accuracy`, the share of images whose class is the predicted one or the most probable of
+    the others; `precision`, `recall` and `f1`, weighted by the classes' numbers of images;
+    `macro_precision`, `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_average_precision`,
+    plain means; `cohen_kappa`; `matthews_corrcoef`; `log_loss` and `brier_score` (`proper_scores`);
+    `per_class`, by class name `precision`, `recall`, `specificity`, `f1`, `roc_auc`,
+    `average_precision` and `support`; and `confusion_matrix`, with a row for each true class.
 
-    A class that is never predicted has precision 0. A class without images has None for its metrics
-    and is left out of the means, and so are areas of a class that all images have.
+    A class that is never predicted has precision 0. The metrics of a class without images are None
+    and left out of the means, as are the areas under the curves of a class that all images have.
     """
-    y_true, y_prob = check_predictions(y_true, y_prob, len(class_names))
-    y_pred = decisions(y_true, y_prob, y_pred)
-    labels = np.arange(len(class_names))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        y_true, y_pred, labels=labels, zero_division=0
-    )
-    present = support > 0
-    per_class = {"precision": precision, "recall": recall}
-    per_class |= {"specificity": _specificity(y_true, y_pred, labels), "f1": f1}
-    per_class |= zip(("roc_auc", "average_precision"), _areas(y_true, y_prob), strict=True)
+    y_true, y_prob, y_pred = check_predictions(y_true, y_prob, len(class_names), y_pred)
+    confusion = confusion_matrix(y_true, y_pred, labels=np.arange(len(class_names)))
+    support = confusion.sum(axis=1)
+    per_class = _metrics_per_class(y_true, y_prob, y_pred, confusion)
     metrics: dict[str, Any] = {
         "accuracy": float(accuracy_score(y_true, y_pred)),
-        "balanced_accuracy": float(recall[present].mean()),
+        "balanced_accuracy": float(per_class["recall"][support > 0].mean()),
         "top_2_accuracy": float(_is_among_top_2(y_true, y_prob, y_pred).mean()),
         "cohen_kappa": _or_0(cohen_kappa_score, y_true, y_pred),
         "matthews_corrcoef": _or_0(matthews_corrcoef, y_true, y_pred),
     } | proper_scores(y_true, y_prob)
     for name in ("precision", "recall", "f1"):
         metrics[name] = float(np.average(per_class[name], weights=support))
-    is_known = {name: present & np.isfinite(values) for name, values in per_class.items()}
+    is_known = {name: (support > 0) & np.isfinite(per_class[name]) for name in per_class}
     for name in ("precision", "recall", "f1", "roc_auc", "average_precision"):
         known = per_class[name][is_known[name]]
         metrics[f"macro_{name}"] = float(known.mean()) if len(known) else None
@@ -89,12 +80,40 @@ def compute_metrics(
         | {"support": int(support[label])}
         for label, class_name in enumerate(class_names)
     }
-    metrics["confusion_matrix"] = confusion_matrix(y_true, y_pred, labels=labels).tolist()
+    metrics["confusion_matrix"] = confusion.tolist()
     return metrics
 
 
+def _metrics_per_class(
+    y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray, confusion: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns each metric of all classes (C,); NaN where it is not defined."""
+    labels = np.arange(len(confusion))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        y_true, y_pred, labels=labels, zero_division=0
+    )
+    others = len(y_true) - support
+    false_positives = confusion.sum(axis=0) - np.diag(confusion)
+    areas = np.full((2, len(labels)), np.nan)
+    for label in np.flatnonzero((support > 0) & (others > 0)):
+        binary = y_true == label, y_prob[:, label]
+        areas[0, label] = compute_roc_curve(*binary).area
+        areas[1, label] = compute_precision_recall_curve(*binary).area
+    return {
+        "precision": precision,
+        "recall": recall,
+        "specificity": safe_ratio(others - false_positives, others, np.nan),
+        "f1": f1,
+        "roc_auc": areas[0],
+        "average_precision": areas[1],
+    }
+
+
 def proper_scores(y_true: np.ndarray, y_prob: np.ndarray) -> dict[str, float]:
-    """Returns `log_loss` and `brier_score`, which judge probabilities rather than decisions."""
+    """Returns `log_loss`, the mean of -log(probability of the true class), and `brier_score`.
+
+    The latter is the mean squared distance from the truth, from 0 to 2 (Brier 1950).
+    """
     probability_of_truth = y_prob[np.arange(len(y_true)), y_true]
     smallest = np.finfo(y_prob.dtype).eps  # log 0 would make one image decide all
     truth = np.eye(y_prob.shape[1])[y_true]
@@ -134,20 +153,19 @@ def compute_precision_recall_curve(is_positive: np.ndarray, score: np.ndarray) -
 def most_confident_mistakes(
     y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray, count: int = 12
 ) -> np.ndarray:
-    """The numbers of the images called wrong with the highest probability, that one first."""
+    """Returns the indices of the most confident wrong predictions, the most confident first."""
     confidence = y_prob[np.arange(len(y_pred)), y_pred]
     ranked = np.argsort(-confidence, kind="stable")
     return ranked[(y_true != y_pred)[ranked]][:count]
 
 
 def typical_examples(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) -> np.ndarray:
-    """For each class the number of an image called right and of one called wrong, where there are.
+    """Returns for each class the indices of a right and a wrong prediction, where there are any.
 
-    Of each kind the one whose decided class has the middle probability: neither the model's best
-    nor its worst.
+    Each has the median confidence of its kind: it is neither the model's best nor its worst.
     """
     confidence = y_prob[np.arange(len(y_pred)), y_pred]
-    chosen = []
+    chosen: list[int] = []
     for label in range(y_prob.shape[1]):
         for is_right in (True, False):
             of_kind = np.flatnonzero((y_true == label) & ((y_true == y_pred) == is_right))
@@ -157,7 +175,7 @@ def typical_examples(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray)
 
 
 def headline_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
-    """The headline figures of confusion matrices (..., C, C), each (...,); NaN of no images."""
+    """Returns the headline metrics of confusion matrices (..., C, C), each (...,); NaN if empty."""
     hits = np.diagonal(confusions, axis1=-2, axis2=-1)
     support, predicted = confusions.sum(axis=-1), confusions.sum(axis=-2)
     per_class = {
@@ -176,11 +194,10 @@ def headline_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def best_evaluation(history: Mapping[Any, Sequence[float | None]]) -> int | None:
-    """Returns the number of the best evaluation in a training history, counted from 0.
+    """Returns the index of the best evaluation in a training history, or None.
 
-    The best has the highest `valid_balanced_accuracy`; of equal ones the lowest `valid_loss`, and
-    of those the first. None and NaN are missing values; without any balanced accuracy there is no
-    best.
+    It has the highest `valid_balanced_accuracy`; of equal ones the lowest `valid_loss`, and of
+    those the first. None and NaN are missing values.
     """
     accuracy = np.asarray(history.get("valid_balanced_accuracy", ()), dtype=np.float64)
     loss = np.asarray(history.get("valid_loss", ()), dtype=np.float64)
@@ -190,15 +207,19 @@ def best_evaluation(history: Mapping[Any, Sequence[float | None]]) -> int | None
 
 
 def safe_ratio(numerators: np.ndarray, denominators: np.ndarray, of_nothing: float) -> np.ndarray:
-    """The quotients, and `of_nothing` where the denominator is 0."""
+    """Returns the quotients, and `of_nothing` where the denominator is 0."""
     quotients = np.full(np.shape(numerators), of_nothing, dtype=np.float64)
     return np.divide(numerators, denominators, out=quotients, where=denominators > 0)
 
 
 def check_predictions(
-    y_true: np.ndarray, y_prob: np.ndarray, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels int64 (N,) and probabilities float64 (N, C); ValueError if they do not fit."""
+    y_true: ArrayLike, y_prob: ArrayLike, num_classes: int, y_pred: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns labels int64 (N,), probabilities float64 (N, C) and predicted labels (N,).
+
+    By default the latter are those of the highest probability. Raises ValueError for shapes that
+    do not fit, labels out of range, and probabilities that are not finite.
+    """
     y_true, y_prob = np.asarray(y_true), np.asarray(y_prob, dtype=np.float64)
     if y_true.ndim != 1 or len(y_true) == 0:
         raise ValueError(f"y_true has shape {y_true.shape}; it must be (N,) with N of 1 or more")
@@ -214,49 +235,23 @@ def check_predictions(
         )
     if not np.isfinite(y_prob).all():
         raise ValueError("y_prob holds values that are not finite")
-    return y_true.astype(np.int64), y_prob
-
-
-def decisions(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None) -> np.ndarray:
-    """Returns the classes decided for, int (N,): `y_pred`, or those of the highest probability."""
-    if y_pred is None:
-        return y_prob.argmax(axis=1)
-    y_pred = np.asarray(y_pred)
-    if y_pred.shape != y_true.shape or not np.isin(y_pred, np.arange(y_prob.shape[1])).all():
-        raise ValueError(f"y_pred must be {y_true.shape}, labels of {y_prob.shape[1]} classes")
-    return y_pred
-
-
-def _areas(y_true: np.ndarray, y_prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each class against the rest under the ROC and precision-recall curves; NaN for none."""
-    areas = np.full((2, y_prob.shape[1]), np.nan)
-    for label, scores in enumerate(y_prob.T):
-        is_class = y_true == label
-        if 0 < is_class.sum() < len(is_class):
-            areas[:, label] = (
-                compute_roc_curve(is_class, scores).area,
-                compute_precision_recall_curve(is_class, scores).area,
-            )
-    return areas[0], areas[1]
-
-
-def _specificity(y_true: np.ndarray, y_pred: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The share of the images of other classes that are not called this one; NaN without others."""
-    others = y_true[:, None] != labels
-    rejected = others & (y_pred[:, None] != labels)
-    counts = others.sum(axis=0)
-    return np.where(counts > 0, rejected.sum(axis=0) / np.maximum(counts, 1), np.nan)
+    y_pred = y_prob.argmax(axis=1) if y_pred is None else np.asarray(y_pred)
+    if y_pred.shape != y_true.shape or not np.isin(y_pred, np.arange(num_classes)).all():
+        raise ValueError(
+            f"y_pred must have shape {y_true.shape} and labels from 0 to {num_classes - 1}"
+        )
+    return y_true.astype(np.int64), y_prob, y_pred
 
 
 def _is_among_top_2(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) -> np.ndarray:
-    """Of equal probabilities the first class counts as the higher, as with the decision."""
+    """Of equal probabilities that of the first class counts as the higher, as in `argmax`."""
     images = np.arange(len(y_true))
     others = y_prob.copy()
     others[images, y_pred] = -np.inf
     return (y_pred == y_true) | (others.argmax(axis=1) == y_true)
 
 
-def _or_0(score, y_true: np.ndarray, y_pred: np.ndarray) -> float:
-    """An agreement beyond chance, 0 where all is one class and it is not defined."""
+def _or_0(score: Callable[..., float], y_true: np.ndarray, y_pred: np.ndarray) -> float:
+    """Returns an agreement beyond chance; 0 where all is one class, for which it is undefined."""
     is_one_class = len(np.unique(np.concatenate([y_true, y_pred]))) == 1
     return 0.0 if is_one_class else float(score(y_true, y_pred))

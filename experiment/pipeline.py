@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset import DatasetBuilder, LesionDataset, LesionLoader, create_dataloaders
-from evaluation import MALIGNANT, counted_as, match_classes, screening_warnings
+from evaluation import MALIGNANT, group_by_malignancy, match_classes, screening_warnings
 from experiment.console import format_duration, noting
 from experiment.report import write_report
 from experiment.results import (
@@ -191,7 +191,7 @@ def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device
 
 def _print_screening(classes: Sequence[str], settings: Settings) -> None:
     """Prints which classes count as malignant; raises ValueError for a name that is no class."""
-    counted = counted_as(classes, settings.malignant_classes or MALIGNANT)
+    counted = group_by_malignancy(classes, settings.malignant_classes or MALIGNANT)
     malignant, benign, unknown = (", ".join(counted[kind]) for kind in counted)
     unknown = f"; not known: {unknown}" if unknown else ""
     print(f"counted as malignant: {malignant or 'none'}; benign: {benign or 'none'}{unknown}",

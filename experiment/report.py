@@ -2,8 +2,9 @@
 
     python -c "from experiment.report import write_report; write_report('models')"
 
-What the page says is in `report.html.j2`, how it looks in `report.css`; here are its tables and the
-wording of numbers. Jinja2 escapes all that comes out of files: class names, paths, the command.
+What the page says, each sentence, table and figure, is in `report.html.j2`, and how it looks in
+`report.css`; here the files of a run are read, and numbers and images made ready for the page.
+Jinja2 escapes all that comes out of files: class names, paths, the command.
 """
 
 import base64
@@ -11,8 +12,10 @@ import io
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,46 +23,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from evaluation import why_screening_is_off
+from evaluation import best_evaluation, group_by_malignancy, screening_unavailable_reason
 from experiment.console import format_duration
-from experiment.run_files import Model, Run, read_run
-from imaging.audit import MIN_DISTINCT_IMAGES, summarise
-from storage.files import write_text
+from imaging.audit import KINDS, MIN_DISTINCT_IMAGES, summarise, unavoidable_errors
+from imaging.lesions import is_melanoma
+from storage.files import read_csv, split_names, write_text
 
 DASH = "–"
 PIXELS_PER_INCH = 140  # at which figures are shown, so that letters are as large in all
+MIN_SHORTCUT_AUC = 0.75  # ROC AUC of a column alone that a reader should hear of at once
 MAX_PNG_SIZE = 400_000  # bytes; more is a figure of photographs, a tenth as large as JPEG
 
 _HERE = Path(__file__).parent
-_OVERALL = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "top_2_accuracy": "Top-2 accuracy",
-    "precision": "Precision, weighted mean of the classes",
-    "recall": "Recall, weighted mean of the classes",
-    "f1": "F1, weighted mean of the classes",
-    "macro_precision": "Precision, unweighted mean of the classes",
-    "macro_recall": "Recall, unweighted mean of the classes",
-    "macro_f1": "F1, unweighted mean of the classes",
-    "macro_roc_auc": "ROC AUC, unweighted mean of the classes",
-    "macro_average_precision": "Average precision, unweighted mean of the classes",
-    "cohen_kappa": "Cohen's kappa",
-    "matthews_corrcoef": "Matthews' correlation coefficient",
-    "log_loss": "Log loss",
-    "brier_score": "Brier score",
-}
-_CALIBRATION = {
-    "expected_calibration_error": "Expected calibration error",
-    "maximum_calibration_error": "Maximum calibration error",
-    "log_loss": "Log loss",
-    "brier_score": "Brier score",
-}
-_BY_CLASS = {
-    "specificity": "specificity",
-    "f1": "F1",
-    "roc_auc": "ROC AUC",
-    "average_precision": "average precision",
-}
 
 
 def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
@@ -82,15 +57,230 @@ def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
     return path
 
 
-class Table(NamedTuple):
-    """A table of the page; the first cell of each row is its heading."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+# ---------------------------------------------------------------------------- what a run left
 
 
-# ---------------------------------------------------------------------------- numbers and words
+class Model:
+    """What a model left in its folder; empty or None where it is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metrics = {"model": folder.name} | _read_json(folder / "metrics.json")
+        self.name: str = self.metrics["model"]
+        self.gap: Mapping[str, float] = {}  # its row of comparison.csv
+        self.test: dict[str, Any] = self.metrics.get("test", {})
+        self.intervals: dict[str, Any] = self.metrics.get("test_intervals", {})
+        self.classes: list[str] = self.metrics.get("classes", [])
+        self.per_class: dict[str, dict[str, Any]] = self.test.get("per_class") or {}
+        self.subgroups: dict[str, Any] = self.metrics.get("subgroups", {})
+        self.supports = {name: found.get("support", 0) for name, found in self.per_class.items()}
+        self.num_images = sum(self.supports.values())
+        self.melanomas = [name for name in self.classes if is_melanoma(name)]
+
+    @property
+    def gap_interval(self) -> tuple[float, float] | None:
+        """The interval of how far the model is behind the best one."""
+        names = ("gap_to_best_low", "gap_to_best_high")
+        return (self.gap[names[0]], self.gap[names[1]]) if set(names) <= set(self.gap) else None
+
+    @property
+    def small_classes(self) -> list[str]:
+        """The classes with too few test images, and how many they have."""
+        few = [(name, n) for name, n in self.supports.items() if n < MIN_DISTINCT_IMAGES]
+        return [f"{name} ({n})" for name, n in few]
+
+    @property
+    def shortcuts(self) -> list[tuple[str, str, float]]:
+        """Columns that tell a screening target by themselves: column, target, ROC AUC."""
+        areas = [
+            (column, target, within["roc_auc_of_column"])
+            for column, found in self.subgroups.items()
+            for target, within in found.get("screening", {}).items()
+        ]
+        return [found for found in areas if found[2] >= MIN_SHORTCUT_AUC]
+
+    @property
+    def counted_as(self) -> dict[str, list[str]]:
+        """Which classes count as malignant and which as benign."""
+        return self.metrics.get("counted_as") or group_by_malignancy(self.classes)
+
+    @property
+    def best_step(self) -> dict[str, float] | None:
+        """The best evaluation on the validation images, and the last step."""
+        history = _read_numbers(self.folder / "history.csv")
+        if not {"step", "valid_balanced_accuracy", "valid_loss"} <= set(history):
+            return None
+        number = best_evaluation(history.to_dict("list"))
+        if number is None:
+            return None
+        best = history.iloc[number]
+        accuracy = best["valid_balanced_accuracy"]
+        return {"accuracy": accuracy, "step": best["step"], "last": history["step"].max()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder; empty or None where it is not there."""
+
+    folder: Path
+    models: Sequence[Model]  # the best first
+    others: Sequence[str]  # models in the folder that were not compared with these
+    config: Mapping[str, Any]
+    splits: pd.DataFrame
+    findings: pd.DataFrame | None
+
+    @property
+    def equals_of_best(self) -> list[str] | None:
+        """The models that the test images do not tell from the best; None where not measured."""
+        intervals = {model.name: model.gap_interval for model in self.models[1:]}
+        if not intervals or None in intervals.values():
+            return None
+        return [name for name, ends in intervals.items() if ends and ends[0] <= 0]
+
+    @property
+    def num_test_groups(self) -> int:
+        """The number of groups of images that belong together in the test split."""
+        if not {"split", "group"} <= set(self.splits):
+            return 0
+        return self.splits.loc[self.splits["split"] == "test", "group"].nunique()
+
+    @property
+    def num_divided_groups(self) -> int | None:
+        """The number of groups that are in several splits; None where there is one split."""
+        if not {"split", "group"} <= set(self.splits) or self.splits["split"].nunique() < 2:
+            return None
+        return int((self.splits.groupby("group")["split"].nunique() > 1).sum())
+
+    @property
+    def num_unavoidable_errors(self) -> int:
+        """The number of test images that any model misclassifies: equal files of other classes."""
+        if not {"split", "class", "content_hash"} <= set(self.splits):
+            return 0
+        return unavoidable_errors(self.splits[self.splits["split"] == "test"])
+
+    @cached_property
+    def class_counts(self) -> pd.DataFrame:
+        """The number of images of each class, a row, in each split, a column."""
+        if not {"class", "split"} <= set(self.splits):
+            return pd.DataFrame()
+        counts = pd.crosstab(self.splits["class"], self.splits["split"])
+        order = ["train", "valid", "test"]
+        return counts[sorted(counts, key=lambda name: order.index(name) if name in order else 3)]
+
+    @property
+    def chosen_settings(self) -> dict[str, Any]:
+        """The settings that differ from the defaults."""
+        chosen = self.config.get("not_default")
+        if chosen is None:
+            # The command names those settings alone that are not the defaults; the data has none.
+            words = shlex.split(self.config.get("command") or "")
+            chosen = {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
+            chosen.add("data_dir")
+        settings = self.config.get("settings", {})
+        return {name: value for name, value in settings.items() if name in chosen}
+
+    @property
+    def default_settings(self) -> dict[str, Any]:
+        """The settings left at their defaults."""
+        chosen, settings = self.chosen_settings, self.config.get("settings", {})
+        return {name: value for name, value in settings.items() if name not in chosen}
+
+    @property
+    def settings_by_model(self) -> dict[str, dict[str, Any]]:
+        """The settings that each model was trained with, where they are known."""
+        runs = self.config.get("runs", {})
+        return {model.name: runs[model.name] for model in self.models if model.name in runs}
+
+    @property
+    def differing_settings(self) -> dict[str, list[Any]]:
+        """The settings in which the models differ, as trained by several commands: their values."""
+        of_models = list(self.settings_by_model.values())
+        names = dict.fromkeys(name for settings in of_models for name in settings)
+        values = {name: [settings.get(name) for settings in of_models] for name in names}
+        return {name: of for name, of in values.items() if len(set(map(json.dumps, of))) > 1}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Packages with their versions, machine and processes."""
+        found = dict(self.config.get("versions", {}))
+        for key, words in {"machine": "machine", "gpu": "GPU", "threads": "threads"}.items():
+            if key in self.config:
+                found[words] = "none" if self.config[key] is None else str(self.config[key])
+        precisions = {m.metrics["precision"] for m in self.models if "precision" in m.metrics}
+        if precisions:
+            found["floating-point precision"] = ", ".join(sorted(precisions))
+        processes = self.settings_by_model.get(self.models[0].name, {}).get("processes")
+        return found if processes is None else found | {"processes": str(processes)}
+
+    def num_found(self, kind: str) -> int:
+        """Returns the number of findings of one kind in the audit."""
+        return 0 if self.findings is None else int((self.findings["kind"] == kind).sum())
+
+
+def read_run(folder: Path) -> Run:
+    """Reads the files of a run.
+
+    Its models are those in `comparison.csv`, or without that all that have a `metrics.json`. Raises
+    ValueError when no model has one, or a file cannot be understood.
+    """
+    found = [Model(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
+    if not found:
+        raise ValueError(f"{folder}: no model in it has a metrics.json; train one first")
+    rows = {
+        row["model"]: row for row in _read_numbers(folder / "comparison.csv").to_dict("records")
+    }
+    for model in found:
+        # Runs of earlier versions call the gap `behind_best`.
+        row = rows.get(model.name, {})
+        model.gap = {str(n).replace("behind_best", "gap_to_best"): row[n] for n in row}
+    compared = [model for model in found if model.name in rows] or found
+    audit = folder / "audit.csv"
+    return Run(
+        folder=folder,
+        models=sorted(compared, key=lambda model: -(model.test.get("balanced_accuracy") or 0)),
+        others=[model.name for model in found if model not in compared],
+        config=_read_json(folder / "config.json"),
+        splits=_read_table(folder / "splits.csv"),
+        findings=read_findings(audit) if audit.exists() else None,
+    )
+
+
+def read_findings(path: Path) -> pd.DataFrame:
+    """Reads the findings of an audit from `audit.csv`."""
+    table = _read_table(path)
+    table["kind"] = pd.Categorical(table["kind"], categories=list(KINDS))
+    for name in ("images", "classes"):
+        table[name] = table[name].map(split_names)
+    return table
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return contents
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    return read_csv(path) if path.exists() else pd.DataFrame()
+
+
+def _read_numbers(path: Path) -> pd.DataFrame:
+    """Reads a table of which all columns but `model` are numbers."""
+    table = _read_table(path)
+    numbers = table.columns.drop("model", errors="ignore")
+    try:
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
+    except ValueError as error:
+        raise ValueError(f"{path}: not a table of numbers ({error})") from error
+
+
+# ---------------------------------------------------------------------------- numbers and images
 
 
 def _rounded(value: float | None, digits: str = "z.3f") -> str:
@@ -115,7 +305,7 @@ def _of_class(model: Model, class_name: str, name: str) -> str:
     return _with_interval(model.per_class.get(class_name, {}).get(name), intervals.get(name))
 
 
-def _beside_interval(found: Mapping[str, Any], name: str) -> str:
+def _estimate(found: Mapping[str, Any], name: str) -> str:
     return _with_interval(found.get(name), found.get(f"{name}_interval"))
 
 
@@ -187,10 +377,8 @@ def _embed(path: Path) -> dict[str, Any] | None:
     return {"source": source, "width": round(width * scale), "height": round(height * scale)}
 
 
-# ---------------------------------------------------------------------------- tables
-
-
-def _comparison_table(run: Run) -> Table:
+def _comparison_columns(run: Run) -> dict[str, list[str]]:
+    """The models side by side, by heading."""
     models = run.models
     columns = {
         "model": [model.name for model in models],
@@ -205,151 +393,7 @@ def _comparison_table(run: Run) -> Table:
     if any(time is not None for time in times):
         columns["training time"] = [_duration(time) for time in times]
     columns["parameters"] = [_whole(model.metrics.get("parameters")) for model in models]
-    caption = "On the test split, the best model first, with the 95 % interval in brackets"
-    return Table(caption, list(columns), list(zip(*columns.values(), strict=True)))
-
-
-def _class_table(model: Model) -> Table:
-    rows = [
-        [
-            name,
-            _whole(found.get("support")),
-            _of_class(model, name, "recall"),
-            _of_class(model, name, "precision"),
-            *(_rounded(found.get(figure)) for figure in _BY_CLASS),
-        ]
-        for name, found in model.per_class.items()
-    ]
-    columns = ["class", "test images", "recall (sensitivity)", "precision", *_BY_CLASS.values()]
-    return Table(f"{model.name}: each class against the rest", columns, rows)
-
-
-def _overall_table(model: Model) -> Table:
-    rows = [
-        [words, _headline(model, name) if name in model.intervals else _rounded(model.test[name])]
-        for name, words in _OVERALL.items()
-        if name in model.intervals or name in model.test
-    ]
-    return Table(f"{model.name}: metrics over all classes", ["metric", "value"], rows)
-
-
-def _screening_table(model: Model, name: str, target: Mapping[str, Any]) -> Table:
-    classes = target.get("classes", [])
-    named = name if classes in ([], [name]) else f"{name} ({', '.join(classes)})"
-    sizes = f"{_whole(target.get('positives'))} against {_whole(target.get('negatives'))}"
-    area = _beside_interval(target, "roc_auc")
-    rows = [
-        [
-            point["aim"],
-            f"{point['threshold']:.3g}",
-            _beside_interval(point, "sensitivity"),
-            _beside_interval(point, "specificity"),
-        ]
-        for point in target.get("points", [])
-    ]
-    caption = f"{model.name}: {named} against the rest, {sizes} test images, ROC AUC {area}"
-    columns = ["aim on validation", "threshold", "sensitivity on test", "specificity on test"]
-    return Table(caption, columns, rows)
-
-
-def _calibration_table(model: Model) -> Table:
-    calibration = model.metrics.get("calibration", {})
-    before, after = calibration.get("before", {}), calibration.get("after", {})
-    rows = [
-        [words, _rounded(before.get(name)), _rounded(after.get(name))]
-        for name, words in _CALIBRATION.items()
-        if name in before or name in after
-    ]
-    caption = f"{model.name}: on the test split, lower is better"
-    return Table(caption, ["metric", "before", "after"], rows)
-
-
-def _bias_table(model: Model) -> Table:
-    biases = model.metrics.get("calibration", {}).get("bias", {})
-    rows = [[name, _rounded(bias)] for name, bias in biases.items()]
-    return Table("Added to the logarithm of each probability", ["class", "bias"], rows)
-
-
-def _subgroup_table(model: Model, column: str, found: Mapping[str, Any]) -> Table:
-    rows = [
-        [
-            value,
-            f"{group['images']:,}{' (too few)' if group.get('is_too_small') else ''}",
-            _beside_interval(group, "balanced_accuracy"),
-            _beside_interval(group, "accuracy"),
-        ]
-        for value, group in found["groups"].items()
-    ]
-    columns = [_worded(column), "test images", "balanced accuracy", "accuracy"]
-    return Table(f"{model.name}: by {_worded(column)}", columns, rows)
-
-
-def _subgroup_screening_table(
-    model: Model, column: str, target: str, within: Mapping[str, Any]
-) -> Table:
-    rows = [
-        [
-            value,
-            _whole(found["positives"]),
-            _whole(found["negatives"]),
-            _beside_interval(found, "roc_auc"),
-        ]
-        for value, found in within["groups"].items()
-    ]
-    caption = f"{target} against the rest, within each {_worded(column)} that has both"
-    columns = [_worded(column), target, "the rest", "ROC AUC"]
-    return Table(f"{model.name}: {caption}", columns, rows)
-
-
-def _settings_table(run: Run, is_default: bool) -> Table:
-    named = run.config.get("not_default")
-    if named is None:
-        # The command names those settings alone that are not the defaults; the data has none.
-        words = shlex.split(run.config.get("command") or "")
-        named = {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
-        named.add("data_dir")
-    rows = [
-        [name, _setting(value)]
-        for name, value in run.config.get("settings", {}).items()
-        if (name not in named) == is_default
-    ]
-    how = "left at their defaults" if is_default else "that differ from the defaults"
-    return Table(f"Settings {how}", ["setting", "value"], rows)
-
-
-def _settings_by_model(run: Run) -> Table:
-    """The settings in which the models differ, as trained by several commands."""
-    runs = run.config.get("runs", {})
-    settings = {model.name: runs[model.name] for model in run.models if model.name in runs}
-    rows = [
-        [name, *(_setting(values.get(name)) for values in settings.values())]
-        for name in dict.fromkeys(name for values in settings.values() for name in values)
-        if len({json.dumps(values.get(name)) for values in settings.values()}) > 1
-    ]
-    caption = "Settings that are not the same for all models"
-    return Table(caption, ["setting", *settings], rows)
-
-
-def _data_table(counts: pd.DataFrame) -> Table:
-    numbers = [[name, *row, sum(row)] for name, *row in counts.itertuples()]
-    if numbers:
-        numbers.append(["all classes", *counts.sum(), counts.to_numpy().sum()])
-    rows = [[name, *map(_whole, row)] for name, *row in numbers]
-    return Table("Images of each class in each split", ["class", *counts, "all"], rows)
-
-
-def _machine_table(run: Run) -> Table:
-    rows = [[name, version] for name, version in run.config.get("versions", {}).items()]
-    for key, words in {"machine": "machine", "gpu": "GPU", "threads": "threads"}.items():
-        if key in run.config:
-            rows.append([words, "none" if run.config[key] is None else str(run.config[key])])
-    precisions = {m.metrics["precision"] for m in run.models if "precision" in m.metrics}
-    if precisions:
-        rows.append(["floating-point precision", ", ".join(sorted(precisions))])
-    told = run.config.get("runs", {}).get(run.models[0].name, {})
-    if "processes" in told:
-        rows.append(["processes", str(told["processes"])])
-    return Table("Packages, machine and processes", ["what", "which"], rows)
+    return columns
 
 
 def _by_name(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -364,25 +408,10 @@ _PAGES = Environment(
     extensions=["jinja2.ext.do"],
 )
 _PAGES.filters |= _by_name(
-    _count, _duration, _embed, _one_line, _rounded, _whole, _with_interval, _worded
+    *(_count, _duration, _embed, _estimate, _one_line, _rounded, _setting, _whole),
+    *(_with_interval, _worded),
 )
-_PAGES.globals |= {"DASH": DASH, "MIN_IMAGES": MIN_DISTINCT_IMAGES} | _by_name(
-    _bias_table,
-    _calibration_table,
-    _class_table,
-    _comparison_table,
-    _confusion_in_words,
-    _data_table,
-    _headline,
-    _machine_table,
-    _of_class,
-    _overall_table,
-    _range_over_classes,
-    _screening_table,
-    _settings_by_model,
-    _settings_table,
-    _subgroup_screening_table,
-    _subgroup_table,
-    summarise,
-    why_screening_is_off,
+_PAGES.globals |= {"DASH": DASH, "MIN_DISTINCT_IMAGES": MIN_DISTINCT_IMAGES, "zip": zip} | _by_name(
+    *(_comparison_columns, _confusion_in_words, _headline, _of_class, _range_over_classes),
+    *(summarise, screening_unavailable_reason),
 )

@@ -33,8 +33,8 @@ from dataset import (
 )
 from evaluation import (
     compare,
-    counted_as,
     evaluate_predictions,
+    group_by_malignancy,
     match_classes,
     most_confident_mistakes,
     screening_warnings,
@@ -413,7 +413,7 @@ def _read_images(
         for name, label in label_of.items()
         if normalize_name(name) != normalize_name(info.classes[label])
     ]
-    counted = counted_as(info.classes, info.malignant_classes or [], info.unknown_classes)
+    counted = group_by_malignancy(info.classes, info.malignant_classes or [], info.unknown_classes)
     messages = screening_warnings(counted)
     if by_diagnosis:
         messages.insert(0, f"classes named otherwise in the model: {', '.join(by_diagnosis)}")

@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from evaluation import Evaluation, choose_thresholds, counted_as, fit_calibration, screening_scores
+from evaluation import (
+    Evaluation,
+    choose_thresholds,
+    fit_calibration,
+    group_by_malignancy,
+    screening_scores,
+)
 from learning.checkpoints import Batches
 from models import ModelInfo
 
@@ -29,7 +35,7 @@ def model_writer(
     `priors_shifted` is whether training saw the classes in other proportions than there are.
     Raises ValueError for a malignant class that is not among the classes.
     """
-    counted = counted_as(class_names, malignant_classes)
+    counted = group_by_malignancy(class_names, malignant_classes)
     dataset = getattr(valid_loader, "dataset", None)
 
     def write(model: nn.Module, evaluation: Evaluation, metrics: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ ORDER = (
     "learning.monitoring",
     "training", "visualizations",
     "inference.options", "inference.explain", "inference.ensemble", "inference.export",
-    "experiment.console", "experiment.run_folder", "experiment.settings", "experiment.run_files",
+    "experiment.console", "experiment.run_folder", "experiment.settings",
     "experiment.report",
     "experiment.results", "experiment.pipeline",
     "train_models", "predict",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dataset import DatasetBuilder, create_dataloaders
-from evaluation import Calibration, counted_as
+from evaluation import Calibration, group_by_malignancy
 from inference.explain import gradcam
 from models import (
     BACKBONES,
@@ -689,7 +689,7 @@ def test_what_earlier_versions_left_out_of_the_file_has_no_effect(tmp_path):
     assert (info.preprocessors, info.precision, info.metrics) == ("", "", {})
     assert (info.temperature, info.bias) == (1.0, [0.0, 0.0, 0.0])
     assert info.thresholds == {}
-    counted = counted_as(info.classes)  # what is not in the file is as by default
+    counted = group_by_malignancy(info.classes)  # what is not in the file is as by default
     assert info.malignant_classes == counted["malignant"]
     assert info.unknown_classes == counted["unknown"]
     assert info.calibration == Calibration(1.0, (0.0, 0.0, 0.0))

@@ -359,13 +359,13 @@ def test_images_of_a_class_that_is_not_known_are_no_negatives(quick, make_images
     assert main(quick(root)) == 0
     printed, counted = capfd.readouterr(), "malignant: melanoma (in situ); benign: nevus"
     assert f"counted as {counted}; not known: UNK\n" in printed.out
-    assert "left out of the screening figures: UNK;" in printed.err
+    assert "left out of the screening metrics: UNK;" in printed.err
     metrics = json.loads((tmp_path / "out/simple_cnn/metrics.json").read_text())
     for target in ("malignant", "melanoma"):
         found = metrics["screening"][target]
         assert found["classes"] == ["melanoma (in situ)"] and found["classes_left_out"] == ["UNK"]
         assert found["negatives"] == metrics["test"]["per_class"]["nevus"]["support"]
-    assert "left out of the screening figures: UNK." in (tmp_path / "out/report.html").read_text()
+    assert "left out of the screening metrics: UNK." in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_malignant_class_that_there_is_not_is_named_with_the_nearest_before_any_training(
@@ -375,7 +375,7 @@ def test_a_malignant_class_that_there_is_not_is_named_with_the_nearest_before_an
     wanted = ["--malignant_classes", "melanoma", "bsal cell carcinoma"]
     assert main([*quick(root), *wanted]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "is called like bsal cell carcinoma; the nearest: basal cell carcinoma" in line
+    assert "matches bsal cell carcinoma; did you mean basal cell carcinoma" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -83,7 +83,7 @@ def test_thresholds_are_chosen_on_the_images_that_are_known(make_images, tmp_pat
 def test_a_malignant_class_that_there_is_not_ends_the_training_before_its_first_step(
     loaders, tmp_path
 ):
-    with pytest.raises(ValueError, match="is called like bb; the nearest: b"):
+    with pytest.raises(ValueError, match="matches bb; did you mean b"):
         run(loaders, save_path=tmp_path / "m", malignant_classes=["a", "bb"])
     assert not (tmp_path / "m").exists()
 

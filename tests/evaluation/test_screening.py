@@ -11,8 +11,7 @@ from sklearn.metrics import (
 from evaluation import (
     MALIGNANT,
     choose_thresholds,
-    counted_as,
-    left_out_of_screening,
+    group_by_malignancy,
     match_classes,
     screen,
     screening_targets,
@@ -25,7 +24,7 @@ from tests.evaluation.cases import copied
 def test_classes_are_matched_whatever_the_case_hyphens_and_plurals():
     names = ["Basal_Cell-Carcinomas", "nevus", "MELANOMA", "actinic keratosis", "naevi"]
     assert match_classes(names, MALIGNANT) == [0, 2, 3]
-    with pytest.raises(ValueError, match="none of the classes cat, dog is called like melanoma"):
+    with pytest.raises(ValueError, match="none of the classes cat, dog matches melanoma"):
         match_classes(["cat", "dog"], MALIGNANT)
 
 
@@ -41,14 +40,14 @@ def test_an_exact_spelling_goes_before_a_similar_one_and_that_before_the_diagnos
 
 def test_a_wanted_name_of_no_class_is_an_error_that_names_it_and_the_nearest_class():
     names = ["melanoma", "basal cell carcinoma", "nevus"]
-    words = "is called like bsal cell carcinoma; the nearest: basal cell carcinoma$"
+    words = r"matches bsal cell carcinoma; did you mean basal cell carcinoma\?$"
     for wanted in (["melanoma", "bsal cell carcinoma"], ["bsal cell carcinoma"]):
-        for function in (match_classes, counted_as, screening_targets):
+        for function in (match_classes, group_by_malignancy, screening_targets):
             with pytest.raises(ValueError, match=words):
                 function(names, wanted)
-    with pytest.raises(ValueError, match="called like melonama, nevu5; the nearest: mel.*, nevus$"):
+    with pytest.raises(ValueError, match=r"matches melonama, nevu5; did you mean mel.*, nevus\?$"):
         match_classes(names, ["nevus", "melonama", "nevu5"])
-    with pytest.raises(ValueError, match="is called like ---"):
+    with pytest.raises(ValueError, match="matches ---"):
         match_classes(["...", "nevus"], ["---"])
 
 
@@ -86,41 +85,44 @@ def test_what_is_screened_for_is_what_the_classes_have():
 
 def test_classes_that_are_not_known_count_neither_as_malignant_nor_as_benign():
     names = ["mel", "UNK", "nv", "malignant", "cat"]
-    assert counted_as(names) == {
+    assert group_by_malignancy(names) == {
         "malignant": ["mel", "malignant"], "benign": ["nv"], "unknown": ["UNK", "cat"],
     }  # fmt: skip
     assert screening_targets(names) == {"malignant": [0, 3], "melanoma": [0]}
     # What is malignant may be a melanoma.
-    assert left_out_of_screening(names) == {"malignant": [1, 4], "melanoma": [1, 3, 4]}
+    assert screening_targets(names, positive=None) == {"malignant": [1, 4], "melanoma": [1, 3, 4]}
     # The user has said it all.
-    assert counted_as(names, ["mel", "cat"])["benign"] == ["UNK", "nv", "malignant"]
-    assert left_out_of_screening(names, ["mel", "cat"]) == {"malignant": [], "melanoma": [4]}
-    assert counted_as(names, ["mel"], ["cat"])["unknown"] == ["cat"]
+    assert group_by_malignancy(names, ["mel", "cat"])["benign"] == ["UNK", "nv", "malignant"]
+    assert screening_targets(names, ["mel", "cat"], positive=None) == {
+        "malignant": [],
+        "melanoma": [4],
+    }
+    assert group_by_malignancy(names, ["mel"], ["cat"])["unknown"] == ["cat"]
 
 
 @given(st.lists(st.sampled_from(["mel", "bcc", "nv", "UNK", "malignant", "a", "melanoma in situ"])))
 def test_every_class_counts_as_one_thing_and_melanoma_never_as_benign(names):
     names = list(dict.fromkeys(names))
-    counted = counted_as(names)
+    counted = group_by_malignancy(names)
     assert sorted(name for kind in counted.values() for name in kind) == sorted(names)
     assert not {"mel", "bcc", "malignant", "melanoma in situ", "UNK", "a"} & set(counted["benign"])
     for target, labels in screening_targets(names).items():
-        left_out = left_out_of_screening(names)[target]
+        left_out = screening_targets(names, positive=None)[target]
         assert labels and not set(labels) & set(left_out)
         assert len(labels) + len(left_out) < len(names)
 
 
 def test_what_a_user_has_to_hear_about_screening_is_said_and_nothing_else():
-    assert screening_warnings(counted_as(["melanoma", "bcc", "nevus"])) == []
-    assert screening_warnings(counted_as(["melanoma", "cat"], ["melanoma"])) == []
-    (off,) = screening_warnings(counted_as(["cat", "dog"]))
+    assert screening_warnings(group_by_malignancy(["melanoma", "bcc", "nevus"])) == []
+    assert screening_warnings(group_by_malignancy(["melanoma", "cat"], ["melanoma"])) == []
+    (off,) = screening_warnings(group_by_malignancy(["cat", "dog"]))
     assert off.startswith("screening is off: none of the classes cat, dog is known as malignant; ")
     assert off.endswith("with --malignant_classes")
-    (off,) = screening_warnings(counted_as(["melanoma", "cat"]))
+    (off,) = screening_warnings(group_by_malignancy(["melanoma", "cat"]))
     assert off.startswith("screening is off: none of the classes melanoma, cat is known as benign")
-    (unknown,) = screening_warnings(counted_as(["melanoma", "cat", "nevus"]))
-    assert "left out of the screening figures: cat;" in unknown
-    (doubtful,) = screening_warnings(counted_as(["mel", "akiec", "nv"], ["mel"]))
+    (unknown,) = screening_warnings(group_by_malignancy(["melanoma", "cat", "nevus"]))
+    assert "left out of the screening metrics: cat;" in unknown
+    (doubtful,) = screening_warnings(group_by_malignancy(["mel", "akiec", "nv"], ["mel"]))
     assert doubtful.endswith("but known as malignant: akiec")
 
 

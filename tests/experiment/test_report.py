@@ -289,11 +289,11 @@ def test_a_reader_is_told_what_to_know_before_believing_it(page):
 
     assert "53 images of 3 classes, of 1,212 in all" in said("Test split.")
     assert said("Classes with too few test images.").split("images. ")[1].startswith("wart (3):")
-    assert "1 group of equal images with labels of several" in said("Contradictory labels.")
+    assert "1 image with several labels, of which at most one" in said("Contradictory labels.")
     # The six test images are three pairs of equal files, each pair of two classes.
     assert "must misclassify at least 3 test images." in said("Contradictory labels.")
     assert "No images that belong together are in different splits." in said("Leakage.")
-    assert "In the splits that the data came with, 1 group of equal images" in said("Leakage.")
+    assert "1 image in several of the splits that the data came with." in said("Leakage.")
     assert "1 group of identical files and 0 pairs" in said("Duplicates.")
     assert said("Chosen on the test images.")
     assert "Nothing here is approved" in said("Not a diagnostic device.")
@@ -363,7 +363,7 @@ def test_classes_that_are_not_known_are_named_beside_the_figures_of_screening(sa
     counted = {"malignant": ["melanoma"], "benign": ["nevus"], "unknown": ["UNK"]}
     change_metrics(save_dir, counted_as=counted)
     texts = Page(write_report(save_dir)).text("p")
-    said = "Not known whether malignant or benign, and left out of the screening figures: UNK."
+    said = "Not known whether malignant or benign, and left out of the screening metrics: UNK."
     assert sum(text.endswith(said) for text in texts) == 2
 
 

@@ -337,7 +337,7 @@ def test_without_thresholds_an_ensemble_has_nothing_to_warn_of(images, save_mode
 @pytest.mark.parametrize(
     ("thresholds", "words"),
     [
-        ({"dermatofibroma": 0.2}, "none of the classes .* is called like dermatofibroma"),
+        ({"dermatofibroma": 0.2}, "none of the classes .* matches dermatofibroma"),
         ({"malignant": 0.2}, "none of the classes"),  # this model says none of its classes is
         ({"nevus": 1.2}, "threshold of nevus is 1.2"),
         ({"nevus": float("nan")}, "threshold of nevus is nan"),
