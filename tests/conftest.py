@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.samples import save_few_pixels
 
 # A shell without job control starts its background jobs with SIGINT ignored, and the tests'
 # subprocesses would inherit that.
@@ -209,11 +211,8 @@ def quick_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     Tests marked with `draws` have them drawn.
     """
 
-    def save(figure: object, file: BinaryIO, *, format: str, **options: object) -> None:
-        Image.new("RGB", (8, 8)).save(file, format)
-
     if request.node.get_closest_marker("draws") is None:
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_few_pixels)
 
 
 @pytest.fixture

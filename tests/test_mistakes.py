@@ -15,6 +15,7 @@ from PIL import Image
 
 import predict
 import train_models
+from tests.samples import save_few_pixels
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/mistakes.md"
 SMALL = " --image_size 32 --batch_size 8"  # not shown on the page
@@ -67,9 +68,9 @@ def corrupt_model():
 
 HEADER = """# Mistakes and their messages
 
-Written by `tests/test_mistakes.py`, which makes every mistake in a folder with images of two classes
-in `data` and a model in `models`. Exit status 2 means that nothing was changed; 1, that the command
-worked and found something; 0, that it only warned.
+Written by `tests/test_mistakes.py`, which makes every mistake in a folder with images of two
+classes in `data` and a model in `models`. Exit status 2 means that nothing was changed; 1, that the
+command worked and found something; 0, that it only warned.
 
 | mistake | command | message | exit status |
 | --- | --- | --- | --- |
@@ -140,6 +141,7 @@ def trained(make_module_images, tmp_path_factory):
     shutil.copytree(make_module_images({"melanoma": 24, "nevus": 24}, size=32), folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("matplotlib.figure.Figure.savefig", save_few_pixels)
         assert train_models.main([*shlex.split(TRAIN)[1:], "--device", "cpu"]) == 0
     return folder
 
