@@ -1,6 +1,8 @@
 """What the documentation shows."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,6 +10,8 @@ import pytest
 
 import augmentation
 import models
+import predict
+import train_models
 from imaging import sources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,3 +58,77 @@ def test_the_examples_of_extending_run_as_they_stand(make_images, tmp_path, monk
         assert sources.read_folder(tmp_path / "flat")["class"].tolist() == ["nevus"]
     assert len(namespace["history"]["valid_loss"]) == 1  # of the model with a second input
     assert capsys.readouterr().out.startswith("[")
+
+
+# Commands that no test runs. Those of benchmarks/ and of docs/results.md, whose numbers are shown,
+# were run by hand as well.
+BY_HAND = (
+    "make",
+    "python3 -m venv",
+    ".venv/bin/pip",
+    "find",
+    "torchrun",  # in tests/test_train_models.py, with other flags
+)
+SMALL = "--models simple_cnn --image_size 16 --num_steps 2 --batch_size 8 --device cpu"
+
+
+def commands_of(page):
+    lines = "\n".join(code_blocks(page, "sh")).splitlines()
+    return [line for line in lines if line and not line.startswith(BY_HAND)]
+
+
+@pytest.fixture(scope="module")
+def folder_of_a_user(make_module_images, tmp_path_factory):
+    """All files that the commands name, and models trained on the images in `data/raw`."""
+    folder = tmp_path_factory.mktemp("user")
+    classes = ["actinic keratosis", "melanoma", "nevus"]
+    counts = {f"{split}/{name}": 12 for split in ("Train", "Test") for name in classes}
+    shutil.copytree(make_module_images(counts), folder / "data/raw")
+    paths = iter(sorted((folder / "data/raw").rglob("*.png")))
+    lesions = code_blocks(ROOT / "docs/data.md", "text")[2]
+    (folder / "lesions.csv").write_text(lesions)
+    for line in lesions.split()[1:]:
+        image = next(paths)
+        image.rename(image.with_stem(line.split(",")[0]))
+    for number, image in enumerate(paths, 20000):
+        image.rename(image.with_stem(f"ISIC_{number:07}"))
+    nevus = sorted((folder / "data/raw/Train/nevus").iterdir())[-1]
+    shutil.copy(nevus, folder / "data/raw/Train/actinic keratosis/ISIC_0030999.png")
+    shutil.copytree(folder / "data/raw/Test", folder / "other_hospital")
+    shutil.copytree(folder / "data/raw/Test/nevus", folder / "new")
+    shutil.copytree(folder / "new", folder / "new_images")
+    (folder / "images").mkdir()
+    rows = ["image_id,lesion_id,dx"]
+    for number, image in enumerate(sorted((folder / "data/raw").rglob("*.png"))):
+        shutil.copy(image, folder / "images" / image.name)
+        rows.append(f"{image.stem},{number},{image.parent.name}")
+    (folder / "HAM10000_metadata.csv").write_text("\n".join(rows))
+    for name in ("simple_cnn", "resnet_scratch", "resnet_finetuned"):
+        model = models.get_model(name, 3, layers=18, weights=None, image_size=16, seed=0)
+        (folder / "trained" / name).mkdir(parents=True)
+        info = models.ModelInfo(config=model.config, classes=classes, image_size=16)
+        info.save(folder / "trained" / name / "model.pth", model.state_dict())
+    return folder
+
+
+@pytest.mark.parametrize("page", [*filter(commands_of, PAGES)], ids=lambda page: page.name)
+def test_every_command_runs(
+    page, folder_of_a_user, tmp_path, monkeypatch, quick_figures, no_figures
+):
+    shutil.copytree(folder_of_a_user, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if page.name != "results.md":
+        (tmp_path / "trained").rename(tmp_path / "models")
+    for block in code_blocks(page, "python") if page.parent.name == "docs" else []:
+        exec(block, {})
+    for command in commands_of(page):
+        python, program, *words = shlex.split(command)
+        assert python.endswith("python")
+        if "--audit_only" in words:
+            words += ["--save_dir", "audit"]
+        elif program == "train_models.py":
+            words += ["--overwrite", *SMALL.split()]
+        elif program == "predict.py":
+            words.append("--overwrite")
+        main = {"train_models.py": train_models.main, "predict.py": predict.main}[program]
+        assert main(words) == (1 if "--audit_only" in words else 0), command
