@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from augmentation import Policy, resolve_policy
-from imaging import audit
+from imaging import audit, sources
 from imaging.batches import (
     MAX_GPU_FRACTION,
     MAX_REPEATS,
@@ -39,24 +39,15 @@ from imaging.prepare import (
     resize,
 )
 from imaging.sources import (
-    IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     METADATA_COLUMNS,
     SPLIT_FOLDERS,
     STEM_COLUMNS,
     UNSUPPORTED_SUFFIXES,
-    check_complete,
     find_images,
-    given_name,
     has_folder_of_split,
     join_table,
-    read_columns,
-    read_folder,
-    read_labels,
-    read_metadata,
     read_table,
-    split_of_folder,
-    splits_of_folders,
 )
 from imaging.splits import (
     check_at_least,
@@ -145,8 +136,7 @@ class DatasetBuilder:
             raise ValueError(
                 "splits come from split_by='folders' or from splits_csv, not from both"
             )
-        no_table = self.labels_csv is None and self.metadata_csv is None
-        if self.label_column is not None and no_table:
+        if self.label_column is not None and self.labels_csv is self.metadata_csv is None:
             raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
@@ -198,7 +188,7 @@ class DatasetBuilder:
         if len(classes) < 2:
             raise ValueError(f"{printable(self.data_dir)}: fewer than two classes are left")
         metadata["label"] = metadata["class"].map(classes.index)
-        keys = ["picture", *(given_name(name) for name in self.group_by)]
+        keys = ["picture", *(sources.given_name(name) for name in self.group_by)]
         metadata["group"] = group_images(metadata.join(given), keys)
         metadata["split"] = split = self._split(metadata, splits)
         metadata = metadata[list(METADATA_COLUMNS)].join(given)
@@ -208,16 +198,11 @@ class DatasetBuilder:
             usual = [name for name in DEFAULT_SPLITS if name in set(split)]
             names = [*usual, *sorted(set(split) - set(usual))]
         warn_of_missing_classes(metadata, names)
-        datasets = {}
+        datasets, array_path = {}, cache.folder / index.array
         for name in names:
             part = metadata[metadata["split"] == name]
-            datasets[name] = LesionDataset(
-                cache.folder / index.array,
-                part.index.to_numpy(),
-                part.reset_index(drop=True),
-                classes,
-                cache.fingerprint,
-            )
+            rows, part = part.index.to_numpy(), part.reset_index(drop=True)
+            datasets[name] = LesionDataset(array_path, rows, part, classes, cache.fingerprint)
         return datasets, metadata.reset_index(drop=True)
 
     def audit(
@@ -238,11 +223,11 @@ class DatasetBuilder:
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
-            split = read_columns(self.splits_csv, ["split"], metadata["path"])["split"]
+            split = sources.read_columns(self.splits_csv, ["split"], metadata["path"])["split"]
         elif self.split_by == "random" and "split_given" in given:
             split = given["split_given"]
         else:
-            split = split_of_folder(metadata["source_split"])
+            split = sources.split_of_folder(metadata["source_split"])
         metadata["split"] = split.fillna("")
         return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
 
@@ -262,27 +247,23 @@ class DatasetBuilder:
         return PreparedImages(metadata, given, cache, index)
 
     def _cache(self, preprocessors: Sequence[Preprocessor]) -> ArrayCache:
-        default = Path(os.path.abspath(self.data_dir)).parent / "processed"
-        return ArrayCache(
-            Path(self.data_dir),
-            default if self.cache_dir is None else Path(self.cache_dir),
-            self.image_size,
-            preprocessors,
-            self.num_workers,
-        )
+        data_dir = Path(self.data_dir)
+        default = Path(os.path.abspath(data_dir)).parent / "processed"
+        cache_dir = default if self.cache_dir is None else Path(self.cache_dir)
+        return ArrayCache(data_dir, cache_dir, self.image_size, preprocessors, self.num_workers)
 
     def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Returns `path`, `class` and `source_split` of each image, and the further columns."""
         name = self.labels_csv or self.metadata_csv
         if self.label_column is not None and name is not None:
             images = find_images(self.data_dir, has_class_folders=False)
-            images = read_labels(images, name, self.label_column)
+            images = sources.read_labels(images, name, self.label_column)
         else:
-            images = read_folder(self.data_dir)
+            images = sources.read_folder(self.data_dir)
             if self.labels_csv is not None:
-                images = read_labels(images, self.labels_csv, "class")
-        given = read_metadata(images, self.metadata_csv, self.group_by)
-        return images[IMAGE_COLUMNS].copy(), given
+                images = sources.read_labels(images, self.labels_csv, "class")
+        given = sources.read_metadata(images, self.metadata_csv, self.group_by)
+        return images[sources.IMAGE_COLUMNS].copy(), given
 
     def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
@@ -295,39 +276,34 @@ class DatasetBuilder:
             )
         return (metadata[~conflicting] if self.label_conflicts == "drop" else metadata).copy()
 
-    def _given_splits(self, images: pd.DataFrame) -> pd.Series | None:
+    def _given_splits(
+        self, images: pd.DataFrame, *, warn_unmatched: bool = False
+    ) -> pd.Series | None:
         if self.splits_csv is not None:
-            return read_columns(self.splits_csv, ["split"], images["path"])["split"]
+            return sources.read_columns(
+                self.splits_csv, ["split"], images["path"], warn_unmatched=warn_unmatched
+            )["split"]
         if self.split_by == "folders":
-            return splits_of_folders(images, self.data_dir)
+            return sources.splits_of_folders(images, self.data_dir)
         return None
 
     def _split(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
-        if self.splits_csv is not None:
-            split = read_columns(
-                self.splits_csv, ["split"], metadata["path"], warns_of_other_rows=True
-            )["split"]
-            check_complete(split, metadata["path"], self.splits_csv)
-        elif self.split_by == "folders":
-            split = self._split_by_folders(metadata, splits)
-        else:
-            labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()
+        labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()
+        split = self._given_splits(metadata, warn_unmatched=True)
+        if split is None:
             return stratified_split(labels, groups, splits, self.seed)
-        warn_of_divided_groups(metadata["group"].to_numpy(), split.to_numpy())
-        return split.to_numpy(object)
-
-    def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> pd.Series:
-        split = splits_of_folders(metadata, self.data_dir)
-        if "valid" not in set(split):
+        if self.splits_csv is not None:
+            sources.check_complete(split, metadata["path"], self.splits_csv)
+        elif "valid" not in set(split):
             if not {"train", "valid"} <= set(splits):
                 raise ValueError("splits must have train and valid to take valid out of Train")
             whole = splits["train"] + splits["valid"]
             parts = {name: splits[name] / whole for name in ("train", "valid")}
-            is_train = split == "train"
-            labels = pd.factorize(metadata["label"][is_train], sort=True)[0]
-            groups = metadata["group"][is_train].to_numpy()
-            split[is_train] = stratified_split(labels, groups, parts, self.seed)
-        return split
+            is_train = (split == "train").to_numpy()
+            labels = pd.factorize(labels[is_train], sort=True)[0]
+            split[is_train] = stratified_split(labels, groups[is_train], parts, self.seed)
+        warn_of_divided_groups(groups, split.to_numpy())
+        return split.to_numpy(object)
 
 
 class LesionLoader:

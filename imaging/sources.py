@@ -9,12 +9,11 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from storage.files import printable, read_csv
+from storage.files import is_utf8, printable, read_csv
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # images as well, so reported
 STEM_COLUMNS = ("image_id", "image_name", "isic_id")  # HAM10000's, the 2020 challenge's, ISIC's
-_KEY_COLUMNS = ("path", *STEM_COLUMNS)  # by which tables name images
 IMAGE_COLUMNS = ["path", "class", "source_split"]  # which every reader gives
 METADATA_COLUMNS = (
     "path", "class", "label", "source_split", "width", "height", "content_hash", "picture", "group",
@@ -98,10 +97,9 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
     # One system writes é as one character, another as e and an accent: it is the same class.
     classes = [unicodedata.normalize("NFC", parent[-1]) for parent in parents]
     for name in classes:
-        if not _is_unicode(name):
+        if not is_utf8(name):
             raise ValueError(
-                f"{folder}: the name of the class folder {printable(name)} is not valid UTF-8; "
-                "rename it"
+                f"{folder}: the class folder {printable(name)} is not valid UTF-8; rename it"
             )
     if len(set(classes)) < 2:
         raise ValueError(
@@ -113,10 +111,6 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
 
 # To add a layout, add its reader at the end; the last one that recognizes a folder reads it.
 READERS = {"class folders": Reader(recognizes=lambda folder: True, read=find_images)}
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)  # no surrogates
 
 
 def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]:
@@ -154,22 +148,28 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     return table
 
 
-def join_table(paths: Iterable[str], table: pd.DataFrame, name: str | Path) -> pd.DataFrame:
+def join_table(
+    paths: Iterable[str], table: pd.DataFrame, name: str | Path, *, warn_unmatched: bool = False
+) -> pd.DataFrame:
     """Returns the table's row for each image, in the images' order; empty values where it has none.
 
     Images are matched by `path`, relative to the data's folder, or else by the file's name without
     its suffix in one of `STEM_COLUMNS`. `name` is what errors call the table. Raises ValueError if
-    the table has no such column, has two rows for an image, or matches no image.
+    the table has no such column, has two rows for an image, or matches no image. With
+    `warn_unmatched`, warns of rows that match no image.
     """
-    key, wanted = _match_by(paths, table)
+    keys = ("path", *STEM_COLUMNS)
+    key = next((column for column in keys if column in table), None)
     if key is None:
         raise ValueError(
-            f"{printable(name)}: no column {', '.join(_KEY_COLUMNS)} to match its rows to images"
+            f"{printable(name)}: no column {', '.join(keys)} to match its rows to images"
         )
     if len(table) == 0:
         raise ValueError(f"{printable(name)}: has no rows")
+    wanted = pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
     rows = table.set_index(key)
-    found = rows[rows.index.isin(wanted)]
+    is_wanted = rows.index.isin(wanted)
+    found, others = rows[is_wanted], rows.index[~is_wanted]
     if len(found) == 0:
         raise ValueError(
             f"{printable(name)}: matches no image; its {key} are like {rows.index[0]!r}, those of "
@@ -178,38 +178,20 @@ def join_table(paths: Iterable[str], table: pd.DataFrame, name: str | Path) -> p
     if found.index.has_duplicates:
         twice = found.index[found.index.duplicated()][0]
         raise ValueError(f"{printable(name)}: has more than one row for {printable(twice)}")
+    if warn_unmatched and len(others) > 0:
+        warnings.warn(
+            f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such as "
+            f"{printable(others[0])}",
+            stacklevel=6,
+        )
     return found.reindex(wanted).reset_index(drop=True)
 
 
-def _match_by(paths: Iterable[str], table: pd.DataFrame) -> tuple[str | None, pd.Index]:
-    """Returns the column by which the table names images, and what it holds for these images."""
-    key = next((column for column in _KEY_COLUMNS if column in table), None)
-    return key, pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
-
-
 def read_columns(
-    name: str | Path,
-    columns: Sequence[str],
-    paths: Iterable[str],
-    *,
-    warns_of_other_rows: bool = False,
+    name: str | Path, columns: Sequence[str], paths: Iterable[str], *, warn_unmatched: bool = False
 ) -> pd.DataFrame:
-    """Returns a CSV file's row for each image, see `read_table` and `join_table`.
-
-    With `warns_of_other_rows`, rows that match no image are worth a warning.
-    """
-    table = read_table(name, columns)
-    joined = join_table(paths, table, name)
-    if warns_of_other_rows:
-        key, known = _match_by(paths, table)
-        others = table[key][~table[key].isin(known)]
-        if len(others) > 0:
-            warnings.warn(
-                f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such "
-                f"as {printable(others.iloc[0])}",
-                stacklevel=5,
-            )
-    return joined
+    """Returns a CSV file's row for each image, see `read_table` and `join_table`."""
+    return join_table(paths, read_table(name, columns), name, warn_unmatched=warn_unmatched)
 
 
 def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataFrame:
@@ -218,7 +200,7 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
     Raises ValueError for an image that has neither, and if all are of one class.
     """
     is_correction = "class" in images
-    labels = read_columns(name, [column], images["path"], warns_of_other_rows=is_correction)[column]
+    labels = read_columns(name, [column], images["path"], warn_unmatched=is_correction)[column]
     if is_correction:
         labels = labels.fillna(images["class"])
     check_complete(labels, images["path"], name, advice="; add them or move these images away")
@@ -264,7 +246,7 @@ def check_complete(
             f"{printable(name)}: no {values.name} for {len(without)} of {len(paths)} images, such "
             f"as {printable(without.iloc[0])}{advice}"
         )
-    invalid = values[~values.map(_is_unicode).astype(bool)]
+    invalid = values[~values.map(is_utf8).astype(bool)]
     if len(invalid) > 0:
         raise ValueError(
             f"{printable(name)}: {printable(invalid.iloc[0])} is not valid UTF-8; save the table "

@@ -171,18 +171,18 @@ class _Drawing:
         self.rng, self.size = rng, size
         steps = (np.arange(size, dtype=np.float32) + 0.5) / size
         self.x, self.y = np.meshgrid(steps, steps)
-        self.radius = rng.uniform(*looks.radius)
+        self.radius = self.between(looks.radius)
         self.centre = rng.normal(0.5, 0.05, 2)
         angle = rng.uniform(0, 2 * math.pi)
-        stretch = math.sqrt(rng.uniform(*looks.elongation))
+        stretch = math.sqrt(self.between(looks.elongation))
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         self.axes = turn * self.radius * np.array([stretch, 1 / stretch])
         (a, b), (c, d) = np.linalg.inv(self.axes).astype(np.float32)
         x, y = self.x - np.float32(self.centre[0]), self.y - np.float32(self.centre[1])
         u, v = a * x + b * y, c * x + d * y  # in radii
-        lobe_u, lobe_v = rng.uniform(*looks.asymmetry) * self.unit_vector()
+        lobe_u, lobe_v = self.between(looks.asymmetry) * self.unit_vector()
         lobe = _distance(u - lobe_u, v - lobe_v) / rng.uniform(0.55, 0.8)
-        notches = rng.uniform(*looks.irregularity) * self.noise(5, 11, 26)
+        notches = self.between(looks.irregularity) * self.noise(5, 11, 26)
         self.rho = np.minimum(_distance(u, v), lobe) + notches
 
     def draw_skin(self) -> float:
@@ -203,14 +203,14 @@ class _Drawing:
         depth = _ramp(1.1 - self.rho + 0.7 * patches)
         shade = 1 + self.rng.uniform(0.05, 0.3) * grain
         pigment = [(b + (c - b) * depth) * shade for b, c in zip(border, centre, strict=True)]
-        coverage = _ramp((1 - self.rho) / self.rng.uniform(*looks.edge) + 0.5)
-        self.blend(pigment, coverage * self.rng.uniform(*looks.opacity))
+        coverage = _ramp((1 - self.rho) / self.between(looks.edge) + 0.5)
+        self.blend(pigment, coverage * self.between(looks.opacity))
 
     def draw_structure(self, structure: Structure, brightness: float) -> None:
         if self.rng.uniform() < structure.probability:
             colour = brightness * self.colour(structure.colours)
             mask = getattr(self, structure.kind)(structure)
-            self.blend(colour, mask * self.rng.uniform(*structure.opacity))
+            self.blend(colour, mask * self.between(structure.opacity))
 
     def photograph(self) -> Image.Image:
         across, along = self.unit_vector()
@@ -230,13 +230,13 @@ class _Drawing:
 
     def fingerprint(self, structure: Structure) -> np.ndarray:
         x, y = self.warped_grid(0.06)
-        across, along = 2 * math.pi / self.rng.uniform(*structure.width) * self.unit_vector()
+        across, along = 2 * math.pi / self.between(structure.width) * self.unit_vector()
         return _ramp(0.7 * np.cos(across * x + along * y)) * self.patches(structure.reach)
 
     def dots(self, structure: Structure) -> np.ndarray:
         image, draw, scale = self.vector_canvas()
         for x, y in scale * self.points(structure):
-            radius = scale * self.rng.uniform(*structure.width)
+            radius = scale * self.between(structure.width)
             width, height = radius * self.rng.uniform(0.8, 1.2, 2)
             box = (x - width, y - height, x + width, y + height)
             draw.ellipse(box, fill=int(self.rng.integers(150, 256)))
@@ -246,16 +246,16 @@ class _Drawing:
         x, y = self.warped_grid(0.08)
         mask = np.zeros_like(x)
         for centre_x, centre_y in self.points(structure).astype(np.float32):
-            radius = self.radius * self.rng.uniform(*structure.width)
+            radius = self.radius * self.between(structure.width)
             mask = np.maximum(mask, _ramp(2 - 2 * _distance(x - centre_x, y - centre_y) / radius))
         return mask * self.within((0, 1))
 
     def ring(self, structure: Structure) -> np.ndarray:
-        distance = (self.rho - 0.9) / self.rng.uniform(*structure.width)
+        distance = (self.rho - 0.9) / self.between(structure.width)
         return _ramp(1.3 - np.abs(distance)) * _ramp(0.7 + self.noise(6))
 
     def scales(self, structure: Structure) -> np.ndarray:
-        cells = round(1 / self.rng.uniform(*structure.width))
+        cells = round(1 / self.between(structure.width))
         flakes, clumps = self.noise(cells, 2 * cells), self.noise(6)
         return _ramp(4 * (flakes + clumps - 0.5)) * self.within(structure.reach)
 
@@ -264,7 +264,7 @@ class _Drawing:
         for start in self.points(structure):
             inwards = self.centre - start
             heading = math.atan2(inwards[1], inwards[0]) + self.rng.normal(0, 0.4)
-            length, width = 1.3 * self.radius, self.rng.uniform(*structure.width)
+            length, width = 1.3 * self.radius, self.between(structure.width)
             self.draw_branch(draw, scale * start, heading, scale * length, scale * width)
         return _vector_mask(image)
 
@@ -294,7 +294,7 @@ class _Drawing:
             tip = root + self.rng.uniform(0.2, 0.9) * growth + self.rng.normal(0, 0.15, 2)
             bend = (root + tip) / 2 + self.rng.normal(0, 0.1, 2)
             curve = (1 - t) ** 2 * root + 2 * t * (1 - t) * bend + t**2 * tip  # quadratic Bézier
-            width = max(1, round(scale * self.rng.uniform(*structure.width)))
+            width = max(1, round(scale * self.between(structure.width)))
             draw.line((scale * curve).ravel().tolist(), fill=255, width=width, joint="curve")
         return _vector_mask(image)
 
@@ -302,7 +302,7 @@ class _Drawing:
         image, draw, scale = self.vector_canvas()
         for _ in range(self.number(structure)):
             x, y = scale * self.rng.uniform(0, 1, 2)
-            radius = scale * self.rng.uniform(*structure.width)
+            radius = scale * self.between(structure.width)
             box = (x - radius, y - radius, x + radius, y + radius)
             draw.ellipse(box, fill=60, outline=255, width=2)
         return _vector_mask(image)
@@ -312,7 +312,7 @@ class _Drawing:
         along = self.unit_vector()
         inwards = np.array([-along[1], along[0]])
         count = self.number(structure)
-        spacing = self.rng.uniform(*structure.width)
+        spacing = self.between(structure.width)
         corner = 0.5 - self.rng.uniform(0.42, 0.5) * inwards - spacing * count / 2 * along
         for tick in range(count):
             foot = corner + tick * spacing * along
@@ -323,11 +323,16 @@ class _Drawing:
     def vignette(self, structure: Structure) -> np.ndarray:
         centre_x, centre_y = self.rng.normal(0.5, 0.03, 2).astype(np.float32)
         distance = _distance(self.x - centre_x, self.y - centre_y)
-        beyond = distance - self.rng.uniform(*structure.width)
+        beyond = distance - self.between(structure.width)
         return _ramp(beyond / self.rng.uniform(0.02, 0.12))
 
+    def between(self, ends: Range) -> float:
+        low, high = ends
+        return self.rng.uniform(low, high)
+
     def number(self, structure: Structure) -> int:
-        return int(self.rng.integers(*structure.count, endpoint=True))
+        fewest, most = structure.count
+        return int(self.rng.integers(fewest, most, endpoint=True))
 
     def points(self, structure: Structure) -> np.ndarray:
         count, (inner, outer) = self.number(structure), structure.reach
@@ -348,7 +353,7 @@ class _Drawing:
     def lattice(self, structure: Structure) -> np.ndarray:
         """Three waves 60 degrees apart: high in the cells of a honeycomb, low on its walls."""
         x, y = self.warped_grid(0.03)
-        frequency = 2 * math.pi / self.rng.uniform(*structure.width)
+        frequency = 2 * math.pi / self.between(structure.width)
         angles = self.rng.uniform(0, math.pi) + np.array([0, math.pi / 3, 2 * math.pi / 3])
         waves = frequency * np.array([np.cos(angles), np.sin(angles)], dtype=np.float32).T
         return np.sum([np.cos(along_x * x + along_y * y) for along_x, along_y in waves], axis=0)
