@@ -241,7 +241,7 @@ class DatasetBuilder:
         index = cache.load(metadata["path"].tolist())
         for name in ("width", "height", "content_hash"):
             metadata[name] = [getattr(record, name) for record in index.records]
-        metadata["picture"] = audit.number_pictures(
+        metadata["picture"] = audit.number_originals(
             metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
         )
         return PreparedImages(metadata, given, cache, index)
