@@ -123,42 +123,35 @@ def audit(
     `distance`, the largest between near-duplicates among them, 0 for identical files.
     """
     images = metadata.reset_index(drop=True)
+    images["split"] = images["split"].mask(images["split"] == "")
     is_readable = images["error"] == ""
     readable = images[is_readable]
-    paths, classes = (images[name].to_numpy(object) for name in ("path", "class"))
+    paths, classes, pictures = (images[n].to_numpy(object) for n in ("path", "class", "picture"))
     pairs = near_duplicates[["first", "second"]].to_numpy(int)
-    of_pair = images["picture"].to_numpy()[pairs[:, 0]]
-    max_distance = near_duplicates["distance"].groupby(of_pair).max().to_dict()
+    max_distance = near_duplicates["distance"].groupby(pictures[pairs[:, 0]]).max().to_dict()
     findings = []
 
-    def add(kind: str, rows: Sequence[int] | pd.Index, distance: float = np.nan) -> None:
+    def add(kind: str, rows: np.ndarray | pd.Index, distance: float) -> None:
         findings.append((kind, tuple(paths[rows]), tuple(classes[rows]), distance))
 
-    def num_different(values: pd.Series, key: str) -> pd.Series:
-        return values.groupby(readable[key]).transform("nunique")
+    def num_different(column: str, key: str) -> pd.Series:
+        return readable.groupby(key)[column].transform("nunique")
 
-    for kind, is_found in {
-        "unreadable": ~is_readable,
-        "tiny": is_readable & (images[["width", "height"]].min(axis=1) < MIN_SIDE),
-        "flat": is_readable & (_contrast(thumbnails, np.ones_like(_DISC)) < MIN_CONTRAST),
-    }.items():
-        for row in np.flatnonzero(is_found):
-            add(kind, [row])
-    given_splits = readable["split"].mask(readable["split"] == "")
-    for kind, is_found in {
-        "contradiction": num_different(readable["class"], "picture") > 1,
-        "leakage": num_different(given_splits, "picture") > 1,
-    }.items():
-        for picture, group in readable[is_found].groupby("picture", sort=False):
-            add(kind, group.index, max_distance.get(picture, 0.0))
-    is_identical = readable.duplicated("content_hash", keep=False)
-    for _, group in readable[is_identical].groupby("content_hash", sort=False):
-        add("identical", group.index, 0.0)
+    groups = {
+        "unreadable": ("path", ~is_readable),
+        "contradiction": ("picture", num_different("class", "picture") > 1),
+        "leakage": ("picture", num_different("split", "picture") > 1),
+        "identical": ("content_hash", readable.duplicated("content_hash", keep=False)),
+        "tiny": ("path", is_readable & (images[["width", "height"]].min(axis=1) < MIN_SIDE)),
+        "flat": ("path", is_readable & (_contrast(thumbnails, np.ones_like(_DISC)) < MIN_CONTRAST)),
+        "small class": ("class", num_different("picture", "class") < MIN_DISTINCT_IMAGES),
+    }
+    for kind, (key, is_found) in groups.items():
+        found = images.loc[is_found.index[is_found]]
+        for value, group in found.groupby(key, sort=key == "class"):
+            add(kind, group.index, max_distance.get(value, 0.0) if kind in PAIR_KINDS else np.nan)
     for pair, distance in zip(pairs, near_duplicates["distance"], strict=True):
         add("near-duplicate", pair, distance)
-    is_small = num_different(readable["picture"], "class") < MIN_DISTINCT_IMAGES
-    for _, group in readable[is_small].groupby("class"):
-        add("small class", group.index)
     table = pd.DataFrame(findings, columns=["kind", "images", "classes", "distance"])
     table["kind"] = pd.Categorical(table["kind"], categories=list(KINDS))
     return table.sort_values(["kind", "distance"], kind="stable", ignore_index=True)
