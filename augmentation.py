@@ -191,9 +191,7 @@ def _rotate(images: Tensor, angles: Tensor, hflip: Tensor, vflip: Tensor) -> Ten
     grid = images.new_empty(len(images), height, width, 2)
     torch.sub(hflip * cos * x, hflip * sin * (height / width) * y, out=grid[..., 0])
     torch.add(vflip * sin * (width / height) * x, vflip * cos * y, out=grid[..., 1])
-    return F.grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def _pixel_centres(count: int, device: torch.device) -> Tensor:

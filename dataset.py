@@ -17,6 +17,7 @@ from imaging.batches import (
     MAX_GPU_FRACTION,
     MAX_REPEATS,
     DeviceDataset,
+    GatheredBatch,
     Inputs,
     LesionDataset,
     balanced_frequencies,
@@ -133,9 +134,7 @@ class DatasetBuilder:
         if self.split_by not in ("random", "folders"):
             raise ValueError(f"split_by is {self.split_by!r}; it must be random or folders")
         if self.split_by == "folders" and self.splits_csv is not None:
-            raise ValueError(
-                "splits come from split_by='folders' or from splits_csv, not from both"
-            )
+            raise ValueError("splits come from split_by='folders' or splits_csv, not from both")
         if self.label_column is not None and self.labels_csv is self.metadata_csv is None:
             raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
 
@@ -183,7 +182,7 @@ class DatasetBuilder:
         # Until the end, the index of the table is the row of the image in the array.
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         readable = index.check_readable(skip_unreadable=self.skip_unreadable)
-        metadata = self._settle_label_conflicts(metadata[readable])
+        metadata = self._resolve_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
             raise ValueError(f"{printable(self.data_dir)}: fewer than two classes are left")
@@ -206,10 +205,7 @@ class DatasetBuilder:
         return datasets, metadata.reset_index(drop=True)
 
     def audit(
-        self,
-        preprocessors: Sequence[Preprocessor] = (),
-        *,
-        prepared: PreparedImages | None = None,
+        self, preprocessors: Sequence[Preprocessor] = (), *, prepared: PreparedImages | None = None
     ) -> pd.DataFrame:
         """Returns what is wrong with the images, a row for each finding (see `imaging.audit`).
 
@@ -265,7 +261,7 @@ class DatasetBuilder:
         given = sources.read_metadata(images, self.metadata_csv, self.group_by)
         return images[sources.IMAGE_COLUMNS].copy(), given
 
-    def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
+    def _resolve_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
         if self.label_conflicts == "error" and conflicting.any():
             first = metadata[metadata["picture"] == metadata["picture"][conflicting].iloc[0]]
@@ -395,7 +391,7 @@ class LesionLoader:
             yield waiting[:size]
             waiting = waiting[size:]
 
-    def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[GatheredBatch]:
         if self._on_device is None and fits_in_gpu_memory(self.dataset, self.device):
             self._on_device = DeviceDataset(self.dataset, self.device)
         if self._on_device is not None:
@@ -408,9 +404,7 @@ class LesionLoader:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, purpose, *numbers))
         return [entry.draw(generator, count) for entry in self.augmentation]
 
-    def _finish(
-        self, batch: tuple[dict[str, Tensor], Tensor], drawn: list[Any]
-    ) -> tuple[Inputs, Tensor]:
+    def _finish(self, batch: GatheredBatch, drawn: list[Any]) -> tuple[Inputs, Tensor]:
         inputs, labels = batch
         inputs = {name: t.to(self.device, non_blocking=True) for name, t in inputs.items()}
         labels = labels.to(self.device, non_blocking=True)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +84,7 @@ class CacheIndex:
         return np.array([not record.error for record in self.records])
 
 
+@dataclass(eq=False)
 class ArrayCache:
     """The array of one image folder at one size, after certain preprocessors, in its own folder.
 
@@ -91,24 +92,20 @@ class ArrayCache:
     that is killed leaves no index that names what it left.
     """
 
-    def __init__(
-        self,
-        data_dir: Path,
-        cache_dir: Path,
-        image_size: int,
-        preprocessors: Sequence[Preprocessor],
-        num_workers: int | None,
-    ) -> None:
-        self.data_dir = data_dir.resolve()
-        self.image_size = image_size
-        self.preprocessors = preprocessors
-        self.num_workers = num_workers or cpu_count()
-        self.fingerprint = fingerprint(preprocessors)
+    data_dir: Path
+    cache_dir: Path
+    image_size: int
+    preprocessors: Sequence[Preprocessor]
+    num_workers: int | None
+
+    def __post_init__(self) -> None:
+        self.data_dir = self.data_dir.resolve()
+        self.fingerprint = fingerprint(self.preprocessors)
         identity = f"{self.data_dir}\n{self.fingerprint}".encode("utf-8", "surrogateescape")
         code = hashlib.sha256(identity).hexdigest()[:8]
-        self.folder = cache_dir / f"{self.data_dir.name}-{image_size}-{code}"
+        self.folder = self.cache_dir / f"{self.data_dir.name}-{self.image_size}-{code}"
         self.version = (
-            f"4, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}, "
+            f"4, Pillow {PIL.__version__}, {self.image_size}, {self.fingerprint}, "
             f"near-duplicates {audit.THUMBNAIL_SIZE}, {audit.MAX_DISTANCE}"
         )
 
@@ -205,7 +202,7 @@ class ArrayCache:
 
     def _write_arrays(self, images: str, thumbnails: str, paths: Sequence[str]) -> list[FileRecord]:
         shapes = self._shapes(len(paths))
-        pool = ThreadPoolExecutor(self.num_workers)
+        pool = ThreadPoolExecutor(self.num_workers or cpu_count())
         try:
             with (
                 new_array(self.folder / images, shapes[0]) as write_image,
@@ -270,8 +267,7 @@ class ArrayCache:
         return (num_images, side, side, 3), (num_images, size, size)
 
     def _write_index(self, index: CacheIndex) -> None:
-        names = [field.name for field in fields(FileRecord)]
-        columns = [[getattr(record, name) for record in index.records] for name in names]
+        columns = [*zip(*(vars(record).values() for record in index.records), strict=True)]
         near = index.near_duplicates.to_dict("list")
         contents = vars(index) | {"records": columns, "near_duplicates": near}
         write_text(self.folder / "index.json", json.dumps(contents))

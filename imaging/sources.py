@@ -46,10 +46,8 @@ class Reader:
 def read_folder(data_dir: str | Path) -> pd.DataFrame:
     """Returns the images of a folder, sorted by path, from the last reader that recognizes it."""
     data_dir = Path(data_dir)
-    name, reader = next(
-        (name, reader) for name, reader in reversed(READERS.items()) if reader.recognizes(data_dir)
-    )
-    images = reader.read(data_dir)
+    name = next(name for name in reversed(READERS) if READERS[name].recognizes(data_dir))
+    images = READERS[name].read(data_dir)
     for column in IMAGE_COLUMNS:
         if column not in images or images[column].isna().any():
             raise ValueError(
@@ -102,10 +100,7 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
                 f"{folder}: the class folder {printable(name)} is not valid UTF-8; rename it"
             )
     if len(set(classes)) < 2:
-        raise ValueError(
-            f"{folder}: all images are of one class, {printable(classes[0])}; a classifier needs "
-            "two or more"
-        )
+        raise ValueError(f"{folder}: all images are of one class, {printable(classes[0])}")
     return classes
 
 
@@ -141,10 +136,8 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     table = read_csv(path)
     missing = [name for name in columns if name not in table]
     if missing:
-        raise ValueError(
-            f"{printable(path)}: no column {', '.join(missing)}; it has "
-            f"{', '.join(map(printable, table.columns))}"
-        )
+        known = ", ".join(map(printable, table.columns))
+        raise ValueError(f"{printable(path)}: no column {', '.join(missing)}; it has {known}")
     return table
 
 
@@ -161,9 +154,7 @@ def join_table(
     keys = ("path", *STEM_COLUMNS)
     key = next((column for column in keys if column in table), None)
     if key is None:
-        raise ValueError(
-            f"{printable(name)}: no column {', '.join(keys)} to match its rows to images"
-        )
+        raise ValueError(f"{printable(name)}: no column {', '.join(keys)} to match images by")
     if len(table) == 0:
         raise ValueError(f"{printable(name)}: has no rows")
     wanted = pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
@@ -203,7 +194,7 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
     labels = read_columns(name, [column], images["path"], warn_unmatched=is_correction)[column]
     if is_correction:
         labels = labels.fillna(images["class"])
-    check_complete(labels, images["path"], name, advice="; add them or move these images away")
+    check_complete(labels, images["path"], name)
     if labels.nunique() < 2:
         raise ValueError(f"{printable(name)}: all images are of one class")
     return images.assign(**{"class": labels})
@@ -221,30 +212,22 @@ def read_metadata(
     if name is not None:
         given = pd.concat([given, read_columns(name, missing, images["path"])], axis=1)
     elif missing:
-        raise ValueError(
-            "group_by needs the table its columns are in: metadata_csv; the folder's layout gives "
-            f"no {printable(missing[0])}"
-        )
+        raise ValueError(f"group_by needs metadata_csv: the folder has no {printable(missing[0])}")
     given = given.rename(columns=given_name)
     if given.columns.has_duplicates:
         column = printable(given.columns[given.columns.duplicated()][0])
         table = "" if name is None else f"{printable(name)}: "
-        raise ValueError(
-            f"{table}more than one column would be called {column} in the metadata; rename or "
-            "remove one"
-        )
+        raise ValueError(f"{table}more than one column would be called {column}; rename one")
     return given
 
 
-def check_complete(
-    values: pd.Series, paths: pd.Series, name: str | Path, *, advice: str = ""
-) -> None:
+def check_complete(values: pd.Series, paths: pd.Series, name: str | Path) -> None:
     """Raises ValueError if a table gives some images no value, or a name that is not Unicode."""
     without = paths[values.isna().to_numpy()]
     if len(without) > 0:
         raise ValueError(
             f"{printable(name)}: no {values.name} for {len(without)} of {len(paths)} images, such "
-            f"as {printable(without.iloc[0])}{advice}"
+            f"as {printable(without.iloc[0])}; add them or move these images away"
         )
     invalid = values[~values.map(is_utf8).astype(bool)]
     if len(invalid) > 0:
@@ -268,9 +251,7 @@ def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
     split = split_of_folder(images["source_split"])
     if split.isna().any():
         stray = images["path"][split.isna()].iloc[0]
-        raise ValueError(
-            f"{printable(stray)} is in no folder named Train, Valid or Test, which split_by needs"
-        )
+        raise ValueError(f"split_by: {printable(stray)} is in no folder named Train, Valid or Test")
     missing = sorted({"train", "test"} - set(split))
     if missing:
         raise ValueError(f"{printable(data_dir)}: no folder for the {missing[0]} split")

@@ -234,12 +234,12 @@ class _Drawing:
         return _ramp(0.7 * np.cos(across * x + along * y)) * self.patches(structure.reach)
 
     def dots(self, structure: Structure) -> np.ndarray:
-        image, draw, scale = self.vector_canvas()
+        image, pen, scale = self.vector_canvas()
         for x, y in scale * self.points(structure):
             radius = scale * self.between(structure.width)
             width, height = radius * self.rng.uniform(0.8, 1.2, 2)
             box = (x - width, y - height, x + width, y + height)
-            draw.ellipse(box, fill=int(self.rng.integers(150, 256)))
+            pen.ellipse(box, fill=int(self.rng.integers(150, 256)))
         return _vector_mask(image) * self.within((0, structure.reach[1] + 0.1))
 
     def blotches(self, structure: Structure) -> np.ndarray:
@@ -260,33 +260,28 @@ class _Drawing:
         return _ramp(4 * (flakes + clumps - 0.5)) * self.within(structure.reach)
 
     def vessels(self, structure: Structure) -> np.ndarray:
-        image, draw, scale = self.vector_canvas()
+        image, pen, scale = self.vector_canvas()
         for start in self.points(structure):
             inwards = self.centre - start
-            heading = math.atan2(inwards[1], inwards[0]) + self.rng.normal(0, 0.4)
+            angle = math.atan2(inwards[1], inwards[0]) + self.rng.normal(0, 0.4)
             length, width = 1.3 * self.radius, self.between(structure.width)
-            self.draw_branch(draw, scale * start, heading, scale * length, scale * width)
+            self.draw_branch(pen, scale * start, angle, scale * length, scale * width)
         return _vector_mask(image)
 
     def draw_branch(
-        self,
-        draw: ImageDraw.ImageDraw,
-        start: np.ndarray,
-        heading: float,
-        length: float,
-        width: float,
+        self, pen: ImageDraw.ImageDraw, start: np.ndarray, angle: float, length: float, width: float
     ) -> None:
-        headings = heading + self.rng.normal(0, 0.3, 7).cumsum()
-        steps = length / len(headings) * np.array([np.cos(headings), np.sin(headings)]).T
+        angles = angle + self.rng.normal(0, 0.3, 7).cumsum()
+        steps = length / len(angles) * np.array([np.cos(angles), np.sin(angles)]).T
         path = np.vstack([start, start + steps.cumsum(axis=0)])
-        draw.line(path.ravel().tolist(), fill=255, width=max(1, round(width)), joint="curve")
+        pen.line(path.ravel().tolist(), fill=255, width=max(1, round(width)), joint="curve")
         if width > 1:
             for node in self.rng.integers(1, 6, 2):
-                turned = headings[node] + self.rng.choice((-1, 1)) * self.rng.uniform(0.5, 1.0)
-                self.draw_branch(draw, path[node], turned, 0.5 * length, 0.5 * width)
+                turned = angles[node] + self.rng.choice((-1, 1)) * self.rng.uniform(0.5, 1.0)
+                self.draw_branch(pen, path[node], turned, 0.5 * length, 0.5 * width)
 
     def hairs(self, structure: Structure) -> np.ndarray:
-        image, draw, scale = self.vector_canvas()
+        image, pen, scale = self.vector_canvas()
         t = np.linspace(0, 1, 10)[:, None]
         growth = self.unit_vector()
         for _ in range(self.number(structure)):
@@ -295,20 +290,20 @@ class _Drawing:
             bend = (root + tip) / 2 + self.rng.normal(0, 0.1, 2)
             curve = (1 - t) ** 2 * root + 2 * t * (1 - t) * bend + t**2 * tip  # quadratic Bézier
             width = max(1, round(scale * self.between(structure.width)))
-            draw.line((scale * curve).ravel().tolist(), fill=255, width=width, joint="curve")
+            pen.line((scale * curve).ravel().tolist(), fill=255, width=width, joint="curve")
         return _vector_mask(image)
 
     def bubbles(self, structure: Structure) -> np.ndarray:
-        image, draw, scale = self.vector_canvas()
+        image, pen, scale = self.vector_canvas()
         for _ in range(self.number(structure)):
             x, y = scale * self.rng.uniform(0, 1, 2)
             radius = scale * self.between(structure.width)
             box = (x - radius, y - radius, x + radius, y + radius)
-            draw.ellipse(box, fill=60, outline=255, width=2)
+            pen.ellipse(box, fill=60, outline=255, width=2)
         return _vector_mask(image)
 
     def ruler(self, structure: Structure) -> np.ndarray:
-        image, draw, scale = self.vector_canvas()
+        image, pen, scale = self.vector_canvas()
         along = self.unit_vector()
         inwards = np.array([-along[1], along[0]])
         count = self.number(structure)
@@ -317,7 +312,7 @@ class _Drawing:
         for tick in range(count):
             foot = corner + tick * spacing * along
             tip = foot + (0.06 if tick % 5 == 0 else 0.03) * inwards
-            draw.line((scale * np.concatenate([foot, tip])).tolist(), fill=255, width=2)
+            pen.line((scale * np.concatenate([foot, tip])).tolist(), fill=255, width=2)
         return _vector_mask(image)
 
     def vignette(self, structure: Structure) -> np.ndarray:
