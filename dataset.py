@@ -87,7 +87,7 @@ class DatasetBuilder:
     data_dir : folder of `<class>/<image>`, or of `<split>/<class>/<image>`, which are pooled, or of
         another layout that `imaging.sources.READERS` has a reader for
     image_size : side in pixels of the square images that the models see
-    cache_dir : where the array of prepared images is kept; `processed/` beside `data_dir` if None
+    cache_dir : folder of the array of prepared images; `processed/` beside `data_dir` if None
     num_workers : threads that prepare images; None is one for each core the process may use
     seed : decides which images go to which split
     skip_unreadable : leave out images that cannot be read, with a warning, instead of raising
@@ -166,8 +166,8 @@ class DatasetBuilder:
         A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
         or float in [0, 1]; they run in the order given, before the images are scaled and cropped.
         `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Identical files
-        and near-duplicates are never divided between splits. `prepared` is what `prepare` gave for
-        these preprocessors, if the files are not to be looked at once more.
+        and near-duplicates are never divided between splits. `prepared` is the result of `prepare`
+        for these preprocessors, to save reading the files again.
 
         The metadata has a row for each image: `path`, `class`, `label`, `source_split`, `width`,
         `height`, `content_hash`, `picture` (the same number for identical files and
@@ -185,7 +185,7 @@ class DatasetBuilder:
         metadata = self._resolve_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
-            raise ValueError(f"{printable(self.data_dir)}: fewer than two classes are left")
+            raise ValueError(f"{printable(self.data_dir)}: fewer than two classes remain")
         metadata["label"] = metadata["class"].map(classes.index)
         keys = ["picture", *(sources.given_name(name) for name in self.group_by)]
         metadata["group"] = group_images(metadata.join(given), keys)
@@ -210,7 +210,7 @@ class DatasetBuilder:
         """Returns what is wrong with the images, a row for each finding (see `imaging.audit`).
 
         All images count, whatever `label_conflicts` and `skip_unreadable` say; one that cannot be
-        read is a finding. Leakage is looked for between the splits of `splits_csv`, or else, unless
+        read is a finding. Leakage is sought between the splits of `splits_csv`, or else, unless
         `split_by` is "folders", of a column `split` of `metadata_csv`, or else of folders named
         Train, Valid and Test.
 
@@ -228,7 +228,7 @@ class DatasetBuilder:
         return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
 
     def prepare(self, preprocessors: Sequence[Preprocessor] = ()) -> PreparedImages:
-        """Finds and reads all images, for `audit` and `build` to look at the files once for both.
+        """Finds and reads all images, once for both `audit` and `build`.
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """

@@ -1,6 +1,6 @@
 """Finds what is wrong with a set of images, given their hashes, thumbnails and labels.
 
-Whoever decodes the images makes the thumbnails: grey, `THUMBNAIL_SIZE` on each side whatever the
+The caller makes the thumbnails: grey, `THUMBNAIL_SIZE` on each side whatever the
 shape of the image. Images of the same original, identical files and near-duplicates, have the same
 number in the column `picture`.
 """
@@ -19,7 +19,7 @@ THUMBNAIL_SIZE = 32
 MAX_DISTANCE = 0.14
 TREE_DIMENSIONS = 12  # in more, a k-d tree looks almost everywhere
 MIN_CONTRAST = 1.0  # standard deviation of a thumbnail's grey levels, of 255
-MIN_SIDE = 32  # pixels, below which nothing of a lesion can be seen
+MIN_SIDE = 32  # pixels, below which a lesion cannot be recognised
 MIN_DISTINCT_IMAGES = 10  # of a class, below which nothing can be learnt or measured
 
 # The kinds of findings, the gravest first, and how the summary names them.
@@ -98,14 +98,14 @@ def number_originals(
     members = {number: [number] for number in original}
     nearest_first = near_duplicates.sort_values("distance", kind="stable")
     for rows in nearest_first[["first", "second"]].to_numpy():
-        kept, joining = sorted(original[content[rows]])
-        if kept == joining:
+        first, second = sorted(original[content[rows]])
+        if first == second:
             continue
-        pairs = [(first_rows[a], first_rows[b]) for a in members[kept] for b in members[joining]]
+        pairs = [(first_rows[a], first_rows[b]) for a in members[first] for b in members[second]]
         if _distances(thumbnails, np.array(pairs)).max() > 2 * MAX_DISTANCE:
             continue
-        members[kept] += members.pop(joining)
-        original[members[kept]] = kept
+        members[first] += members.pop(second)
+        original[members[first]] = first
     return pd.factorize(original[content])[0]
 
 

@@ -76,10 +76,9 @@ class LesionDataset(Dataset):
     def gather_batch(self, indices: Sequence[int] | np.ndarray) -> GatheredBatch:
         """Returns the inputs by name, `images` among them as uint8 `(B, H, W, 3)`, and labels."""
         indices = np.asarray(indices)
-        inputs = {"images": torch.from_numpy(self.gather(indices))}
-        places = torch.from_numpy(indices)
-        inputs |= {name: values[places] for name, values in self.extra_inputs.items()}
-        return inputs, torch.from_numpy(self.labels[indices])
+        images = torch.from_numpy(self.gather(indices))
+        extra_inputs = {name: values[indices] for name, values in self.extra_inputs.items()}
+        return {"images": images} | extra_inputs, torch.from_numpy(self.labels[indices])
 
     @functools.cached_property
     def _images(self) -> np.ndarray:

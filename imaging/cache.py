@@ -119,7 +119,7 @@ class ArrayCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Makes the folder and locks it; whoever else wants to build there waits."""
+        """Makes the folder and locks it; another process that wants to build there waits."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".lock").touch()
@@ -262,7 +262,6 @@ class ArrayCache:
         return np.load(self.folder / index.thumbnails, mmap_mode="r")
 
     def _shapes(self, num_images: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the shapes of the array of images and of that of their thumbnails."""
         side, size = self.image_size, audit.THUMBNAIL_SIZE
         return (num_images, side, side, 3), (num_images, size, size)
 

@@ -68,7 +68,7 @@ def read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
     opened or has more than `MAX_BYTES`.
     """
     try:
-        # A pipe would be waited on for ever, so the kind of file is looked at before it is opened.
+        # A pipe would be waited on for ever, so the kind of file is checked before opening it.
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             raise UnreadableImageError("a folder")
@@ -104,10 +104,6 @@ def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Imag
         if file.format == "WEBP":
             orientation = _orientation(file.info.get("exif", b""))
         image = _to_rgb(file)
-    except UnreadableImageError:
-        raise
-    except Image.DecompressionBombError as error:  # where Pillow looks for itself before we can
-        raise UnreadableImageError(f"more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # Pillow documents no closed set of errors for damaged files
         raise UnreadableImageError(str(error).strip() or type(error).__name__) from error
     if orientation in TURN_UPRIGHT:
@@ -241,7 +237,7 @@ def _strip_png(contents: bytes) -> tuple[bytes, int]:
     kept: list[bytes | memoryview] = [PNG_SIGNATURE]
     for _ in range(MAX_PARTS):
         if at + 12 > len(contents) and kept[-1][4:8] == b"IDAT":
-            return b"".join(kept), orientation  # whether pixels lack too, the decoder sees
+            return b"".join(kept), orientation  # the decoder notices missing pixels
         length, kind = int.from_bytes(view[at : at + 4], "big"), contents[at + 4 : at + 8]
         end = at + 12 + length
         if end > len(contents):
@@ -277,7 +273,7 @@ def _strip_tiff(contents: bytes) -> tuple[bytes, int]:
 
 
 def _orientation(exif: bytes) -> int:
-    """Returns the orientation that EXIF, or a TIFF, tells: 1 to 8, and 1 where it is not valid."""
+    """Returns the orientation in EXIF data or a TIFF: 1 to 8, and 1 where it is not valid."""
     exif = exif.removeprefix(b"Exif\0\0")
     if not exif.startswith(TIFF_SIGNATURES):
         return 1

@@ -147,8 +147,7 @@ def count_images(num_images: int) -> np.ndarray:
 
     They are as in the ISIC set by largest remainder, and at least `MIN_IMAGES_PER_CLASS`.
     """
-    table = [LOOKS[class_name] for class_name in CLASSES]
-    real = np.array([(looks.train_images, looks.test_images) for looks in table]).T
+    real = np.array([(LOOKS[name].train_images, LOOKS[name].test_images) for name in CLASSES]).T
     quotas = num_images * real / real.sum()
     counts = np.floor(quotas).astype(int)
     by_remainder = np.argsort((counts - quotas).ravel(), kind="stable")
