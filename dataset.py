@@ -135,7 +135,7 @@ class DatasetBuilder:
             raise ValueError(f"split_by is {self.split_by!r}; it must be random or folders")
         if self.split_by == "folders" and self.splits_csv is not None:
             raise ValueError("splits come from split_by='folders' or splits_csv, not from both")
-        if self.label_column is not None and self.labels_csv is self.metadata_csv is None:
+        if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
             raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
