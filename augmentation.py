@@ -8,9 +8,8 @@ A policy is a sequence of augmentations that are applied to a batch one after th
 """
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -53,12 +52,11 @@ class Views:
 
     def __getitem__(self, images: slice) -> "Views":
         """Returns the views of a part of the batch."""
-        return Views(*(getattr(self, field.name)[images] for field in fields(self)))
+        return Views(*(values[images] for values in vars(self).values()))
 
     def to(self, device: torch.device) -> "Views":
         """Returns the views on the device."""
-        parts = torch.stack([getattr(self, field.name) for field in fields(self)])
-        return Views(*parts.to(device, non_blocking=True))
+        return Views(*torch.stack([*vars(self).values()]).to(device, non_blocking=True))
 
 
 class StandardViews:
@@ -106,9 +104,9 @@ def draw_views(count: int, generator: torch.Generator) -> Views:
     return Views(
         hflip=_signs(count, generator),
         vflip=_signs(count, generator),
-        angle=_angles(count, generator),
-        brightness=_factors(count, generator),
-        contrast=_factors(count, generator),
+        angle=_uniform(count, generator, -10.0, 10.0).deg2rad(),
+        brightness=_uniform(count, generator, 0.8, 1.2),
+        contrast=_uniform(count, generator, 0.8, 1.2),
         noise_std=_uniform(count, generator, 0.0, 0.03),
         noise_start=_uniform(count, generator, 0.0, 1.0),
     )
@@ -122,10 +120,10 @@ def apply_views(images: Tensor, views: Views) -> Tensor:
     """
     views = views.to(images.device)
     rotated = _rotate(images, views.angle, views.hflip, views.vflip)
-    brightness, contrast = _per_image(views.brightness), _per_image(views.contrast)
+    brightness, contrast = views.brightness.view(-1, 1, 1, 1), views.contrast.view(-1, 1, 1, 1)
     # c (b x - b m) + b m, with the mean m of an image, is (c b) x + (1 - c) b m.
     shift = (1 - contrast) * brightness * rotated.mean(dim=(1, 2, 3), keepdim=True)
-    noise = _noise(images, views.noise_start).mul_(_per_image(views.noise_std)).add_(shift)
+    noise = _noise(images, views.noise_start).mul_(views.noise_std.view(-1, 1, 1, 1)).add_(shift)
     return noise.addcmul_(rotated, contrast * brightness).clamp_(0, 1)
 
 
@@ -138,14 +136,16 @@ def flip_batch_horizontally(
     images: Tensor, generator: torch.Generator, probability: float = 0.5
 ) -> Tensor:
     """Flips each image left to right with the given probability."""
-    return _flip(images, _signs(len(images), generator, probability), dim=3)
+    is_flipped = _per_image(images, generator, 0.0, 1.0) < probability
+    return torch.where(is_flipped, images.flip(3), images)
 
 
 def flip_batch_vertically(
     images: Tensor, generator: torch.Generator, probability: float = 0.5
 ) -> Tensor:
     """Flips each image top to bottom with the given probability."""
-    return _flip(images, _signs(len(images), generator, probability), dim=2)
+    is_flipped = _per_image(images, generator, 0.0, 1.0) < probability
+    return torch.where(is_flipped, images.flip(2), images)
 
 
 def rotate_batch(images: Tensor, generator: torch.Generator, degrees: float = 10.0) -> Tensor:
@@ -153,54 +153,45 @@ def rotate_batch(images: Tensor, generator: torch.Generator, degrees: float = 10
 
     Bilinear; the corners that come into view are filled by reflection.
     """
-    return _rotate(images, _angles(len(images), generator, degrees).to(images.device)).clamp_(0, 1)
+    angles = _per_image(images, generator, -degrees, degrees).deg2rad()
+    not_flipped = torch.ones_like(angles)
+    return _rotate(images, angles, not_flipped, not_flipped).clamp_(0, 1)
 
 
 def adjust_batch_brightness(
     images: Tensor, generator: torch.Generator, strength: float = 0.2
 ) -> Tensor:
     """Multiplies each image by a factor drawn uniformly from [1 - strength, 1 + strength]."""
-    factors = _factors(len(images), generator, strength).to(images.device)
-    return (images * _per_image(factors)).clamp_(0, 1)
+    return (images * _per_image(images, generator, 1 - strength, 1 + strength)).clamp_(0, 1)
 
 
 def adjust_batch_contrast(
     images: Tensor, generator: torch.Generator, strength: float = 0.2
 ) -> Tensor:
     """Scales each image's distance from its mean grey by a factor from [1 - s, 1 + s]."""
-    factors = _factors(len(images), generator, strength).to(images.device)
+    factors = _per_image(images, generator, 1 - strength, 1 + strength)
     means = images.mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(means, images, _per_image(factors)).clamp_(0, 1)
+    return torch.lerp(means, images, factors).clamp_(0, 1)
 
 
 def add_noise_to_batch(images: Tensor, generator: torch.Generator, max_std: float = 0.03) -> Tensor:
     """Adds Gaussian noise, its standard deviation drawn for each image evenly from [0, max_std]."""
-    std = _uniform(len(images), generator, 0.0, max_std).to(images.device)
-    starts = _uniform(len(images), generator, 0.0, 1.0).to(images.device)
-    return torch.addcmul(images, _noise(images, starts), _per_image(std)).clamp_(0, 1)
+    std = _per_image(images, generator, 0.0, max_std)
+    starts = _per_image(images, generator, 0.0, 1.0)
+    return torch.addcmul(images, _noise(images, starts), std).clamp_(0, 1)
 
 
-def _flip(images: Tensor, signs: Tensor, dim: int) -> Tensor:
-    return torch.where(_per_image(signs.to(images.device)) < 0, images.flip(dim), images)
-
-
-def _rotate(
-    images: Tensor, angles: Tensor, hflip: Tensor | None = None, vflip: Tensor | None = None
-) -> Tensor:
-    """Flips the images where a sign is -1, then rotates them by angles `(B,)` in radians."""
+def _rotate(images: Tensor, angles: Tensor, hflip: Tensor, vflip: Tensor) -> Tensor:
+    """Flips the images where a sign is -1, then rotates them by angles in radians."""
     height, width = images.shape[2:]
     x, y = _pixel_centres(width, images.device), _pixel_centres(height, images.device)[:, None]
-    cos, sin = angles.cos().view(-1, 1, 1), angles.sin().view(-1, 1, 1)
-    hflip = torch.ones_like(cos) if hflip is None else hflip.view(-1, 1, 1)
-    vflip = torch.ones_like(cos) if vflip is None else vflip.view(-1, 1, 1)
+    cos, sin, hflip, vflip = (v.view(-1, 1, 1) for v in (angles.cos(), angles.sin(), hflip, vflip))
     # Where each pixel comes from. Coordinates run from -1 to 1 along either side, so rotating an
     # oblong image needs the ratio of its sides.
     grid = images.new_empty(len(images), height, width, 2)
     torch.sub(hflip * cos * x, hflip * sin * (height / width) * y, out=grid[..., 0])
     torch.add(vflip * sin * (width / height) * x, vflip * cos * y, out=grid[..., 1])
-    return F.grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def _pixel_centres(count: int, device: torch.device) -> Tensor:
@@ -216,7 +207,7 @@ def _noise(images: Tensor, starts: Tensor) -> Tensor:
     """
     length = images[0].numel()
     table = _noise_table(max(NOISE_TABLE_SIZE, 2 * length), images.device)
-    first = (starts.double() * (len(table) - length)).long()
+    first = (starts.view(-1).double() * (len(table) - length)).long()
     return table.unfold(0, length, 1)[first].view(images.shape)
 
 
@@ -225,17 +216,9 @@ def _noise_table(size: int, device: torch.device) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _signs(count: int, generator: torch.Generator, probability: float = 0.5) -> Tensor:
-    """Returns -1 with the given probability, or else 1."""
-    return 1 - 2 * (_uniform(count, generator, 0.0, 1.0) < probability).float()
-
-
-def _angles(count: int, generator: torch.Generator, degrees: float = 10.0) -> Tensor:
-    return _uniform(count, generator, -degrees, degrees) * (math.pi / 180)
-
-
-def _factors(count: int, generator: torch.Generator, strength: float = 0.2) -> Tensor:
-    return _uniform(count, generator, 1 - strength, 1 + strength)
+def _signs(count: int, generator: torch.Generator) -> Tensor:
+    """Returns -1 or 1, equally likely."""
+    return 1 - 2 * (_uniform(count, generator, 0.0, 1.0) < 0.5).float()
 
 
 def _uniform(count: int, generator: torch.Generator, low: float, high: float) -> Tensor:
@@ -243,5 +226,6 @@ def _uniform(count: int, generator: torch.Generator, low: float, high: float) ->
     return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
 
 
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
+def _per_image(images: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
+    """Returns a number per image, `(B, 1, 1, 1)`, on the images' device."""
+    return _uniform(len(images), generator, low, high).to(images.device).view(-1, 1, 1, 1)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from augmentation import Policy, resolve_policy
-from imaging import audit
+from imaging import audit, sources
 from imaging.batches import (
     MAX_GPU_FRACTION,
     MAX_REPEATS,
     DeviceDataset,
+    GatheredBatch,
     Inputs,
     LesionDataset,
     balanced_frequencies,
@@ -39,24 +40,15 @@ from imaging.prepare import (
     resize,
 )
 from imaging.sources import (
-    IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     METADATA_COLUMNS,
     SPLIT_FOLDERS,
     STEM_COLUMNS,
     UNSUPPORTED_SUFFIXES,
-    check_complete,
     find_images,
-    given_name,
     has_folder_of_split,
     join_table,
-    read_columns,
-    read_folder,
-    read_labels,
-    read_metadata,
     read_table,
-    split_of_folder,
-    splits_of_folders,
 )
 from imaging.splits import (
     check_at_least,
@@ -95,7 +87,7 @@ class DatasetBuilder:
     data_dir : folder of `<class>/<image>`, or of `<split>/<class>/<image>`, which are pooled, or of
         another layout that `imaging.sources.READERS` has a reader for
     image_size : side in pixels of the square images that the models see
-    cache_dir : where the array of prepared images is kept; `processed/` beside `data_dir` if None
+    cache_dir : folder of the array of prepared images; `processed/` beside `data_dir` if None
     num_workers : threads that prepare images; None is one for each core the process may use
     seed : decides which images go to which split
     skip_unreadable : leave out images that cannot be read, with a warning, instead of raising
@@ -142,11 +134,8 @@ class DatasetBuilder:
         if self.split_by not in ("random", "folders"):
             raise ValueError(f"split_by is {self.split_by!r}; it must be random or folders")
         if self.split_by == "folders" and self.splits_csv is not None:
-            raise ValueError(
-                "splits come from split_by='folders' or from splits_csv, not from both"
-            )
-        no_table = self.labels_csv is None and self.metadata_csv is None
-        if self.label_column is not None and no_table:
+            raise ValueError("splits come from split_by='folders' or splits_csv, not from both")
+        if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
             raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
@@ -177,8 +166,8 @@ class DatasetBuilder:
         A preprocessor maps a uint8 RGB array `(h, w, 3)` to another of any height and width, uint8
         or float in [0, 1]; they run in the order given, before the images are scaled and cropped.
         `splits` are names and fractions, by default train 0.7, valid 0.2, test 0.1. Identical files
-        and near-duplicates are never divided between splits. `prepared` is what `prepare` gave for
-        these preprocessors, if the files are not to be looked at once more.
+        and near-duplicates are never divided between splits. `prepared` is the result of `prepare`
+        for these preprocessors, to save reading the files again.
 
         The metadata has a row for each image: `path`, `class`, `label`, `source_split`, `width`,
         `height`, `content_hash`, `picture` (the same number for identical files and
@@ -193,12 +182,12 @@ class DatasetBuilder:
         # Until the end, the index of the table is the row of the image in the array.
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         readable = index.check_readable(skip_unreadable=self.skip_unreadable)
-        metadata = self._settle_label_conflicts(metadata[readable])
+        metadata = self._resolve_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
-            raise ValueError(f"{printable(self.data_dir)}: fewer than two classes are left")
+            raise ValueError(f"{printable(self.data_dir)}: fewer than two classes remain")
         metadata["label"] = metadata["class"].map(classes.index)
-        keys = ["picture", *(given_name(name) for name in self.group_by)]
+        keys = ["picture", *(sources.given_name(name) for name in self.group_by)]
         metadata["group"] = group_images(metadata.join(given), keys)
         metadata["split"] = split = self._split(metadata, splits)
         metadata = metadata[list(METADATA_COLUMNS)].join(given)
@@ -208,28 +197,20 @@ class DatasetBuilder:
             usual = [name for name in DEFAULT_SPLITS if name in set(split)]
             names = [*usual, *sorted(set(split) - set(usual))]
         warn_of_missing_classes(metadata, names)
-        datasets = {}
+        datasets, array_path = {}, cache.folder / index.array
         for name in names:
             part = metadata[metadata["split"] == name]
-            datasets[name] = LesionDataset(
-                cache.folder / index.array,
-                part.index.to_numpy(),
-                part.reset_index(drop=True),
-                classes,
-                cache.fingerprint,
-            )
+            rows, part = part.index.to_numpy(), part.reset_index(drop=True)
+            datasets[name] = LesionDataset(array_path, rows, part, classes, cache.fingerprint)
         return datasets, metadata.reset_index(drop=True)
 
     def audit(
-        self,
-        preprocessors: Sequence[Preprocessor] = (),
-        *,
-        prepared: PreparedImages | None = None,
+        self, preprocessors: Sequence[Preprocessor] = (), *, prepared: PreparedImages | None = None
     ) -> pd.DataFrame:
         """Returns what is wrong with the images, a row for each finding (see `imaging.audit`).
 
         All images count, whatever `label_conflicts` and `skip_unreadable` say; one that cannot be
-        read is a finding. Leakage is looked for between the splits of `splits_csv`, or else, unless
+        read is a finding. Leakage is sought between the splits of `splits_csv`, or else, unless
         `split_by` is "folders", of a column `split` of `metadata_csv`, or else of folders named
         Train, Valid and Test.
 
@@ -238,16 +219,16 @@ class DatasetBuilder:
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
-            split = read_columns(self.splits_csv, ["split"], metadata["path"])["split"]
+            split = sources.read_columns(self.splits_csv, ["split"], metadata["path"])["split"]
         elif self.split_by == "random" and "split_given" in given:
             split = given["split_given"]
         else:
-            split = split_of_folder(metadata["source_split"])
+            split = sources.split_of_folder(metadata["source_split"])
         metadata["split"] = split.fillna("")
         return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
 
     def prepare(self, preprocessors: Sequence[Preprocessor] = ()) -> PreparedImages:
-        """Finds and reads all images, for `audit` and `build` to look at the files once for both.
+        """Finds and reads all images, once for both `audit` and `build`.
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
@@ -256,35 +237,31 @@ class DatasetBuilder:
         index = cache.load(metadata["path"].tolist())
         for name in ("width", "height", "content_hash"):
             metadata[name] = [getattr(record, name) for record in index.records]
-        metadata["picture"] = audit.number_pictures(
+        metadata["picture"] = audit.number_originals(
             metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
         )
         return PreparedImages(metadata, given, cache, index)
 
     def _cache(self, preprocessors: Sequence[Preprocessor]) -> ArrayCache:
-        default = Path(os.path.abspath(self.data_dir)).parent / "processed"
-        return ArrayCache(
-            Path(self.data_dir),
-            default if self.cache_dir is None else Path(self.cache_dir),
-            self.image_size,
-            preprocessors,
-            self.num_workers,
-        )
+        data_dir = Path(self.data_dir)
+        default = Path(os.path.abspath(data_dir)).parent / "processed"
+        cache_dir = default if self.cache_dir is None else Path(self.cache_dir)
+        return ArrayCache(data_dir, cache_dir, self.image_size, preprocessors, self.num_workers)
 
     def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Returns `path`, `class` and `source_split` of each image, and the further columns."""
         name = self.labels_csv or self.metadata_csv
         if self.label_column is not None and name is not None:
             images = find_images(self.data_dir, has_class_folders=False)
-            images = read_labels(images, name, self.label_column)
+            images = sources.read_labels(images, name, self.label_column)
         else:
-            images = read_folder(self.data_dir)
+            images = sources.read_folder(self.data_dir)
             if self.labels_csv is not None:
-                images = read_labels(images, self.labels_csv, "class")
-        given = read_metadata(images, self.metadata_csv, self.group_by)
-        return images[IMAGE_COLUMNS].copy(), given
+                images = sources.read_labels(images, self.labels_csv, "class")
+        given = sources.read_metadata(images, self.metadata_csv, self.group_by)
+        return images[sources.IMAGE_COLUMNS].copy(), given
 
-    def _settle_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
+    def _resolve_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
         if self.label_conflicts == "error" and conflicting.any():
             first = metadata[metadata["picture"] == metadata["picture"][conflicting].iloc[0]]
@@ -295,39 +272,34 @@ class DatasetBuilder:
             )
         return (metadata[~conflicting] if self.label_conflicts == "drop" else metadata).copy()
 
-    def _given_splits(self, images: pd.DataFrame) -> pd.Series | None:
+    def _given_splits(
+        self, images: pd.DataFrame, *, warn_unmatched: bool = False
+    ) -> pd.Series | None:
         if self.splits_csv is not None:
-            return read_columns(self.splits_csv, ["split"], images["path"])["split"]
+            return sources.read_columns(
+                self.splits_csv, ["split"], images["path"], warn_unmatched=warn_unmatched
+            )["split"]
         if self.split_by == "folders":
-            return splits_of_folders(images, self.data_dir)
+            return sources.splits_of_folders(images, self.data_dir)
         return None
 
     def _split(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
-        if self.splits_csv is not None:
-            split = read_columns(
-                self.splits_csv, ["split"], metadata["path"], warns_of_other_rows=True
-            )["split"]
-            check_complete(split, metadata["path"], self.splits_csv)
-        elif self.split_by == "folders":
-            split = self._split_by_folders(metadata, splits)
-        else:
-            labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()
+        labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()
+        split = self._given_splits(metadata, warn_unmatched=True)
+        if split is None:
             return stratified_split(labels, groups, splits, self.seed)
-        warn_of_divided_groups(metadata["group"].to_numpy(), split.to_numpy())
-        return split.to_numpy(object)
-
-    def _split_by_folders(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> pd.Series:
-        split = splits_of_folders(metadata, self.data_dir)
-        if "valid" not in set(split):
+        if self.splits_csv is not None:
+            sources.check_complete(split, metadata["path"], self.splits_csv)
+        elif "valid" not in set(split):
             if not {"train", "valid"} <= set(splits):
                 raise ValueError("splits must have train and valid to take valid out of Train")
             whole = splits["train"] + splits["valid"]
             parts = {name: splits[name] / whole for name in ("train", "valid")}
-            is_train = split == "train"
-            labels = pd.factorize(metadata["label"][is_train], sort=True)[0]
-            groups = metadata["group"][is_train].to_numpy()
-            split[is_train] = stratified_split(labels, groups, parts, self.seed)
-        return split
+            is_train = (split == "train").to_numpy()
+            labels = pd.factorize(labels[is_train], sort=True)[0]
+            split[is_train] = stratified_split(labels, groups[is_train], parts, self.seed)
+        warn_of_divided_groups(groups, split.to_numpy())
+        return split.to_numpy(object)
 
 
 class LesionLoader:
@@ -419,7 +391,7 @@ class LesionLoader:
             yield waiting[:size]
             waiting = waiting[size:]
 
-    def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def _gathered(self, parts: Iterator[np.ndarray]) -> Iterator[GatheredBatch]:
         if self._on_device is None and fits_in_gpu_memory(self.dataset, self.device):
             self._on_device = DeviceDataset(self.dataset, self.device)
         if self._on_device is not None:
@@ -432,9 +404,7 @@ class LesionLoader:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, purpose, *numbers))
         return [entry.draw(generator, count) for entry in self.augmentation]
 
-    def _finish(
-        self, batch: tuple[dict[str, Tensor], Tensor], drawn: list[Any]
-    ) -> tuple[Inputs, Tensor]:
+    def _finish(self, batch: GatheredBatch, drawn: list[Any]) -> tuple[Inputs, Tensor]:
         inputs, labels = batch
         inputs = {name: t.to(self.device, non_blocking=True) for name, t in inputs.items()}
         labels = labels.to(self.device, non_blocking=True)

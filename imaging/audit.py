@@ -1,6 +1,6 @@
 """Finds what is wrong with a set of images, given their hashes, thumbnails and labels.
 
-Whoever decodes the images makes the thumbnails: grey, `THUMBNAIL_SIZE` on each side whatever the
+The caller makes the thumbnails: grey, `THUMBNAIL_SIZE` on each side whatever the
 shape of the image. Images of the same original, identical files and near-duplicates, have the same
 number in the column `picture`.
 """
@@ -19,7 +19,7 @@ THUMBNAIL_SIZE = 32
 MAX_DISTANCE = 0.14
 TREE_DIMENSIONS = 12  # in more, a k-d tree looks almost everywhere
 MIN_CONTRAST = 1.0  # standard deviation of a thumbnail's grey levels, of 255
-MIN_SIDE = 32  # pixels, below which nothing of a lesion can be seen
+MIN_SIDE = 32  # pixels, below which a lesion cannot be recognised
 MIN_DISTINCT_IMAGES = 10  # of a class, below which nothing can be learnt or measured
 
 # The kinds of findings, the gravest first, and how the summary names them.
@@ -83,7 +83,7 @@ def find_near_duplicates(
     return pd.DataFrame({"first": first, "second": second, "distance": distance[found]})
 
 
-def number_pictures(
+def number_originals(
     content_hashes: Iterable[str], near_duplicates: pd.DataFrame, thumbnails: np.ndarray
 ) -> np.ndarray:
     """Returns a number for each image, int (N,), the same for images of the same original.
@@ -94,19 +94,19 @@ def number_pictures(
     """
     content = pd.factorize(pd.Series(content_hashes))[0]
     first_rows = np.unique(content, return_index=True)[1]
-    picture = np.arange(len(first_rows))
-    members = {number: [number] for number in picture}
+    original = np.arange(len(first_rows))
+    members = {number: [number] for number in original}
     nearest_first = near_duplicates.sort_values("distance", kind="stable")
     for rows in nearest_first[["first", "second"]].to_numpy():
-        kept, joining = sorted(picture[content[rows]])
-        if kept == joining:
+        first, second = sorted(original[content[rows]])
+        if first == second:
             continue
-        pairs = [(first_rows[a], first_rows[b]) for a in members[kept] for b in members[joining]]
+        pairs = [(first_rows[a], first_rows[b]) for a in members[first] for b in members[second]]
         if _distances(thumbnails, np.array(pairs)).max() > 2 * MAX_DISTANCE:
             continue
-        members[kept] += members.pop(joining)
-        picture[members[kept]] = kept
-    return pd.factorize(picture[content])[0]
+        members[first] += members.pop(second)
+        original[members[first]] = first
+    return pd.factorize(original[content])[0]
 
 
 def audit(
@@ -115,51 +115,43 @@ def audit(
     """Returns what is wrong with the images, a row for each finding, the gravest first.
 
     `metadata` has a row for each image and the columns `path`, `class`, `content_hash`, `picture`
-    (see `number_pictures`), `width`, `height`, `split` (empty for none) and `error` (empty for
+    (see `number_originals`), `width`, `height`, `split` (empty for none) and `error` (empty for
     images that could be read). `near_duplicates` comes from `find_near_duplicates`; `thumbnails`
     (N, 32, 32) are in the same order.
 
     The columns: `kind`, see `KINDS`; `images` and `classes`, the paths and the class of each;
     `distance`, the largest between near-duplicates among them, 0 for identical files.
     """
-    names = ("path", "class", "split", "content_hash", "picture")
-    paths, classes, splits, contents, pictures = (metadata[n].to_numpy(object) for n in names)
-    is_readable = (metadata["error"] == "").to_numpy()
-    readable = np.flatnonzero(is_readable)
-    first, second = (near_duplicates[name].to_numpy(int) for name in ("first", "second"))
-    max_distance = near_duplicates["distance"].groupby(pictures[first]).max().to_dict()
+    images = metadata.reset_index(drop=True)
+    images["split"] = images["split"].mask(images["split"] == "")
+    is_readable = images["error"] == ""
+    readable = images[is_readable]
+    paths, classes, pictures = (images[n].to_numpy(object) for n in ("path", "class", "picture"))
+    pairs = near_duplicates[["first", "second"]].to_numpy(int)
+    max_distance = near_duplicates["distance"].groupby(pictures[pairs[:, 0]]).max().to_dict()
     findings = []
 
-    def add(kind: str, rows: Iterable[int], distance: float = np.nan) -> None:
-        rows = list(rows)
+    def add(kind: str, rows: np.ndarray | pd.Index, distance: float) -> None:
         findings.append((kind, tuple(paths[rows]), tuple(classes[rows]), distance))
 
-    def rows_by(values: np.ndarray, sort: bool = False) -> Iterator[np.ndarray]:
-        groups = pd.Series(readable).groupby(values[readable], sort=sort)
-        return (rows.to_numpy() for _, rows in groups)
+    def num_different(column: str, key: str) -> pd.Series:
+        return readable.groupby(key)[column].transform("nunique")
 
-    for row in np.flatnonzero(~is_readable).tolist():
-        add("unreadable", [row])
-    for rows in rows_by(pictures):
-        distance = max_distance.get(pictures[rows[0]], 0.0)
-        if len(set(classes[rows])) > 1:
-            add("contradiction", rows, distance)
-        if len(set(splits[rows]) - {""}) > 1:
-            add("leakage", rows, distance)
-    for rows in rows_by(contents):
-        if len(rows) > 1:
-            add("identical", rows, 0.0)
-    for *pair, distance in zip(first, second, near_duplicates["distance"], strict=True):
+    groups = {
+        "unreadable": ("path", ~is_readable),
+        "contradiction": ("picture", num_different("class", "picture") > 1),
+        "leakage": ("picture", num_different("split", "picture") > 1),
+        "identical": ("content_hash", readable.duplicated("content_hash", keep=False)),
+        "tiny": ("path", is_readable & (images[["width", "height"]].min(axis=1) < MIN_SIDE)),
+        "flat": ("path", is_readable & (_contrast(thumbnails, np.ones_like(_DISC)) < MIN_CONTRAST)),
+        "small class": ("class", num_different("picture", "class") < MIN_DISTINCT_IMAGES),
+    }
+    for kind, (key, is_found) in groups.items():
+        found = images.loc[is_found.index[is_found]]
+        for value, group in found.groupby(key, sort=key == "class"):
+            add(kind, group.index, max_distance.get(value, 0.0) if kind in PAIR_KINDS else np.nan)
+    for pair, distance in zip(pairs, near_duplicates["distance"], strict=True):
         add("near-duplicate", pair, distance)
-    shorter_side = metadata[["width", "height"]].min(axis=1).to_numpy()
-    for row in readable[shorter_side[readable] < MIN_SIDE]:
-        add("tiny", [row])
-    whole = np.ones_like(_DISC)
-    for row in readable[_contrast(thumbnails[readable], whole) < MIN_CONTRAST]:
-        add("flat", [row])
-    for rows in rows_by(classes, sort=True):
-        if len(set(pictures[rows])) < MIN_DISTINCT_IMAGES:
-            add("small class", rows)
     table = pd.DataFrame(findings, columns=["kind", "images", "classes", "distance"])
     table["kind"] = pd.Categorical(table["kind"], categories=list(KINDS))
     return table.sort_values(["kind", "distance"], kind="stable", ignore_index=True)

@@ -1,7 +1,9 @@
 """The images of one split, the order in which an epoch shows them, and how batches are gathered."""
 
+import functools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from imaging.splits import derive_seed
 MAX_GPU_FRACTION = 0.25  # of a GPU's free memory that the images of a split may take
 MAX_REPEATS = 10  # times as often as plain shuffling, that balanced sampling may show an image
 Inputs = Tensor | dict[str, Tensor]  # images, or `images` and further inputs by name
+GatheredBatch = tuple[dict[str, Tensor], Tensor]  # inputs by name, and labels
 
 
+@dataclass(eq=False, repr=False)
 class LesionDataset(Dataset):
     """Images and labels of one split; `dataset[i]` is `(float32 (3, H, W) in [0, 1], int)`.
 
@@ -32,25 +36,19 @@ class LesionDataset(Dataset):
     tensors `(N, ...)` by name.
     """
 
-    def __init__(
-        self,
-        array_path: Path,
-        rows: np.ndarray,
-        metadata: pd.DataFrame,
-        classes: Sequence[str],
-        preprocessors: str = "",
-        extra_inputs: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.array_path = Path(array_path).absolute()
-        self.rows = rows
-        self.metadata = metadata
-        self.classes = list(classes)
-        self.labels = metadata["label"].to_numpy(np.int64, copy=True)
-        self.preprocessors = preprocessors
-        self.extra_inputs: dict[str, Tensor] = {}
-        self._array: np.ndarray | None = None
-        self.image_size = self._images().shape[1]
-        for name, values in (extra_inputs or {}).items():
+    array_path: Path
+    rows: np.ndarray
+    metadata: pd.DataFrame
+    classes: list[str]
+    preprocessors: str = ""
+    extra_inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.array_path = Path(self.array_path).absolute()
+        self.labels = self.metadata["label"].to_numpy(np.int64, copy=True)
+        self.image_size = self._images.shape[1]
+        inputs, self.extra_inputs = self.extra_inputs, {}
+        for name, values in inputs.items():
             self.add_input(name, values)
 
     def add_input(self, name: str, values: Tensor) -> None:
@@ -73,38 +71,35 @@ class LesionDataset(Dataset):
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns these images as they are stored, uint8 `(B, H, W, 3)`."""
-        return self._images()[self.rows[np.asarray(indices)]]
+        return self._images[self.rows[np.asarray(indices)]]
 
-    def gather_batch(self, indices: Sequence[int] | np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+    def gather_batch(self, indices: Sequence[int] | np.ndarray) -> GatheredBatch:
         """Returns the inputs by name, `images` among them as uint8 `(B, H, W, 3)`, and labels."""
         indices = np.asarray(indices)
-        inputs = {"images": torch.from_numpy(self.gather(indices))}
-        places = torch.from_numpy(indices)
-        inputs |= {name: values[places] for name, values in self.extra_inputs.items()}
-        return inputs, torch.from_numpy(self.labels[indices])
+        images = torch.from_numpy(self.gather(indices))
+        extra_inputs = {name: values[indices] for name, values in self.extra_inputs.items()}
+        return {"images": images} | extra_inputs, torch.from_numpy(self.labels[indices])
 
+    @functools.cached_property
     def _images(self) -> np.ndarray:
-        if self._array is None:
-            self._array = np.load(self.array_path, mmap_mode="r")
-        return self._array
+        return np.load(self.array_path, mmap_mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_array": None}
+        return {name: value for name, value in vars(self).items() if name != "_images"}
 
 
 def gather_batches(
     dataset: LesionDataset, parts: Iterator[np.ndarray], num_workers: int, pin_memory: bool
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+) -> Iterator[GatheredBatch]:
     """Returns the batch of each part, numbers of images, read ahead by processes if there are any.
 
     The global random state is not used.
     """
     # DataLoader takes the numbers for the items, and gathers a batch to collate them.
-    numbers = range(len(dataset))
     return iter(
         DataLoader(
-            numbers,  # type: ignore[arg-type]  # anything indexable, whatever the stubs say
-            batch_sampler=parts,  # type: ignore[arg-type]  # the same
+            range(len(dataset)),  # type: ignore[arg-type]  # the stubs demand a Dataset
+            batch_sampler=parts,  # type: ignore[arg-type]  # and a Sampler
             collate_fn=dataset.gather_batch,
             num_workers=num_workers,
             generator=torch.Generator(),
@@ -132,7 +127,7 @@ class DeviceDataset:
         self.inputs = {"images": images} | extra_inputs
         self.labels = torch.from_numpy(dataset.labels).to(device)
 
-    def gather_batch(self, indices: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+    def gather_batch(self, indices: np.ndarray) -> GatheredBatch:
         """Returns what `LesionDataset.gather_batch` returns, on the device."""
         places = torch.from_numpy(indices).to(self.labels.device, non_blocking=True)
         inputs = {name: values[places] for name, values in self.inputs.items()}

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,16 +74,17 @@ class CacheIndex:
         unreadable = [record for record in self.records if record.error]
         if unreadable:
             names = ", ".join(f"{printable(r.path)} ({r.error})" for r in unreadable)
-            found = f"{len(unreadable)} of {len(self.records)} images cannot be read"
+            summary = f"{len(unreadable)} of {len(self.records)} images cannot be read"
             if not skip_unreadable:
                 raise UnreadableImageError(
-                    f"{found}: {names}; repair or remove them, or leave them out with "
+                    f"{summary}: {names}; repair or remove them, or leave them out with "
                     "--skip_unreadable (skip_unreadable=True)"
                 )
-            warnings.warn(f"{found} and are left out: {names}", stacklevel=3)
+            warnings.warn(f"{summary} and are left out: {names}", stacklevel=3)
         return np.array([not record.error for record in self.records])
 
 
+@dataclass(eq=False)
 class ArrayCache:
     """The array of one image folder at one size, after certain preprocessors, in its own folder.
 
@@ -91,24 +92,20 @@ class ArrayCache:
     that is killed leaves no index that names what it left.
     """
 
-    def __init__(
-        self,
-        data_dir: Path,
-        cache_dir: Path,
-        image_size: int,
-        preprocessors: Sequence[Preprocessor],
-        num_workers: int | None,
-    ) -> None:
-        self.data_dir = data_dir.resolve()
-        self.image_size = image_size
-        self.preprocessors = preprocessors
-        self.num_workers = num_workers or cpu_count()
-        self.fingerprint = fingerprint(preprocessors)
+    data_dir: Path
+    cache_dir: Path
+    image_size: int
+    preprocessors: Sequence[Preprocessor]
+    num_workers: int | None
+
+    def __post_init__(self) -> None:
+        self.data_dir = self.data_dir.resolve()
+        self.fingerprint = fingerprint(self.preprocessors)
         identity = f"{self.data_dir}\n{self.fingerprint}".encode("utf-8", "surrogateescape")
         code = hashlib.sha256(identity).hexdigest()[:8]
-        self.folder = cache_dir / f"{self.data_dir.name}-{image_size}-{code}"
+        self.folder = self.cache_dir / f"{self.data_dir.name}-{self.image_size}-{code}"
         self.version = (
-            f"4, Pillow {PIL.__version__}, {image_size}, {self.fingerprint}, "
+            f"4, Pillow {PIL.__version__}, {self.image_size}, {self.fingerprint}, "
             f"near-duplicates {audit.THUMBNAIL_SIZE}, {audit.MAX_DISTANCE}"
         )
 
@@ -122,11 +119,10 @@ class ArrayCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Makes the folder and locks it; whoever else wants to build there waits."""
+        """Makes the folder and locks it; another process that wants to build there waits."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / ".lock", "ab"):
-                pass
+            (self.folder / ".lock").touch()
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -144,22 +140,23 @@ class ArrayCache:
         if index is None or [record.path for record in index.records] != list(paths):
             return None
         now = time.time_ns()
-        doubtful = [r for r in index.records if not self._is_surely_unchanged(r, index)]
-        if not doubtful:
-            return index
+        records = index.records
+        doubtful = [i for i, r in enumerate(records) if not self._is_surely_unchanged(r, index)]
         # A copy, a checkout or a touch changes the times alone; only the contents decide.
-        progress = tqdm(doubtful, "checking images", unit="img", disable=None, leave=False)
-        refreshed = {old.path: self._refreshed(old) for old in progress}
-        if any(record is None for record in refreshed.values()):
-            return None
-        records = [refreshed.get(r.path, r) or r for r in index.records]
-        index = replace(index, hashed_at_ns=now, records=records)
-        if os.access(self.folder, os.W_OK):
+        for row in tqdm(doubtful, "checking images", unit="img", disable=None, leave=False):
+            record = self._refreshed(records[row])
+            if record is None:
+                return None
+            records[row] = record
+        if doubtful:
+            index = replace(index, hashed_at_ns=now)
             self._write_refreshed_index(index)
         return index
 
     def _write_refreshed_index(self, index: CacheIndex) -> None:
         """Writes the index, which saves time, where nobody else is writing or may write alone."""
+        if not os.access(self.folder, os.W_OK):
+            return
         with (
             contextlib.suppress(Timeout, PermissionError),
             lock(self.folder / ".lock").acquire(timeout=0),
@@ -205,12 +202,23 @@ class ArrayCache:
 
     def _write_arrays(self, images: str, thumbnails: str, paths: Sequence[str]) -> list[FileRecord]:
         shapes = self._shapes(len(paths))
+        pool = ThreadPoolExecutor(self.num_workers or cpu_count())
         try:
             with (
                 new_array(self.folder / images, shapes[0]) as write_image,
                 new_array(self.folder / thumbnails, shapes[1]) as write_thumbnail,
             ):
-                return self._write_rows(write_image, write_thumbnail, paths)
+                write_row = functools.partial(self._write_row, write_image, write_thumbnail)
+                # A part at a time, or the tasks that wait would fill the memory.
+                done = itertools.chain.from_iterable(
+                    pool.map(write_row, itertools.count(start), paths[start : start + 1024])
+                    for start in range(0, len(paths), 1024)
+                )
+                bar = tqdm(done, "preparing images", len(paths), False, unit="img", disable=None)
+                try:
+                    return list(bar)
+                finally:
+                    pool.shutdown(cancel_futures=True)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -218,21 +226,6 @@ class ArrayCache:
                 "elsewhere with --cache_dir (cache_dir)",
                 str(self.folder / images),
             ) from error
-
-    def _write_rows(
-        self, write_image: WriteRow, write_thumbnail: WriteRow, paths: Sequence[str]
-    ) -> list[FileRecord]:
-        pool = ThreadPoolExecutor(self.num_workers)
-        write_row = functools.partial(self._write_row, write_image, write_thumbnail)
-        # A part at a time, or the tasks that wait would fill the memory.
-        done = itertools.chain.from_iterable(
-            pool.map(write_row, itertools.count(start), paths[start : start + 1024])
-            for start in range(0, len(paths), 1024)
-        )
-        try:
-            return list(tqdm(done, "preparing images", len(paths), False, unit="img", disable=None))
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _write_row(
         self, write_image: WriteRow, write_thumbnail: WriteRow, row: int, path: str
@@ -269,13 +262,11 @@ class ArrayCache:
         return np.load(self.folder / index.thumbnails, mmap_mode="r")
 
     def _shapes(self, num_images: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the shapes of the array of images and of that of their thumbnails."""
         side, size = self.image_size, audit.THUMBNAIL_SIZE
         return (num_images, side, side, 3), (num_images, size, size)
 
     def _write_index(self, index: CacheIndex) -> None:
-        names = [field.name for field in fields(FileRecord)]
-        columns = [[getattr(record, name) for record in index.records] for name in names]
+        columns = [*zip(*(vars(record).values() for record in index.records), strict=True)]
         near = index.near_duplicates.to_dict("list")
         contents = vars(index) | {"records": columns, "near_duplicates": near}
         write_text(self.folder / "index.json", json.dumps(contents))
@@ -293,7 +284,7 @@ class PreparedImages(NamedTuple):
     metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
     given: pd.DataFrame  # the columns of metadata_csv
     cache: ArrayCache
-    index: CacheIndex
+    cache_index: CacheIndex
 
 
 @contextmanager
@@ -303,14 +294,11 @@ def new_array(path: Path, shape: tuple[int, ...]) -> Iterator[WriteRow]:
     The space on disk is reserved first, where the file system can. Rows are written, not mapped:
     where it has promised too much, that is an OSError, not a signal that kills the process.
     """
+    start = np.lib.format.open_memmap(path, "w+", np.uint8, shape=shape).offset  # all zeros
     writing = threading.Lock()
-    with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        start, num_bytes = file.tell(), math.prod(shape)
-        file.truncate(start + num_bytes)  # rows that are never written are zeros
+    with open(path, "r+b") as file:
         try:
-            os.posix_fallocate(file.fileno(), start, num_bytes)
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except (AttributeError, OSError) as error:
             if getattr(error, "errno", errno.ENOSYS) not in CANNOT_RESERVE:
                 raise

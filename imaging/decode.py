@@ -68,16 +68,14 @@ def read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
     opened or has more than `MAX_BYTES`.
     """
     try:
-        # A pipe would be waited on for ever, so the kind of file is looked at before it is opened.
+        # A pipe would be waited on for ever, so the kind of file is checked before opening it.
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             raise UnreadableImageError("a folder")
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImageError("not a regular file")
         if status.st_size > MAX_BYTES:
-            raise UnreadableImageError(
-                f"{status.st_size:,} bytes are more than the limit of {MAX_BYTES:,}"
-            )
+            raise UnreadableImageError(f"{status.st_size:,} bytes, over the limit of {MAX_BYTES:,}")
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             return file.read(), status
@@ -106,10 +104,6 @@ def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Imag
         if file.format == "WEBP":
             orientation = _orientation(file.info.get("exif", b""))
         image = _to_rgb(file)
-    except UnreadableImageError:
-        raise
-    except Image.DecompressionBombError as error:  # where Pillow looks for itself before we can
-        raise UnreadableImageError(f"pixels are more than the limit of {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow documents no closed set of errors for damaged files
         raise UnreadableImageError(str(error).strip() or type(error).__name__) from error
     if orientation in TURN_UPRIGHT:
@@ -186,21 +180,15 @@ def _open(contents: bytes) -> tuple[ImageFile, int]:
 
 def _check_limits(image: ImageFile, num_bytes: int, num_scans: int) -> None:
     width, height = image.size
-    num_pixels = width * height
+    num_pixels, size = width * height, f"{width:,} x {height:,}"
     if num_pixels > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"{width:,} x {height:,} pixels are more than the limit of {MAX_PIXELS:,}"
-        )
+        raise UnreadableImageError(f"{size} pixels, over the limit of {MAX_PIXELS:,}")
     if num_scans * max(num_pixels, 1_000_000) > MAX_SCANNED_PIXELS:
-        raise UnreadableImageError(
-            f"{num_scans:,} scans are more than a JPEG of {width:,} x {height:,} may have"
-        )
+        raise UnreadableImageError(f"{num_scans:,} scans, too many for a JPEG of {size} pixels")
     # A row counts as 256, as one code skips as many and Pillow fills them before it looks.
     cost = max(width * max(height, 256), num_bytes)
     if image.tile and image.tile[0][0] == "bmp_rle" and cost > MAX_RLE_PIXELS:
-        raise UnreadableImageError(
-            f"a run-length-encoded BMP of more than {MAX_RLE_PIXELS:,} pixels or bytes"
-        )
+        raise UnreadableImageError(f"a run-length-encoded BMP of over {MAX_RLE_PIXELS:,} pixels")
     # What strips or tiles do not cover, Pillow would leave black.
     boxes = (tile[1] or (0, 0, 0, 0) for tile in image.tile)
     covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
@@ -249,7 +237,7 @@ def _strip_png(contents: bytes) -> tuple[bytes, int]:
     kept: list[bytes | memoryview] = [PNG_SIGNATURE]
     for _ in range(MAX_PARTS):
         if at + 12 > len(contents) and kept[-1][4:8] == b"IDAT":
-            return b"".join(kept), orientation  # whether pixels lack too, the decoder sees
+            return b"".join(kept), orientation  # the decoder notices missing pixels
         length, kind = int.from_bytes(view[at : at + 4], "big"), contents[at + 4 : at + 8]
         end = at + 12 + length
         if end > len(contents):
@@ -285,7 +273,7 @@ def _strip_tiff(contents: bytes) -> tuple[bytes, int]:
 
 
 def _orientation(exif: bytes) -> int:
-    """Returns the orientation that EXIF, or a TIFF, tells: 1 to 8, and 1 where it is not valid."""
+    """Returns the orientation in EXIF data or a TIFF: 1 to 8, and 1 where it is not valid."""
     exif = exif.removeprefix(b"Exif\0\0")
     if not exif.startswith(TIFF_SIGNATURES):
         return 1

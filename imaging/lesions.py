@@ -8,9 +8,9 @@ situ)" is a melanoma, but "melanoma-like nevus" is unknown.
 import re
 import tomllib
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,12 @@ class Diagnosis:
 
     name: str
     is_malignant: bool | None = None  # None where the name leaves it open
-    spellings: tuple[str, ...] = ()
-    qualifiers: tuple[str, ...] = ()
-
-
-def _diagnosis(fields: dict[str, Any]) -> Diagnosis:
-    values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in fields.items()}
-    return Diagnosis(**values)
+    spellings: Sequence[str] = ()
+    qualifiers: Sequence[str] = ()
 
 
 _CONTENTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-DIAGNOSES = tuple(map(_diagnosis, _CONTENTS["diagnoses"]))
+DIAGNOSES = tuple(Diagnosis(**fields) for fields in _CONTENTS["diagnoses"])
 _IRREGULAR_PLURALS = {
     "nevi": "nevus",
     "keratoses": "keratosis",

@@ -9,12 +9,11 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from storage.files import printable, read_csv
+from storage.files import is_utf8, printable, read_csv
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # images as well, so reported
 STEM_COLUMNS = ("image_id", "image_name", "isic_id")  # HAM10000's, the 2020 challenge's, ISIC's
-_KEY_COLUMNS = ("path", *STEM_COLUMNS)  # by which tables name images
 IMAGE_COLUMNS = ["path", "class", "source_split"]  # which every reader gives
 METADATA_COLUMNS = (
     "path", "class", "label", "source_split", "width", "height", "content_hash", "picture", "group",
@@ -47,10 +46,8 @@ class Reader:
 def read_folder(data_dir: str | Path) -> pd.DataFrame:
     """Returns the images of a folder, sorted by path, from the last reader that recognizes it."""
     data_dir = Path(data_dir)
-    name, reader = next(
-        (name, reader) for name, reader in reversed(READERS.items()) if reader.recognizes(data_dir)
-    )
-    images = reader.read(data_dir)
+    name = next(name for name in reversed(READERS) if READERS[name].recognizes(data_dir))
+    images = READERS[name].read(data_dir)
     for column in IMAGE_COLUMNS:
         if column not in images or images[column].isna().any():
             raise ValueError(
@@ -98,25 +95,17 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
     # One system writes é as one character, another as e and an accent: it is the same class.
     classes = [unicodedata.normalize("NFC", parent[-1]) for parent in parents]
     for name in classes:
-        if not _is_unicode(name):
+        if not is_utf8(name):
             raise ValueError(
-                f"{folder}: the name of the class folder {printable(name)} is not valid UTF-8; "
-                "rename it"
+                f"{folder}: the class folder {printable(name)} is not valid UTF-8; rename it"
             )
     if len(set(classes)) < 2:
-        raise ValueError(
-            f"{folder}: all images are of one class, {printable(classes[0])}; a classifier needs "
-            "two or more"
-        )
+        raise ValueError(f"{folder}: all images are of one class, {printable(classes[0])}")
     return classes
 
 
 # To add a layout, add its reader at the end; the last one that recognizes a folder reads it.
 READERS = {"class folders": Reader(recognizes=lambda folder: True, read=find_images)}
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)  # no surrogates
 
 
 def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]:
@@ -147,29 +136,31 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     table = read_csv(path)
     missing = [name for name in columns if name not in table]
     if missing:
-        raise ValueError(
-            f"{printable(path)}: no column {', '.join(missing)}; it has "
-            f"{', '.join(map(printable, table.columns))}"
-        )
+        known = ", ".join(map(printable, table.columns))
+        raise ValueError(f"{printable(path)}: no column {', '.join(missing)}; it has {known}")
     return table
 
 
-def join_table(paths: Iterable[str], table: pd.DataFrame, name: str | Path) -> pd.DataFrame:
+def join_table(
+    paths: Iterable[str], table: pd.DataFrame, name: str | Path, *, warn_unmatched: bool = False
+) -> pd.DataFrame:
     """Returns the table's row for each image, in the images' order; empty values where it has none.
 
     Images are matched by `path`, relative to the data's folder, or else by the file's name without
     its suffix in one of `STEM_COLUMNS`. `name` is what errors call the table. Raises ValueError if
-    the table has no such column, has two rows for an image, or matches no image.
+    the table has no such column, has two rows for an image, or matches no image. With
+    `warn_unmatched`, warns of rows that match no image.
     """
-    key, wanted = _match_by(paths, table)
+    keys = ("path", *STEM_COLUMNS)
+    key = next((column for column in keys if column in table), None)
     if key is None:
-        raise ValueError(
-            f"{printable(name)}: no column {', '.join(_KEY_COLUMNS)} to match its rows to images"
-        )
+        raise ValueError(f"{printable(name)}: no column {', '.join(keys)} to match images by")
     if len(table) == 0:
         raise ValueError(f"{printable(name)}: has no rows")
+    wanted = pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
     rows = table.set_index(key)
-    found = rows[rows.index.isin(wanted)]
+    is_wanted = rows.index.isin(wanted)
+    found, others = rows[is_wanted], rows.index[~is_wanted]
     if len(found) == 0:
         raise ValueError(
             f"{printable(name)}: matches no image; its {key} are like {rows.index[0]!r}, those of "
@@ -178,38 +169,20 @@ def join_table(paths: Iterable[str], table: pd.DataFrame, name: str | Path) -> p
     if found.index.has_duplicates:
         twice = found.index[found.index.duplicated()][0]
         raise ValueError(f"{printable(name)}: has more than one row for {printable(twice)}")
+    if warn_unmatched and len(others) > 0:
+        warnings.warn(
+            f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such as "
+            f"{printable(others[0])}",
+            stacklevel=6,
+        )
     return found.reindex(wanted).reset_index(drop=True)
 
 
-def _match_by(paths: Iterable[str], table: pd.DataFrame) -> tuple[str | None, pd.Index]:
-    """Returns the column by which the table names images, and what it holds for these images."""
-    key = next((column for column in _KEY_COLUMNS if column in table), None)
-    return key, pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
-
-
 def read_columns(
-    name: str | Path,
-    columns: Sequence[str],
-    paths: Iterable[str],
-    *,
-    warns_of_other_rows: bool = False,
+    name: str | Path, columns: Sequence[str], paths: Iterable[str], *, warn_unmatched: bool = False
 ) -> pd.DataFrame:
-    """Returns a CSV file's row for each image, see `read_table` and `join_table`.
-
-    With `warns_of_other_rows`, rows that match no image are worth a warning.
-    """
-    table = read_table(name, columns)
-    joined = join_table(paths, table, name)
-    if warns_of_other_rows:
-        key, known = _match_by(paths, table)
-        others = table[key][~table[key].isin(known)]
-        if len(others) > 0:
-            warnings.warn(
-                f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such "
-                f"as {printable(others.iloc[0])}",
-                stacklevel=5,
-            )
-    return joined
+    """Returns a CSV file's row for each image, see `read_table` and `join_table`."""
+    return join_table(paths, read_table(name, columns), name, warn_unmatched=warn_unmatched)
 
 
 def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataFrame:
@@ -218,10 +191,10 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
     Raises ValueError for an image that has neither, and if all are of one class.
     """
     is_correction = "class" in images
-    labels = read_columns(name, [column], images["path"], warns_of_other_rows=is_correction)[column]
+    labels = read_columns(name, [column], images["path"], warn_unmatched=is_correction)[column]
     if is_correction:
         labels = labels.fillna(images["class"])
-    check_complete(labels, images["path"], name, advice="; add them or move these images away")
+    check_complete(labels, images["path"], name)
     if labels.nunique() < 2:
         raise ValueError(f"{printable(name)}: all images are of one class")
     return images.assign(**{"class": labels})
@@ -239,32 +212,24 @@ def read_metadata(
     if name is not None:
         given = pd.concat([given, read_columns(name, missing, images["path"])], axis=1)
     elif missing:
-        raise ValueError(
-            "group_by needs the table its columns are in: metadata_csv; the folder's layout gives "
-            f"no {printable(missing[0])}"
-        )
+        raise ValueError(f"group_by needs metadata_csv: the folder has no {printable(missing[0])}")
     given = given.rename(columns=given_name)
     if given.columns.has_duplicates:
         column = printable(given.columns[given.columns.duplicated()][0])
         table = "" if name is None else f"{printable(name)}: "
-        raise ValueError(
-            f"{table}more than one column would be called {column} in the metadata; rename or "
-            "remove one"
-        )
+        raise ValueError(f"{table}more than one column would be called {column}; rename one")
     return given
 
 
-def check_complete(
-    values: pd.Series, paths: pd.Series, name: str | Path, *, advice: str = ""
-) -> None:
+def check_complete(values: pd.Series, paths: pd.Series, name: str | Path) -> None:
     """Raises ValueError if a table gives some images no value, or a name that is not Unicode."""
     without = paths[values.isna().to_numpy()]
     if len(without) > 0:
         raise ValueError(
             f"{printable(name)}: no {values.name} for {len(without)} of {len(paths)} images, such "
-            f"as {printable(without.iloc[0])}{advice}"
+            f"as {printable(without.iloc[0])}; add them or move these images away"
         )
-    invalid = values[~values.map(_is_unicode).astype(bool)]
+    invalid = values[~values.map(is_utf8).astype(bool)]
     if len(invalid) > 0:
         raise ValueError(
             f"{printable(name)}: {printable(invalid.iloc[0])} is not valid UTF-8; save the table "
@@ -286,9 +251,7 @@ def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
     split = split_of_folder(images["source_split"])
     if split.isna().any():
         stray = images["path"][split.isna()].iloc[0]
-        raise ValueError(
-            f"{printable(stray)} is in no folder named Train, Valid or Test, which split_by needs"
-        )
+        raise ValueError(f"split_by: {printable(stray)} is in no folder named Train, Valid or Test")
     missing = sorted({"train", "test"} - set(split))
     if missing:
         raise ValueError(f"{printable(data_dir)}: no folder for the {missing[0]} split")

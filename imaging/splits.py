@@ -71,9 +71,7 @@ def _assign_splits(
     for kind in range(len(kinds)):
         members = np.flatnonzero(kind_of_group == kind)
         members = members[first_rows[members].argsort()]
-        split_of_group[rng.permutation(members)] = np.repeat(
-            np.arange(len(fractions)), numbers[kind]
-        )
+        split_of_group[rng.permutation(members)] = np.arange(len(fractions)).repeat(numbers[kind])
     return split_of_group[group_of_row]
 
 
@@ -103,14 +101,12 @@ def k_fold_splits(
 def _warn_of_classes_with_few_groups(metadata: pd.DataFrame, k: int) -> None:
     name_column = "class" if "class" in metadata else "label"
     num_groups = metadata.groupby(name_column, observed=True)["group"].nunique()
-    few = [
-        f"{printable(str(name))} ({number} {'group' if number == 1 else 'groups'})"
-        for name, number in num_groups[num_groups < k].items()
-    ]
-    if few:
+    few = num_groups[num_groups < k]
+    if len(few) > 0:
+        names = ", ".join(f"{printable(str(name))} ({number})" for name, number in few.items())
         warnings.warn(
-            f"classes with fewer groups than k={k}: {', '.join(few)}; some validation parts lack "
-            "them, and a class of a single group is never both trained and validated on",
+            f"classes with fewer groups than k={k}: {names}; some validation parts lack them, and "
+            "a class of a single group is never both trained and validated on",
             stacklevel=3,
         )
 
@@ -200,17 +196,15 @@ def _largest_remainder(total: int, fractions: np.ndarray) -> np.ndarray:
 
 def warn_of_missing_classes(metadata: pd.DataFrame, names: Sequence[str]) -> None:
     """Warns of classes that have no image in one of the splits."""
-    table = pd.crosstab(metadata["class"], metadata["split"]).reindex(
-        columns=list(names), fill_value=0
-    )
+    counts = pd.crosstab(metadata["class"], metadata["split"])
+    counts = counts.reindex(columns=list(names), fill_value=0)
     lacks = [
         f"{printable(str(name))} ({row.sum()} images) is not in {', '.join(row.index[row == 0])}"
-        for name, row in table.iterrows()
+        for name, row in counts.iterrows()
         if (row == 0).any()
     ]
     if lacks:
-        message = "; ".join(lacks)
-        warnings.warn(f"not every split has every class: {message}", stacklevel=3)
+        warnings.warn(f"not every split has every class: {'; '.join(lacks)}", stacklevel=3)
 
 
 def warn_of_divided_groups(groups: np.ndarray, split: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from imaging.audit import (
     THUMBNAIL_SIZE,
     audit,
     find_near_duplicates,
-    number_pictures,
+    number_originals,
     summarise,
     unavoidable_errors,
     worst_pairs,
@@ -37,13 +37,13 @@ def lesions():
     return [draw_lesion(CLASSES[i % len(CLASSES)], rng, 96) for i in range(90)]
 
 
-def table(paths, classes, hashes, pictures=None, splits=None):
+def table(paths, classes, hashes, originals=None, splits=None):
     return pd.DataFrame(
         {
             "path": paths,
             "class": classes,
             "content_hash": hashes,
-            "picture": hashes if pictures is None else pictures,
+            "picture": hashes if originals is None else originals,
             "split": splits or [""] * len(paths),
             "width": 600,
             "height": 450,
@@ -107,8 +107,8 @@ def test_hundreds_of_copies_of_two_images_have_two_numbers(lesions):
     rng = np.random.default_rng(0)
     thumbnails = np.stack([thumbnail(lesions[i % 2]) for i in range(300)]).astype(int)
     thumbnails = (thumbnails + rng.integers(-2, 3, thumbnails.shape)).clip(0, 255).astype(np.uint8)
-    pictures = number_pictures(range(300), near(thumbnails), thumbnails)
-    assert pictures.tolist() == [0, 1] * 150
+    originals = number_originals(range(300), near(thumbnails), thumbnails)
+    assert originals.tolist() == [0, 1] * 150
 
 
 def test_copies_of_an_image_have_one_number(lesions):
@@ -116,8 +116,8 @@ def test_copies_of_an_image_have_one_number(lesions):
     thumbnails += [thumbnail(reencoded(lesions[3], 60)), thumbnails[1]]
     thumbnails += [thumbnail(lesions[3].transpose(Image.Transpose.ROTATE_90))]
     hashes = ["a", "b", "c", "d", "e", "d again", "b", "d turned"]
-    pictures = number_pictures(hashes, near(np.stack(thumbnails), hashes), np.stack(thumbnails))
-    assert pictures.tolist() == [0, 1, 2, 3, 4, 3, 1, 3]
+    originals = number_originals(hashes, near(np.stack(thumbnails), hashes), np.stack(thumbnails))
+    assert originals.tolist() == [0, 1, 2, 3, 4, 3, 1, 3]
 
 
 def test_a_series_that_changes_by_small_steps_has_several_numbers(lesions):
@@ -129,10 +129,10 @@ def test_a_series_that_changes_by_small_steps_has_several_numbers(lesions):
     assert set(zip(range(59), range(1, 60), strict=True)) <= set(
         zip(found["first"], found["second"], strict=True)
     )
-    pictures = number_pictures(range(60), found, series)
-    assert pictures[0] != pictures[-1]
-    for number in set(pictures):
-        members = series[pictures == number]
+    originals = number_originals(range(60), found, series)
+    assert originals[0] != originals[-1]
+    for number in set(originals):
+        members = series[originals == number]
         apart = find_near_duplicates(members, range(len(members)), max_distance=2)
         assert len(apart) == len(members) * (len(members) - 1) / 2
         assert apart["distance"].max() <= 2 * MAX_DISTANCE + 1e-6
@@ -158,7 +158,7 @@ def test_each_kind_of_finding_names_its_images_and_classes(lesions):
     ramp = np.arange(1024).astype(np.uint8).reshape(32, 32)
     thumbnails = np.stack([*thumbnails, blank + 7, ramp, blank, blank])
     found = near(thumbnails, images["content_hash"])
-    images["picture"] = number_pictures(images["content_hash"], found, thumbnails)
+    images["picture"] = number_originals(images["content_hash"], found, thumbnails)
     findings = audit(images, found, thumbnails)
     named = [(row.kind, row.images, row.classes) for row in findings.itertuples()]
     assert named == [
@@ -189,11 +189,11 @@ def test_an_image_in_many_files_is_one_contradiction_and_one_leak(lesions):
     images = table(list("wxyz"), ["a", "a", "b", "c"], ["one", "one", "two", "three"])
     images["split"] = ["", "train", "test", "test"]
     found = near(thumbnails, images["content_hash"])
-    images["picture"] = number_pictures(images["content_hash"], found, thumbnails)
+    images["picture"] = number_originals(images["content_hash"], found, thumbnails)
     findings = audit(images, found, thumbnails)
-    of_pictures = findings[findings["kind"].isin(["contradiction", "leakage"])]
-    assert of_pictures["images"].tolist() == [tuple("wxyz")] * 2
-    assert (of_pictures["distance"] == found["distance"].max()).all()
+    of_originals = findings[findings["kind"].isin(["contradiction", "leakage"])]
+    assert of_originals["images"].tolist() == [tuple("wxyz")] * 2
+    assert (of_originals["distance"] == found["distance"].max()).all()
     assert worst_pairs(findings)["classes"][0] == ("a", "b")
 
 

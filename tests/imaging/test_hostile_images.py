@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 ORIENTATION, STRIP_OFFSETS = 274, 273
 
 
-def picture(width=48, height=32):
-    """A smooth picture without symmetry, which JPEG changes little."""
+def smooth(width=48, height=32):
+    """A smooth image without symmetry, which JPEG changes little."""
     rows, columns = np.mgrid[0:height, 0:width]
     planes = [rows * 255 // height, columns * 255 // width, (rows + columns) * 2]
     return np.stack(planes, axis=-1).clip(0, 255).astype(np.uint8)
@@ -163,11 +163,11 @@ def test_exif_orientation_is_applied(kind, orientation):
 
 @pytest.mark.parametrize("orientation", [0, 9, 600])
 def test_an_orientation_that_is_none_changes_nothing(orientation):
-    contents = encoded(picture(), exif=exif_of(orientation))
-    assert np.array_equal(decoded(contents), picture())
+    contents = encoded(smooth(), exif=exif_of(orientation))
+    assert np.array_equal(decoded(contents), smooth())
 
 
-JPEG, PNG, TIFF = (encoded(picture(), kind) for kind in ("JPEG", "PNG", "TIFF"))
+JPEG, PNG, TIFF = (encoded(smooth(), kind) for kind in ("JPEG", "PNG", "TIFF"))
 BROKEN_EXIF = [
     b"Exif\0\0",
     b"Exif\0\0II*\0",
@@ -177,8 +177,8 @@ BROKEN_EXIF = [
 ]
 # A file as its name says, and what a viewer shows of it.
 SHOWN_BY_A_VIEWER = {
-    "progressive.jpg": encoded(picture(), "JPEG", progressive=True),
-    "many_scans.jpg": with_scans(encoded(picture(), "JPEG", progressive=True), 50),
+    "progressive.jpg": encoded(smooth(), "JPEG", progressive=True),
+    "many_scans.jpg": with_scans(encoded(smooth(), "JPEG", progressive=True), 50),
     "a_png_inside.jpg": PNG,
     "a_jpeg_inside.png": JPEG,
     "a_gif_only_by_name.gif": PNG,
@@ -195,21 +195,19 @@ SHOWN_BY_A_VIEWER = {
     "profile_bomb.png": with_chunk(PNG, b"iCCP", b"a\0\0" + zlib.compress(bytes(20_000_000), 1)),
     "wrong_checksum_of_a_comment.png": with_chunk(PNG, b"tEXt", b"a\0b", checksum=1),
     "no_end.png": PNG[:-12],
-    "interlaced.png": interlaced(picture()),
-    "palette.png": encoded(Image.fromarray(picture()).quantize(256)),
-    "animated.png": encoded(picture(), save_all=True, append_images=[Image.new("RGB", (48, 32))]),
+    "interlaced.png": interlaced(smooth()),
+    "palette.png": encoded(Image.fromarray(smooth()).quantize(256)),
+    "animated.png": encoded(smooth(), save_all=True, append_images=[Image.new("RGB", (48, 32))]),
     "animated.webp": encoded(
-        picture(), "WEBP", save_all=True, append_images=[Image.new("RGB", (48, 32))]
+        smooth(), "WEBP", save_all=True, append_images=[Image.new("RGB", (48, 32))]
     ),
-    "pages.tif": encoded(
-        picture(), "TIFF", save_all=True, append_images=[Image.new("RGB", (9, 9))]
-    ),
+    "pages.tif": encoded(smooth(), "TIFF", save_all=True, append_images=[Image.new("RGB", (9, 9))]),
     "pages_in_a_ring.tif": TIFF[:-4] + struct.pack("<I", 8),
-    "big.tif": encoded(picture(), "TIFF", big_tiff=True),
-    "lzw.TIFF": encoded(picture(), "TIFF", compression="tiff_lzw"),
-    "deflate.tif": encoded(picture(), "TIFF", compression="tiff_adobe_deflate"),
-    "jpeg.tif": encoded(picture(), "TIFF", compression="jpeg", quality=95),
-    "plain.bmp": encoded(picture(), "BMP"),
+    "big.tif": encoded(smooth(), "TIFF", big_tiff=True),
+    "lzw.TIFF": encoded(smooth(), "TIFF", compression="tiff_lzw"),
+    "deflate.tif": encoded(smooth(), "TIFF", compression="tiff_adobe_deflate"),
+    "jpeg.tif": encoded(smooth(), "TIFF", compression="jpeg", quality=95),
+    "plain.bmp": encoded(smooth(), "BMP"),
 }
 
 
@@ -219,7 +217,7 @@ def test_what_a_viewer_shows_is_read_quickly(tmp_path, name):
     started = time.process_time()
     image = read_image(tmp_path / name)
     assert time.process_time() - started < 2
-    assert is_close(image, picture(), tolerance=8)
+    assert is_close(image, smooth(), tolerance=8)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
@@ -275,17 +273,20 @@ REFUSED = {
     "no_end.jpg": (JPEG[:-2], "cut off"),
     "zeros_for_the_second_half.jpg": (JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), "cut off"),
     "damaged.png": (png_damaged_inside(), "wrong checksum of IDAT"),
-    "moving.gif": (encoded(picture(), "GIF"), "GIF is not supported"),
-    "a_gif_inside.jpg": (encoded(picture(), "GIF"), "GIF is not supported"),
+    "moving.gif": (encoded(smooth(), "GIF"), "GIF is not supported"),
+    "a_gif_inside.jpg": (encoded(smooth(), "GIF"), "GIF is not supported"),
     "telephone.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC and AVIF are not supported"),
-    "bomb.png": (flat_png(10_000, 10_000), "10,000 x 10,000 pixels are more than the limit"),
-    "huge.png": (flat_png(20_000, 20_000, b""), "20,000 x 20,000 pixels are more than the limit"),
-    "huge.webp": (huge_webp(), "pixels are more than the limit"),
-    "huge.tif": (with_tags(TIFF, {256: (4, 1, 2**31)}.items()), "pixels are more than the limit"),
-    "scans.jpg": (with_scans(encoded(picture(), "JPEG", progressive=True), 1001), "scans are more"),
+    "bomb.png": (flat_png(10_000, 10_000), "10,000 x 10,000 pixels, over the limit"),
+    "huge.png": (flat_png(20_000, 20_000, b""), "20,000 x 20,000 pixels, over the limit"),
+    "huge.webp": (huge_webp(), "exceeds limit of .* pixels"),
+    "huge.tif": (with_tags(TIFF, {256: (4, 1, 2**31)}.items()), "pixels, over the limit"),
+    "scans.jpg": (
+        with_scans(encoded(smooth(), "JPEG", progressive=True), 1001),
+        "scans, too many",
+    ),
     "large_scans.jpg": (
         with_scans(encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True), 60),
-        "scans are more",
+        "scans, too many",
     ),
     "segments.jpg": (with_segment(JPEG, 0xFE, b"", 100_001), "100,000 segments"),
     "chunks.png": (PNG[:33] + with_chunk(b"", b"tEXt", b"") * 100_001, "100,000 chunks"),
@@ -309,7 +310,7 @@ def test_the_rest_is_refused_quickly_with_its_name_and_reason(tmp_path, name):
 def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path):
     with open(tmp_path / "large.tif", "wb") as file:
         file.truncate(MAX_BYTES + 1)  # a hole, which takes no space
-    with pytest.raises(UnreadableImageError, match="536,870,913 bytes are more than the limit"):
+    with pytest.raises(UnreadableImageError, match="536,870,913 bytes, over the limit"):
         read_image(tmp_path / "large.tif")
 
 
@@ -323,7 +324,7 @@ def test_run_lengths_of_a_bmp_are_bounded():
     pixels = decoded(run_length_bmp(3, 2, bytes([3, 7, 0, 0, 2, 8, 1, 9, 0, 1])))
     assert (pixels[0] != pixels[1]).any()
     for width, height, data in ((3000, 3000, b""), (80_000_000, 1, b"\0\2\0\xff"), (9, 9, None)):
-        with pytest.raises(UnreadableImageError, match="run-length-encoded BMP of more than"):
+        with pytest.raises(UnreadableImageError, match="run-length-encoded BMP of over"):
             decode(run_length_bmp(width, height, bytes(2**22) if data is None else data))
 
 
@@ -425,6 +426,6 @@ def test_the_files_that_fuzzing_starts_from_are_read():
 @given(
     st.sampled_from(sorted(FILES)), st.randoms(use_true_random=False), st.sampled_from([None, 16])
 )
-def test_mutated_files_end_in_a_picture_or_a_refusal(name, rng, shorter_side):
+def test_mutated_files_end_in_an_image_or_a_refusal(name, rng, shorter_side):
     contents = mutate(FILES[name], rng)
     assert outcome_of(contents, shorter_side) in ("read", "refused")

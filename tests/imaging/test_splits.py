@@ -89,14 +89,14 @@ def test_classes_of_fewer_groups_than_folds_are_warned_of():
     sizes = {"common": 20, "rare": 3, "lone": 1}
     names = np.repeat(list(sizes), list(sizes.values()))
     metadata = pd.DataFrame({"class": names, "label": pd.factorize(names)[0], "group": range(24)})
-    message = r"classes with fewer groups than k=5: lone \(1 group\), rare \(3 groups\);"
+    message = r"classes with fewer groups than k=5: lone \(1\), rare \(3\);"
     with pytest.warns(UserWarning, match=message) as caught:
         k_fold_splits(metadata, 5)
     assert len(caught) == 1 and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         k_fold_splits(metadata[metadata["class"] == "common"], 5)
-    with pytest.warns(UserWarning, match=r"k=2: 7 \(1 group\);"):
+    with pytest.warns(UserWarning, match=r"k=2: 7 \(1\);"):
         k_fold_splits(pd.DataFrame({"label": [7, 7, 0, 0], "group": [0, 0, 1, 2]}), 2)
 
 

@@ -72,11 +72,11 @@ def test_every_image_is_an_rgb_jpeg_of_the_asked_size(hundred_images):
 
 
 def test_no_two_images_show_the_same(hundred_images):
-    pictures = {
+    digests = {
         hashlib.sha256(Image.open(path).tobytes()).hexdigest()
         for path in hundred_images.rglob("*.jpg")
     }
-    assert len(pictures) == 100
+    assert len(digests) == 100
 
 
 def test_as_many_images_as_the_isic_set_has_are_spread_as_in_the_isic_set():
