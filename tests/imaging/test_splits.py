@@ -58,12 +58,14 @@ def test_splits_of_whole_groups_are_within_the_largest_group_of_their_share(seed
     split = stratified_split(labels, groups, THREE, seed)
     for group in range(len(sizes)):
         assert len(set(split[groups == group])) == 1
+    # Groups of several classes cannot suit all of them: in 1 of some 10,000 cases an image more.
+    allowed = sizes.max() + is_mixed.any()
     for label, size in enumerate(np.bincount(labels)):
         # A class too small for one image in each split is in each nevertheless.
         lacking = sum(max(0, 1 - size * fraction) for fraction in THREE.values())
         for name, fraction in THREE.items():
             count = (split[labels == label] == name).sum()
-            assert abs(count - size * fraction) <= sizes.max() + lacking + 1e-9
+            assert abs(count - size * fraction) <= allowed + lacking + 1e-9
 
 
 def test_the_seed_decides_which_images_and_not_how_many():
