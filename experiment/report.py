@@ -80,14 +80,13 @@ class Model:
     @property
     def gap_interval(self) -> tuple[float, float] | None:
         """The interval of how far the model is behind the best one."""
-        names = ("gap_to_best_low", "gap_to_best_high")
-        return (self.gap[names[0]], self.gap[names[1]]) if set(names) <= set(self.gap) else None
+        low, high = self.gap.get("gap_to_best_low"), self.gap.get("gap_to_best_high")
+        return None if low is None or high is None else (low, high)
 
     @property
     def small_classes(self) -> list[str]:
         """The classes with too few test images, and how many they have."""
-        few = [(name, n) for name, n in self.supports.items() if n < MIN_DISTINCT_IMAGES]
-        return [f"{name} ({n})" for name, n in few]
+        return [f"{name} ({n})" for name, n in self.supports.items() if n < MIN_DISTINCT_IMAGES]
 
     @property
     def shortcuts(self) -> list[tuple[str, str, float]]:
@@ -296,7 +295,7 @@ def _with_interval(value: float | None, interval: Sequence[float] | None = None)
 
 
 def _headline(model: Model, name: str) -> str:
-    """A figure over all classes of the test split."""
+    """A metric over all classes of the test split."""
     return _with_interval(model.test.get(name), model.intervals.get(name))
 
 
@@ -315,10 +314,6 @@ def _whole(number: float | None) -> str:
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
-def _duration(seconds: float | None) -> str:
-    return DASH if seconds is None else format_duration(seconds)
 
 
 def _setting(value: Any) -> str:
@@ -391,7 +386,7 @@ def _comparison_columns(run: Run) -> dict[str, list[str]]:
     columns["weighted recall (accuracy)"] = [_headline(model, "recall") for model in models]
     times = [model.metrics.get("training_time") for model in models]
     if any(time is not None for time in times):
-        columns["training time"] = [_duration(time) for time in times]
+        columns["training time"] = [DASH if t is None else format_duration(t) for t in times]
     columns["parameters"] = [_whole(model.metrics.get("parameters")) for model in models]
     return columns
 
@@ -408,8 +403,8 @@ _PAGES = Environment(
     extensions=["jinja2.ext.do"],
 )
 _PAGES.filters |= _by_name(
-    *(_count, _duration, _embed, _estimate, _one_line, _rounded, _setting, _whole),
-    *(_with_interval, _worded),
+    *(_count, _embed, _estimate, _one_line, _rounded, _setting, _whole, _with_interval, _worded),
+    format_duration,
 )
 _PAGES.globals |= {"DASH": DASH, "MIN_DISTINCT_IMAGES": MIN_DISTINCT_IMAGES, "zip": zip} | _by_name(
     *(_comparison_columns, _confusion_in_words, _headline, _of_class, _range_over_classes),

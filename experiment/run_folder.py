@@ -9,14 +9,11 @@ import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import Timeout
 
 from storage.files import lock, remove_leftovers, write_text
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TRAINING, EVALUATION, AUDIT = "training", "evaluation", "audit"
 
@@ -24,20 +21,18 @@ TRAINING, EVALUATION, AUDIT = "training", "evaluation", "audit"
 # ever removed. `metrics.json` comes first: without it a model no longer counts as finished.
 COMPARISON_FILES = ("report.html", "comparison.csv", "comparison.png")
 EVALUATION_FILES = ("config.json", "audit.csv", "audit.png", "splits.csv", *COMPARISON_FILES)
-RUN_FIGURES = (
-    *COMPARISON_FILES, "class_distribution.png", "samples.png", "augmentations.png",
-)  # fmt: skip
-RUN_FILES = (*EVALUATION_FILES, *RUN_FIGURES[len(COMPARISON_FILES) :])
+DATA_FIGURES = ("class_distribution.png", "samples.png", "augmentations.png")
 TRAINING_FILES = ("last.pth", "model.pth", "history.csv")
+FOREIGN_FILES = ("config.json", *TRAINING_FILES)  # in no model's folder of an evaluation
 RESULT_FILES = (
     "metrics.json", "predictions.csv", "confusion_matrix.png", "class_metrics.png",
     "roc_pr_curves.png", "reliability.png", "mistakes.png", "gradcam.png",
 )  # fmt: skip
 MODEL_FILES = ("metrics.json", *TRAINING_FILES, *RESULT_FILES[1:], "learning_curves.png")
 
-# Keys of a model's record in config.json that only the images can tell; the others are settings.
+# Keys of a model's record in config.json that follow from the images; the others are settings.
 DATA, METADATA = "images and splits", "columns of metadata_csv"
-# What the figures of an evaluation depend on, in the words of a message.
+# What the metrics of an evaluation depend on, in the words of a message.
 DIFFERENCES = {
     "images": "other images or labels",
     "classes": "other classes",
@@ -155,26 +150,6 @@ def write_config(save_dir: str | Path, config: Mapping[str, Any]) -> None:
     write_text(Path(save_dir) / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def digest_images(images: "pd.DataFrame") -> str:
-    """Returns a digest of the images and their classes, 16 hex digits."""
-    return _digest_table(images[["path", "class", "content_hash"]])
-
-
-def describe_data(metadata: "pd.DataFrame") -> dict[str, str | None]:
-    """Returns the part of a model's record that follows from the metadata of its data set."""
-    from dataset import METADATA_COLUMNS
-
-    given = metadata.drop(columns=list(METADATA_COLUMNS), errors="ignore")
-    return {
-        DATA: _digest_table(metadata[["path", "class", "content_hash", "split"]]),
-        METADATA: _digest_table(given) if len(given.columns) else None,
-    }
-
-
-def _digest_table(table: "pd.DataFrame") -> str:
-    return digest(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
-
-
 def digest(contents: bytes) -> str:
     """Returns 16 hex digits that differ for other contents."""
     return hashlib.sha256(contents).hexdigest()[:16]
@@ -238,11 +213,7 @@ class TrainingFolder:
 
     def others(self, models: Sequence[str]) -> list[str]:
         """Returns the models in the folder that are not among these."""
-        return [
-            name
-            for name in self.records
-            if name not in models and self._has_any(name, ("metrics.json", "last.pth", "model.pth"))
-        ]
+        return [name for name in self.records if name not in models and self._exists(name)]
 
     def check(
         self, models: Sequence[str], run: dict[str, Any], *, resume: bool, may_replace: bool
@@ -251,10 +222,17 @@ class TrainingFolder:
 
         With `resume`, also when the folder holds the models of another run.
         """
+        differing = {name: self._differences(name, run) for name in models if self._exists(name)}
         if resume:
-            self._check_resumed(models, run)
+            for name, differences in differing.items():
+                if differences:
+                    raise ValueError(
+                        f"--resume: {self.save_dir / name} belongs to another run: "
+                        f"{'; '.join(differences)}; start afresh with --overwrite instead of "
+                        "--resume, or choose another --save_dir"
+                    )
         elif not may_replace:
-            self._check_not_lost(models, run)
+            self._check_not_lost(differing)
         of_other_data = self._of_other_data(models, run)
         if of_other_data and not may_replace:
             raise ValueError(
@@ -264,10 +242,7 @@ class TrainingFolder:
             )
 
     def check_audit(self, images: str) -> None:
-        """Raises ValueError when the folder holds a training run on other images.
-
-        `images` is what `digest_images` returns.
-        """
+        """Raises ValueError when the folder holds a training run on images of another digest."""
         if kind_of_run(self.config) == TRAINING and self.config.get("images") != images:
             raise ValueError(
                 f"{self.save_dir} holds a training run on other images; choose another --save_dir "
@@ -284,33 +259,21 @@ class TrainingFolder:
         for model in removed:
             _remove_files(self.save_dir / model, MODEL_FILES)
         _remove_empty(self.save_dir / model for model in of_other_data)
-        _remove_files(self.save_dir, RUN_FIGURES)
+        _remove_files(self.save_dir, (*COMPARISON_FILES, *DATA_FIGURES))
         return {name: record for name, record in self.records.items() if name not in removed}
 
-    def _check_resumed(self, models: Sequence[str], run: dict[str, Any]) -> None:
-        for model in models:
-            differing = self._differences(model, run)
-            if differing and self._has_any(model, ("metrics.json", "last.pth", "model.pth")):
-                raise ValueError(
-                    f"--resume: {self.save_dir / model} belongs to another run: "
-                    f"{'; '.join(differing)}; start afresh with --overwrite instead of --resume, "
-                    "or choose another --save_dir"
-                )
-
-    def _check_not_lost(self, models: Sequence[str], run: dict[str, Any]) -> None:
-        lost, ways_out = [], ["start afresh with --overwrite", "choose another --save_dir"]
-        for model in models:
-            differing = self._differences(model, run)
-            is_unfinished = self.can_be_resumed(model)
-            if is_unfinished or (differing and self._has_any(model, ("metrics.json", "model.pth"))):
-                lost.append("; ".join([self._describe(model), *differing]))
-            if is_unfinished and not differing:
-                ways_out.insert(0, "go on with --resume")
+    def _check_not_lost(self, differing: Mapping[str, list[str]]) -> None:
+        lost = {
+            name: differences
+            for name, differences in differing.items()
+            if differences or self.can_be_resumed(name)
+        }
         if lost:
-            *first, last = dict.fromkeys(ways_out)
+            described = ("; ".join([self._describe(name), *lost[name]]) for name in lost)
+            start = "Start" if all(lost.values()) else "Go on with --resume, start"
             raise ValueError(
-                f"{self.save_dir} holds what this run would replace: {'. '.join(lost)}. "
-                f"{', '.join(first).capitalize()} or {last}"
+                f"{self.save_dir} holds what this run would replace: {'. '.join(described)}. "
+                f"{start} afresh with --overwrite or choose another --save_dir"
             )
 
     def _differences(self, model: str, run: dict[str, Any]) -> list[str]:
@@ -330,16 +293,20 @@ class TrainingFolder:
         """Returns the model's name with its steps, accuracy and date."""
         steps = self.records.get(model, {}).get("num_steps")
         known = [] if steps is None else [f"{steps} steps"]
-        path = self.save_dir / model / "metrics.json"
-        if not self.is_finished(model):
-            return f"{model} ({', '.join([*known, 'unfinished'])})"
-        accuracy = _balanced_accuracy(path)
-        known += [] if accuracy is None else [f"balanced accuracy {accuracy:.3f}"]
-        finished = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
-        return f"{model} ({', '.join([*known, f'finished {finished}'])})"
+        if self.is_finished(model):
+            path = self.save_dir / model / "metrics.json"
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # of another program
+                accuracy = json.loads(path.read_text(encoding="utf-8"))["test"]["balanced_accuracy"]
+                known.append(f"balanced accuracy {accuracy:.3f}")
+            finished = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
+            known.append(f"finished {finished}")
+        else:
+            known.append("unfinished")
+        return f"{model} ({', '.join(known)})"
 
-    def _has_any(self, model: str, names: Sequence[str]) -> bool:
-        return any((self.save_dir / model / name).exists() for name in names)
+    def _exists(self, model: str) -> bool:
+        folder = self.save_dir / model
+        return any((folder / name).exists() for name in ("metrics.json", "last.pth", "model.pth"))
 
 
 @dataclass(frozen=True)
@@ -364,8 +331,8 @@ class EvaluationFolder:
         than those of an earlier evaluation.
         """
         save_dir = Path(save_dir)
-        folders = [save_dir, *(save_dir / name for name in models)]
-        for folder in folders:
+        model_folders = [save_dir / name for name in models]
+        for folder in (save_dir, *model_folders):
             check_save_dir(folder, data_dir)
         config = read_config(save_dir)
         kind = kind_of_run(config)
@@ -379,12 +346,13 @@ class EvaluationFolder:
                 f"{save_dir} is the folder of a model in the training run "
                 f"{save_dir.resolve().parent}; choose another folder for the evaluation"
             )
-        files, others = [*EVALUATION_FILES, *RESULT_FILES, *TRAINING_FILES], []
         if kind == EVALUATION:  # its own results may be there
-            folders, files = folders[1:], ["config.json", *TRAINING_FILES]
+            foreign = [folder / file for folder in model_folders for file in FOREIGN_FILES]
         else:
-            others = sorted(save_dir.glob("*/metrics.json"))
-        for path in [*(folder / file for folder in folders for file in files), *others]:
+            files = (*EVALUATION_FILES, *RESULT_FILES, *TRAINING_FILES)
+            foreign = [folder / file for folder in (save_dir, *model_folders) for file in files]
+            foreign += sorted(save_dir.glob("*/metrics.json"))
+        for path in foreign:
             if path.exists():
                 raise ValueError(f"{path} was not written by an evaluation; choose another folder")
         return cls(save_dir, config)
@@ -397,12 +365,11 @@ class EvaluationFolder:
         runs = self.config.get("runs")
         if not isinstance(runs, dict):  # written before there was such a record
             runs = {path.parent.name: {} for path in self.save_dir.glob("*/metrics.json")}
-        of_others = ("config.json", *TRAINING_FILES)
         return {
             name: record
             for name, record in _valid_records(runs).items()
             if (self.save_dir / name).is_dir()
-            and not any((self.save_dir / name / file).exists() for file in of_others)
+            and not any((self.save_dir / name / file).exists() for file in FOREIGN_FILES)
         }
 
     def measured(
@@ -414,14 +381,12 @@ class EvaluationFolder:
         results would be lost: of other images or classes, or of another model of the same name.
         """
         any_run, kept = next(iter(runs.values())), {}
-        same_for_all: Mapping[str, Any] = {
-            what: any_run[what] for what in ("images", "classes") if what in any_run
-        }
+        of_all_models = {what: any_run[what] for what in ("images", "classes") if what in any_run}
         for name, before in self.records.items():
             is_finished = (self.save_dir / name / "metrics.json").exists()
             if not is_finished or (overwrite and name in runs):
                 continue
-            now = runs.get(name, same_for_all)
+            now = runs.get(name, of_all_models)
             differing = [DIFFERENCES[what] for what in now if before.get(what) != now[what]]
             if differing and not overwrite:
                 words = ", ".join(differing) if before else "no record of its images"
@@ -455,13 +420,6 @@ def _belongs_to_training(folder: Path) -> bool:
         return False
     names = {*(config.get("runs") or ()), *(config.get("settings", {}).get("models") or ())}
     return kind_of_run(config) == TRAINING and folder.name in names
-
-
-def _balanced_accuracy(path: Path) -> float | None:
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["test"]["balanced_accuracy"])
-    except (ValueError, KeyError, TypeError):  # not a file of this program
-        return None
 
 
 def _remove_files(folder: Path, names: Sequence[str]) -> None:

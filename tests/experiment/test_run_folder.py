@@ -19,10 +19,11 @@ from experiment.results import EvaluationSettings, evaluate_folder
 from experiment.run_folder import (
     AUDIT,
     DATA,
+    DATA_FIGURES,
     EVALUATION,
+    EVALUATION_FILES,
     METADATA,
     MODEL_FILES,
-    RUN_FILES,
     TRAINING,
     TrainingFolder,
     kind_of_run,
@@ -32,6 +33,7 @@ from imaging import cache
 from imaging.synthetic import make_dataset
 from train_models import DEMO_SETTINGS, main
 
+RUN_FILES = {*EVALUATION_FILES, *DATA_FIGURES}
 RUN = {"num_steps": 2, "seed": 42, DATA: "these", METADATA: None}
 OTHER_SETTINGS, OTHER_DATA = RUN | {"num_steps": 60}, RUN | {DATA: "those"}
 STATES = {
