@@ -228,7 +228,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
         if path is None:
             continue
         check_file_to_write(path, suffixes)
-        if any(_is_same_file(path, other) for other in (*settings.model, *settings.images)):
+        read = [other for other in (*settings.model, *settings.images) if os.path.exists(other)]
+        if os.path.exists(path) and any(os.path.samefile(path, other) for other in read):
             raise ValueError(f"{path} is to be read as well; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
             raise ValueError(
@@ -247,10 +248,6 @@ def _check_nothing_is_lost(settings: Settings) -> None:
             f"{folder} has overlays of {len(overlays)} of these images, such as {overlays[0]}, "
             "which would be lost; --overwrite replaces them, or choose another folder"
         )
-
-
-def _is_same_file(path: str, other: str) -> bool:
-    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:

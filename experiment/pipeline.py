@@ -248,18 +248,20 @@ def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
 
 def _check_run(settings: Settings, is_demo: bool) -> torch.device:
     """Checks `save_dir`, device and weights, which may be downloaded, and returns the device."""
-    folder = TrainingFolder.read(settings.save_dir)
     device = choose_own_device(settings.device)
-    run = _describe_run(settings, device)
-    _check_folder(folder, settings, run, is_demo)
-    _check_weights(settings, folder.not_done(settings.models, run, settings.overwrite))
+    _, trained = _check_folder(settings, _describe_run(settings, device), is_demo)
+    _check_weights(settings, trained)
     return device
 
 
 def _check_folder(
-    folder: TrainingFolder, settings: Settings, run: dict[str, Any], is_demo: bool
-) -> None:
-    """Raises ValueError when the run would lose results in `save_dir`."""
+    settings: Settings, run: dict[str, Any], is_demo: bool
+) -> tuple[TrainingFolder, list[str]]:
+    """Returns `save_dir` and the models to train; raises ValueError for results that would be lost.
+
+    `run` is as `TrainingFolder` describes it.
+    """
+    folder = TrainingFolder.read(settings.save_dir)
     earlier = folder.config.get("settings", {}).get("data_dir", settings.data_dir)
     is_of_demo = (
         is_demo
@@ -268,6 +270,7 @@ def _check_folder(
     )
     may_replace = settings.overwrite or is_of_demo
     folder.check(settings.models, run, resume=settings.resume, may_replace=may_replace)
+    return folder, [m for m in settings.models if settings.overwrite or not folder.is_done(m, run)]
 
 
 def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
@@ -287,14 +290,12 @@ def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
 
 def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_demo: bool) -> None:
     """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`."""
-    folder = TrainingFolder.read(settings.save_dir)
     columns = data.metadata.columns.drop(list(METADATA_COLUMNS), errors="ignore")
     run = _describe_run(settings, device) | {
         DATA: _digest(data.metadata[["path", "class", "content_hash", "split"]]),
         METADATA: _digest(data.metadata[columns]) if len(columns) else None,
     }
-    _check_folder(folder, settings, run, is_demo)
-    trained = folder.not_done(settings.models, run, settings.overwrite)
+    folder, trained = _check_folder(settings, run, is_demo)
     resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
     records = folder.make_room([m for m in trained if m not in resumed], run)
     if not trained:

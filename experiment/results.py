@@ -422,13 +422,11 @@ def _measure(
     device: torch.device,
 ) -> None:
     loader = create_dataloaders({"test": dataset}, settings.batch_size, device=device)["test"]
-    precision, seed = (
-        name_of_precision(resolve_precision(settings.precision, device)),
-        settings.seed,
-    )
+    precision = name_of_precision(resolve_precision(settings.precision, device))
     for name, (model, info) in models.items():
         found = evaluate(model, loader, device=device, precision=precision)
-        save_results(save_dir / name, model, info, found, dataset, precision=precision, seed=seed)
+        folder, seed = save_dir / name, settings.seed
+        save_results(folder, model, info, found, dataset, precision=precision, seed=seed)
 
 
 def _warn_of_measured(save_dir: Path, names: Sequence[str]) -> None:

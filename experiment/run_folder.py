@@ -207,10 +207,6 @@ class TrainingFolder:
         """Returns whether the model is finished, with the settings and data of this run."""
         return self.is_finished(model) and not self._differences(model, run)
 
-    def not_done(self, models: Sequence[str], run: dict[str, Any], overwrite: bool) -> list[str]:
-        """Returns the models that this run has to train, which are all with `overwrite`."""
-        return [model for model in models if overwrite or not self.is_done(model, run)]
-
     def others(self, models: Sequence[str]) -> list[str]:
         """Returns the models in the folder that are not among these."""
         return [name for name in self.records if name not in models and self._exists(name)]
@@ -381,7 +377,7 @@ class EvaluationFolder:
         results would be lost: of other images or classes, or of another model of the same name.
         """
         any_run, kept = next(iter(runs.values())), {}
-        of_all_models = {what: any_run[what] for what in ("images", "classes") if what in any_run}
+        of_all_models = {what: any_run[what] for what in any_run if what in ("images", "classes")}
         for name, before in self.records.items():
             is_finished = (self.save_dir / name / "metrics.json").exists()
             if not is_finished or (overwrite and name in runs):

@@ -25,6 +25,7 @@ from experiment.run_folder import claim
 from models import get_model, load_model
 from predict import main as predict_main
 from storage.tensors import save_tensors
+from tests.samples import snapshot, training_flags
 from train_models import main
 from training import NonFiniteLossError, make_optimizer, train, warmup_cosine
 
@@ -213,16 +214,9 @@ def test_another_thread_leaves_the_handlers_alone(loaders, at_step):
 @pytest.fixture
 def arguments(make_images, tmp_path):
     root = make_images({"melanoma": 20, "nevus": 14})
-    return [
-        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
-        "--num_steps", "6", "--eval_every", "2", "--batch_size", "8", "--device", "cpu",
-        "--models", "simple_cnn", "--checkpoint_every", "4",
-    ]  # fmt: skip
-
-
-def digest(folder):
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
-    return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    return training_flags(
+        root, tmp_path / "out", num_steps=6, models="simple_cnn", checkpoint_every=4
+    )
 
 
 def said_command(line):
@@ -455,12 +449,12 @@ def test_a_second_run_names_the_first_and_touches_nothing(
     owner = start(tmp_path / "owner.py", out, cwd=tmp_path)
     while not (tmp_path / "claimed").exists() and owner.poll() is None:
         time.sleep(0.02)
-    before = digest(out)
+    before = snapshot(out)
     for words in (arguments, [*arguments, "--resume"], [*arguments[:4], "--audit_only"]):
         assert main(words) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert f"{out} is in use by process {owner.pid} on " in line
-    assert digest(out) == before
+    assert snapshot(out) == before
     owner.kill()
     owner.wait()
     assert main(arguments) == 0  # the claim has gone with its process
