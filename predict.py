@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "predict.py"
 MAX_ROWS_PRINTED = 20  # where there is a file that has them all
-MAX_PATH_WIDTH = 60  # characters that the printed table leaves for paths; longer ones stick out
+MAX_PATH_WIDTH = 60  # characters of the column of paths in the printed table; longer ones stick out
 MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
 # Public names of this module that need torch: imported from these modules when first used.
 LATE_NAMES = {
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(argv)
     if_stopped = "nothing was written"
     if settings.evaluate is not None:
-        if_stopped = "the same command goes on with the models that are left, without --overwrite"
+        if_stopped = "the same command goes on with the remaining models, without --overwrite"
     elif settings.gradcam is not None:
         if_stopped = f"the overlays drawn so far are in {settings.gradcam}"
     too_large = f"out of memory with --batch_size {settings.batch_size}; try a smaller one"

@@ -59,7 +59,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         raise FileNotFoundError(f"--data_dir {data_dir}: no such folder")
     check_save_dir(settings.save_dir, data_dir)
     if is_first_process():
-        check_unclaimed(settings.save_dir)  # to say it at once, not after the images are prepared
+        check_unclaimed(settings.save_dir)  # now, not after the images are prepared
     from experiment import pipeline
 
     return pipeline.run(settings, is_demo)

@@ -89,7 +89,7 @@ def exit_status(
 
     The status is that of `run`, 2 after an error that the user can do something about, 130 or 143
     after SIGINT or SIGTERM. For a RuntimeError, `advice` gives the message, or None when only a
-    traceback helps. `if_stopped` tells the state after a signal, unless the block that it stopped
+    traceback helps. `if_stopped` is the state to print after a signal, unless the stopped block
     is `noting` another. Warnings are printed in one line too, if `show_warnings`.
     """
 

@@ -22,20 +22,10 @@ from dataset import (
     create_dataloaders,
 )
 from evaluation import MALIGNANT, group_by_malignancy, match_classes, screening_warnings
-from experiment import results
+from experiment import results, run_folder
 from experiment.console import format_duration, noting
 from experiment.report import write_report
-from experiment.run_folder import (
-    AUDIT,
-    DATA,
-    METADATA,
-    TRAINING,
-    TrainingFolder,
-    claim,
-    digest,
-    kind_of_run,
-    write_config,
-)
+from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
 from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
 from imaging.audit import summarise, unavoidable_errors
 from imaging.synthetic import make_dataset
@@ -135,7 +125,7 @@ def _audit_alone(builder: DatasetBuilder, settings: Settings, is_demo: bool) -> 
     with claim(save_dir):
         folder = TrainingFolder.read(save_dir)
         folder.check_audit(images)
-        if kind_of_run(folder.config) != TRAINING:
+        if run_folder.kind_of_run(folder.config) != TRAINING:
             _write_config(AUDIT, settings, is_demo, None, images=images)
         results.save_audit(save_dir, findings)
         results.plot_audit(save_dir, findings, settings.data_dir)
@@ -219,7 +209,7 @@ def _prepare_demo(settings: Settings) -> Settings:
 
 
 def _check_images(images: pd.DataFrame, settings: Settings) -> None:
-    """Raises ValueError for what can be told from the paths and tables of `list_images` alone."""
+    """Raises ValueError for mistakes that the table of `list_images` shows, without the images."""
     if settings.malignant_classes:
         match_classes(sorted(images["class"].unique()), settings.malignant_classes)
     if "split" in images:
@@ -306,7 +296,7 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
 
 
 def _digest(table: pd.DataFrame) -> str:
-    return digest(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
+    return run_folder.digest(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
 
 
 def _write_config(
@@ -320,7 +310,7 @@ def _write_config(
         "not_default": [name for name, value in chosen.items() if value != defaults[name]],
     }
     about = results.environment(device, settings.precision)
-    write_config(settings.save_dir, config | more | about)
+    run_folder.write_config(settings.save_dir, config | more | about)
 
 
 def _describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:

@@ -30,18 +30,18 @@ from imaging.lesions import is_melanoma
 from storage.files import read_csv, split_names, write_text
 
 DASH = "–"
-PIXELS_PER_INCH = 140  # at which figures are shown, so that letters are as large in all
-MIN_SHORTCUT_AUC = 0.75  # ROC AUC of a column alone that a reader should hear of at once
+PIXELS_PER_INCH = 140  # of figures on the page, so that letters are of one size in all
+MIN_SHORTCUT_AUC = 0.75  # ROC AUC of a column alone from which the report warns of it
 MAX_PNG_SIZE = 400_000  # bytes; more is a figure of photographs, a tenth as large as JPEG
 
 _HERE = Path(__file__).parent
 
 
 def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
-    """Writes `report.html` into `save_dir` from what a run left there, and returns its path.
+    """Writes `report.html` into `save_dir` from the files of a run, and returns its path.
 
     The page is one file, images inside. It shows the models in `comparison.csv`, or without that
-    all that have a `metrics.json`; any other file, or key in one, that is not there is left out.
+    all that have a `metrics.json`; any other file, or key in one, may be missing.
     Raises ValueError when no model has a `metrics.json`, or a file cannot be understood.
     """
     run = read_run(Path(save_dir))
@@ -57,11 +57,11 @@ def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------- what a run left
+# ---------------------------------------------------------------------------- the files of a run
 
 
 class Model:
-    """What a model left in its folder; empty or None where it is not there."""
+    """The files of one model; empty or None for those that are missing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +90,7 @@ class Model:
 
     @property
     def shortcuts(self) -> list[tuple[str, str, float]]:
-        """Columns that tell a screening target by themselves: column, target, ROC AUC."""
+        """Columns that predict a screening target by themselves: column, target, ROC AUC."""
         areas = [
             (column, target, within["roc_auc_of_column"])
             for column, found in self.subgroups.items()
@@ -119,7 +119,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in its folder; empty or None where it is not there."""
+    """The files of a run; empty or None for those that are missing."""
 
     folder: Path
     models: Sequence[Model]  # the best first
@@ -130,7 +130,7 @@ class Run:
 
     @property
     def equals_of_best(self) -> list[str] | None:
-        """The models that the test images do not tell from the best; None where not measured."""
+        """The models that are not clearly worse than the best one; None where not measured."""
         intervals = {model.name: model.gap_interval for model in self.models[1:]}
         if not intervals or None in intervals.values():
             return None
@@ -287,7 +287,7 @@ def _rounded(value: float | None, digits: str = "z.3f") -> str:
 
 
 def _with_interval(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """Two digits: no interval on hundreds of images would tell a third."""
+    """Two digits, as intervals on hundreds of images are too wide for a third."""
     text = _rounded(value, "z.2f")
     if value is None or interval is None:
         return text

@@ -41,15 +41,9 @@ from evaluation import (
     screening_warnings,
     typical_examples,
 )
+from experiment import run_folder
 from experiment.report import write_report
-from experiment.run_folder import (
-    EVALUATION,
-    EvaluationFolder,
-    check_unclaimed,
-    claim,
-    digest,
-    write_config,
-)
+from experiment.run_folder import EVALUATION, EvaluationFolder, claim, digest
 from imaging.audit import worst_pairs
 from imaging.lesions import normalize_name
 from inference.ensemble import check_alike
@@ -123,23 +117,19 @@ def plot_metrics(
 
     `metrics` is what `evaluate_predictions` returns.
     """
-    name, test, calibration = folder.name, metrics["test"], metrics["calibration"]
+    name, test = folder.name, metrics["test"]
+    matrix, title = np.array(test["confusion_matrix"]), f"{name}, test images"
     visualizations.plot_confusion_matrix(
-        np.array(test["confusion_matrix"]),
-        classes,
-        title=f"{name}, test images",
-        save_path=folder / "confusion_matrix.png",
+        matrix, classes, title=title, save_path=folder / "confusion_matrix.png"
     )
+    per_class, intervals = test["per_class"], metrics["test_intervals"]["per_class"]
     visualizations.plot_class_metrics(
-        test["per_class"],
-        metrics["test_intervals"]["per_class"],
-        title=name,
-        save_path=folder / "class_metrics.png",
+        per_class, intervals, title=name, save_path=folder / "class_metrics.png"
     )
     visualizations.plot_roc_pr_curves(
         y_true, calibrated, classes, title=name, save_path=folder / "roc_pr_curves.png"
     )
-    before, after = calibration["before"], calibration["after"]
+    before, after = metrics["calibration"]["before"], metrics["calibration"]["after"]
     visualizations.plot_reliability(before, after, title=name, save_path=folder / "reliability.png")
 
 
@@ -326,14 +316,14 @@ def evaluate_folder(
     """
     save_dir, named = Path(save_dir), _name_models(models)
     folder = EvaluationFolder.read(save_dir, named, data_dir)
-    check_unclaimed(save_dir)  # to say it at once, not after the images are prepared
+    run_folder.check_unclaimed(save_dir)  # now, not after the images are prepared
     device = choose_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
     loaded = _load_models(named)
     _, info = next(iter(loaded.values()))
     same = {"classes": info.classes, "precision": str(dtype).split(".")[1], "seed": settings.seed}
     runs = {name: {"model": digest(path.read_bytes())} | same for name, path in named.items()}
-    folder.measured(runs, overwrite)  # what it raises need not wait for the images
+    folder.measured(runs, overwrite)  # checked before the images are prepared, too
     with tempfile.TemporaryDirectory() as cache_dir:
         dataset, metadata, findings = _read_images(data_dir, cache_dir, info, settings)
         images = metadata[["path", "class", "content_hash"]].to_numpy().tolist()
@@ -344,18 +334,18 @@ def evaluate_folder(
             folder = EvaluationFolder.read(save_dir, named, data_dir)
             kept = folder.measured(runs, overwrite)
             folder.make_room(kept)
-            left = {name: loaded[name] for name in named if name not in kept}
+            unmeasured = {name: loaded[name] for name in named if name not in kept}
             _warn_of_measured(save_dir, [name for name in named if name in kept])
-            if left:
+            if unmeasured:
                 shown = {"model": list(map(str, models)), "data_dir": str(data_dir)}
                 shown |= asdict(settings) | {"device": str(device)}
                 about = {"kind": EVALUATION, "command": command, "settings": shown}
                 about |= {"runs": kept | runs} | environment(device, settings.precision)
-                write_config(save_dir, about)
+                run_folder.write_config(save_dir, about)
             write_csv(metadata, save_dir / "splits.csv")
             save_audit(save_dir, findings)
             plot_audit(save_dir, findings, data_dir)
-            _measure(left, save_dir, dataset, settings, device)
+            _measure(unmeasured, save_dir, dataset, settings, device)
             comparison = compare_models(save_dir, [*kept | runs], dataset, seed=settings.seed)
             write_report(save_dir)
     unreadable = findings["images"][findings["kind"] == "unreadable"]
@@ -424,9 +414,9 @@ def _measure(
     loader = create_dataloaders({"test": dataset}, settings.batch_size, device=device)["test"]
     precision = name_of_precision(resolve_precision(settings.precision, device))
     for name, (model, info) in models.items():
-        found = evaluate(model, loader, device=device, precision=precision)
+        evaluation = evaluate(model, loader, device=device, precision=precision)
         folder, seed = save_dir / name, settings.seed
-        save_results(folder, model, info, found, dataset, precision=precision, seed=seed)
+        save_results(folder, model, info, evaluation, dataset, precision=precision, seed=seed)
 
 
 def _warn_of_measured(save_dir: Path, names: Sequence[str]) -> None:
