@@ -75,7 +75,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     """
     for name in settings.models:
         check_model_name(name)
-    TrainingFolder.read(settings.save_dir)
+    TrainingFolder(settings.save_dir)  # raises what it raises before the demo's images are drawn
     if is_demo:
         settings = _prepare_demo(settings)
     builder = _make_builder(settings)
@@ -119,11 +119,11 @@ def _audit_alone(builder: DatasetBuilder, settings: Settings, is_demo: bool) -> 
     save_dir = Path(settings.save_dir)
     prepared = builder.prepare()
     images = _digest(prepared.metadata[["path", "class", "content_hash"]])
-    TrainingFolder.read(save_dir).check_audit(images)
+    TrainingFolder(save_dir).check_audit(images)
     findings = builder.audit(prepared=prepared)
     _print_audit(findings)
     with claim(save_dir):
-        folder = TrainingFolder.read(save_dir)
+        folder = TrainingFolder(save_dir)
         folder.check_audit(images)
         if run_folder.kind_of_run(folder.config) != TRAINING:
             _write_config(AUDIT, settings, is_demo, None, images=images)
@@ -251,7 +251,7 @@ def _check_folder(
 
     `run` is as `TrainingFolder` describes it.
     """
-    folder = TrainingFolder.read(settings.save_dir)
+    folder = TrainingFolder(settings.save_dir)
     earlier = folder.config.get("settings", {}).get("data_dir", settings.data_dir)
     is_of_demo = (
         is_demo
@@ -354,7 +354,7 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
             with_augmentations=settings.augmentation,
             seed=settings.seed,
         )
-        folder = TrainingFolder.read(save_dir)
+        folder = TrainingFolder(save_dir)
         models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
         _print_comparison(results.compare_models(save_dir, models, test, seed=settings.seed))
         write_report(save_dir)

@@ -12,7 +12,6 @@ import io
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
     all that have a `metrics.json`; any other file, or key in one, may be missing.
     Raises ValueError when no model has a `metrics.json`, or a file cannot be understood.
     """
-    run = read_run(Path(save_dir))
+    run = Run(Path(save_dir))
     text = _PAGES.get_template("report.html.j2").render(
         title=title or "Skin lesion classification",
         style=(_HERE / "report.css").read_text(encoding="utf-8"),
@@ -117,16 +116,31 @@ class Model:
         return {"accuracy": accuracy, "step": best["step"], "last": history["step"].max()}
 
 
-@dataclass(frozen=True)
 class Run:
-    """The files of a run; empty or None for those that are missing."""
+    """The files of a run; empty or None for those that are missing.
 
-    folder: Path
-    models: Sequence[Model]  # the best first
-    others: Sequence[str]  # models in the folder that were not compared with these
-    config: Mapping[str, Any]
-    splits: pd.DataFrame
-    findings: pd.DataFrame | None
+    Its models are those in `comparison.csv`, or without that all that have a `metrics.json`. Raises
+    ValueError when no model has one, or a file cannot be understood.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        found = [Model(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
+        if not found:
+            raise ValueError(f"{folder}: no model in it has a metrics.json; train one first")
+        table = _read_numbers(folder / "comparison.csv")
+        rows = {row["model"]: row for row in table.to_dict("records")}
+        for model in found:
+            # Runs of earlier versions call the gap `behind_best`.
+            row = rows.get(model.name, {})
+            model.gap = {str(n).replace("behind_best", "gap_to_best"): row[n] for n in row}
+        compared = [model for model in found if model.name in rows] or found
+        audit = folder / "audit.csv"
+        self.folder = folder
+        self.models = sorted(compared, key=lambda m: -(m.test.get("balanced_accuracy") or 0))
+        self.others = [model.name for model in found if model not in compared]
+        self.config = _read_json(folder / "config.json")
+        self.splits = _read_table(folder / "splits.csv")
+        self.findings = read_findings(audit) if audit.exists() else None
 
     @property
     def equals_of_best(self) -> list[str] | None:
@@ -214,34 +228,6 @@ class Run:
     def num_found(self, kind: str) -> int:
         """Returns the number of findings of one kind in the audit."""
         return 0 if self.findings is None else int((self.findings["kind"] == kind).sum())
-
-
-def read_run(folder: Path) -> Run:
-    """Reads the files of a run.
-
-    Its models are those in `comparison.csv`, or without that all that have a `metrics.json`. Raises
-    ValueError when no model has one, or a file cannot be understood.
-    """
-    found = [Model(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
-    if not found:
-        raise ValueError(f"{folder}: no model in it has a metrics.json; train one first")
-    rows = {
-        row["model"]: row for row in _read_numbers(folder / "comparison.csv").to_dict("records")
-    }
-    for model in found:
-        # Runs of earlier versions call the gap `behind_best`.
-        row = rows.get(model.name, {})
-        model.gap = {str(n).replace("behind_best", "gap_to_best"): row[n] for n in row}
-    compared = [model for model in found if model.name in rows] or found
-    audit = folder / "audit.csv"
-    return Run(
-        folder=folder,
-        models=sorted(compared, key=lambda model: -(model.test.get("balanced_accuracy") or 0)),
-        others=[model.name for model in found if model not in compared],
-        config=_read_json(folder / "config.json"),
-        splits=_read_table(folder / "splits.csv"),
-        findings=read_findings(audit) if audit.exists() else None,
-    )
 
 
 def read_findings(path: Path) -> pd.DataFrame:

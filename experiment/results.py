@@ -315,7 +315,7 @@ def evaluate_folder(
     kind of run in it, or, without `overwrite`, with results that would be lost.
     """
     save_dir, named = Path(save_dir), _name_models(models)
-    folder = EvaluationFolder.read(save_dir, named, data_dir)
+    folder = EvaluationFolder(save_dir, named, data_dir)
     run_folder.check_unclaimed(save_dir)  # now, not after the images are prepared
     device = choose_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
@@ -331,7 +331,7 @@ def evaluate_folder(
         runs = {name: run | same for name, run in runs.items()}
         with claim(save_dir):
             # Once more, as from now on nobody else writes there.
-            folder = EvaluationFolder.read(save_dir, named, data_dir)
+            folder = EvaluationFolder(save_dir, named, data_dir)
             kept = folder.measured(runs, overwrite)
             folder.make_room(kept)
             unmeasured = {name: loaded[name] for name in named if name not in kept}

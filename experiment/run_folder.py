@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,31 +163,23 @@ def _valid_records(runs: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-@dataclass(frozen=True)
 class TrainingFolder:
-    """The folder of a training run and the models in it.
+    """The folder of a training run, which need not exist, and the models in it.
 
     A model's record is a dict of all that its results depend on: settings, and under `DATA` and
     `METADATA` digests of what it was trained and tested on. The argument `run` of the methods is
     such a dict for the present run, without these two before its images have been read.
+
+    Raises ValueError when it holds an evaluation, or a `config.json` of another program.
     """
 
-    save_dir: Path
-    config: dict[str, Any]
-
-    @classmethod
-    def read(cls, save_dir: str | Path) -> "TrainingFolder":
-        """Reads the folder, which need not exist.
-
-        Raises ValueError when it holds an evaluation, or a `config.json` of another program.
-        """
-        config = read_config(save_dir)
-        if kind_of_run(config) == EVALUATION:
+    def __init__(self, save_dir: str | Path) -> None:
+        self.save_dir, self.config = Path(save_dir), read_config(save_dir)
+        if kind_of_run(self.config) == EVALUATION:
             raise ValueError(
                 f"{save_dir} holds an evaluation (predict.py --evaluate), which no other command "
                 "replaces; choose another --save_dir"
             )
-        return cls(Path(save_dir), config)
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -305,33 +296,24 @@ class TrainingFolder:
         return any((folder / name).exists() for name in ("metrics.json", "last.pth", "model.pth"))
 
 
-@dataclass(frozen=True)
 class EvaluationFolder:
-    """The folder of an evaluation (predict.py --evaluate) and the models measured in it.
+    """The folder of an evaluation (predict.py --evaluate), which need not exist, and its models.
 
     A model's record is a dict of all that its results depend on, with the keys of `DIFFERENCES`;
     `runs` are such records of the present evaluation, without that of the images before these have
     been read.
+
+    Raises ValueError when an evaluation of models of these names would write over files other than
+    those of an earlier evaluation.
     """
 
-    save_dir: Path
-    config: dict[str, Any]
-
-    @classmethod
-    def read(
-        cls, save_dir: str | Path, models: Iterable[str], data_dir: str | Path
-    ) -> "EvaluationFolder":
-        """Reads the folder, which need not exist.
-
-        Raises ValueError when an evaluation of models of these names would write over files other
-        than those of an earlier evaluation.
-        """
-        save_dir = Path(save_dir)
+    def __init__(self, save_dir: str | Path, models: Iterable[str], data_dir: str | Path) -> None:
+        self.save_dir = save_dir = Path(save_dir)
         model_folders = [save_dir / name for name in models]
         for folder in (save_dir, *model_folders):
             check_save_dir(folder, data_dir)
-        config = read_config(save_dir)
-        kind = kind_of_run(config)
+        self.config = read_config(save_dir)
+        kind = kind_of_run(self.config)
         if kind not in (None, EVALUATION):
             raise ValueError(
                 f"{save_dir} holds another kind of run ({kind}), which an evaluation would write "
@@ -351,7 +333,6 @@ class EvaluationFolder:
         for path in foreign:
             if path.exists():
                 raise ValueError(f"{path} was not written by an evaluation; choose another folder")
-        return cls(save_dir, config)
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import visualizations
 from dataset import DatasetBuilder, create_dataloaders
-from experiment import results
 from experiment.results import EvaluationSettings, evaluate_folder
 from experiment.run_folder import claim
 from models import get_model, load_model
@@ -275,7 +275,7 @@ def test_a_signal_while_figures_are_drawn_leaves_none_half_written(
         send(signal.SIGTERM, signal.SIGTERM)()
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, where, interrupted)
+        patch.setattr(visualizations, where, interrupted)
         assert main(arguments) == 143
     (line,) = capfd.readouterr().err.splitlines()
     assert not list(tmp_path.rglob("*.tmp*"))

@@ -57,7 +57,7 @@ def make_folder(root, models):
     runs = {name: record for name, (_, record) in models.items() if record is not None}
     config = {"kind": TRAINING, "settings": {}, "runs": runs}
     (root / "config.json").write_text(json.dumps(config))
-    return TrainingFolder.read(root)
+    return TrainingFolder(root)
 
 
 # ---------------------------------------------------------------------------- the rules
@@ -177,7 +177,7 @@ def test_names_of_a_config_never_reach_other_folders(tmp_path):
     config["runs"] = dict.fromkeys(("../elsewhere", "..", ".", str(tmp_path), ""), OTHER_DATA)
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     before = snapshot(tmp_path / "elsewhere")
-    folder = TrainingFolder.read(tmp_path / "out")
+    folder = TrainingFolder(tmp_path / "out")
     assert folder.records == {}
     folder.make_room(["cnn"], RUN)
     assert snapshot(tmp_path / "elsewhere") == before
