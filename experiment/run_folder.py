@@ -175,16 +175,12 @@ class TrainingFolder:
 
     def __init__(self, save_dir: str | Path) -> None:
         self.save_dir, self.config = Path(save_dir), read_config(save_dir)
+        self.records = _valid_records(self.config.get("runs"))  # of all models, finished or not
         if kind_of_run(self.config) == EVALUATION:
             raise ValueError(
                 f"{save_dir} holds an evaluation (predict.py --evaluate), which no other command "
                 "replaces; choose another --save_dir"
             )
-
-    @property
-    def records(self) -> dict[str, dict[str, Any]]:
-        """The record of each model that was trained here, finished or not."""
-        return _valid_records(self.config.get("runs"))
 
     def is_finished(self, model: str) -> bool:
         """Returns whether the model has results, of whatever run."""
@@ -243,10 +239,9 @@ class TrainingFolder:
         """
         of_other_data = self._of_other_data(models, run)
         removed = [*models, *of_other_data]
-        for model in removed:
-            _remove_files(self.save_dir / model, MODEL_FILES)
+        _remove(self.save_dir / model / file for model in removed for file in MODEL_FILES)
         _remove_empty(self.save_dir / model for model in of_other_data)
-        _remove_files(self.save_dir, (*COMPARISON_FILES, *DATA_FIGURES))
+        _remove(self.save_dir / file for file in (*COMPARISON_FILES, *DATA_FIGURES))
         return {name: record for name, record in self.records.items() if name not in removed}
 
     def _check_not_lost(self, differing: Mapping[str, list[str]]) -> None:
@@ -381,11 +376,9 @@ class EvaluationFolder:
         `metrics.json` goes first: without it no model counts as measured if this is interrupted.
         """
         folders = [self.save_dir / name for name in self.records if name not in kept]
-        for file in RESULT_FILES:
-            for folder in folders:
-                _remove_files(folder, [file])
+        _remove(folder / file for file in RESULT_FILES for folder in folders)
         _remove_empty(folders)
-        _remove_files(self.save_dir, COMPARISON_FILES)
+        _remove(self.save_dir / file for file in COMPARISON_FILES)
 
 
 def _belongs_to_training(folder: Path) -> bool:
@@ -399,9 +392,9 @@ def _belongs_to_training(folder: Path) -> bool:
     return kind_of_run(config) == TRAINING and folder.name in names
 
 
-def _remove_files(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -586,11 +586,13 @@ def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeyp
     assert "out of memory with --batch_size 16; try --batch_size 8 --accumulate 4" in line
 
 
-def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    assert main([*arguments, "--models", "simple_cnn", "--compile"]) == 2
-    (line,) = errors(capfd.readouterr().err)
+def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
+    words = [sys.executable, ROOT / "train_models.py", *arguments]
+    words += ["--models", "simple_cnn", "--compile"]
+    env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(words, env=os.environ | env, capture_output=True, text=True)
+    (line,) = errors(result.stderr)
+    assert result.returncode == 2
     assert "--compile does not work here (" in line and "run without it" in line
 
 
