@@ -19,19 +19,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.console import (
-    Parser,
-    check_flag_fields,
-    exit_status,
-    flag_field,
-    given_flags,
-    in_one_line,
-    is_out_of_memory,
-    number_type,
-    print_message,
-    start,
-    with_underscores,
-)
+from experiment import console
+from experiment.console import flag_field
 from inference.options import NUM_VIEWS, Paths, check_file_to_write
 from learning.processes import StopSignals
 from storage.files import printable
@@ -44,7 +33,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "predict.py"
 MAX_ROWS_PRINTED = 20  # where there is a file that has them all
-MAX_PATH_WIDTH = 60  # characters that the printed table leaves for paths; longer ones stick out
+MAX_PATH_WIDTH = 60  # characters of the column of paths in the printed table; longer ones stick out
 MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
 # Public names of this module that need torch: imported from these modules when first used.
 LATE_NAMES = {
@@ -125,9 +114,9 @@ def predict(
     return pd.concat([t for t in tables if len(t) > 0] or tables[:1], ignore_index=True)
 
 
-_positive = number_type(int, lambda n: 1 <= n < 2**31, "1 or more, and less than 2**31")
-_views = number_type(int, lambda n: 1 <= n <= NUM_VIEWS, f"from 1 to {NUM_VIEWS}")
-_probability = number_type(float, lambda p: 0 <= p <= 1, "a probability from 0 to 1")
+_positive = console.number_type(int, lambda n: 1 <= n < 2**31, "1 or more, and less than 2**31")
+_views = console.number_type(int, lambda n: 1 <= n <= NUM_VIEWS, f"from 1 to {NUM_VIEWS}")
+_probability = console.number_type(float, lambda p: 0 <= p <= 1, "a probability from 0 to 1")
 
 
 def _threshold(text: str) -> tuple[str, float]:
@@ -197,17 +186,6 @@ class Settings:
     overwrite: bool = flag_field(False, "replace files that are to be written and exist")
 
 
-# By mode, the flags that have no effect there, with what to do instead.
-WITHOUT_EFFECT = {
-    mode: {
-        each.name: each.metadata["no_effect"][f"--{mode}"]
-        for each in fields(Settings)
-        if f"--{mode}" in each.metadata["no_effect"]
-    }
-    for mode in ("evaluate", "export")
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 when an image could not be read.
 
@@ -217,15 +195,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(argv)
     if_stopped = "nothing was written"
     if settings.evaluate is not None:
-        if_stopped = "the same command goes on with the models that are left, without --overwrite"
+        if_stopped = "the same command goes on with the remaining models, without --overwrite"
     elif settings.gradcam is not None:
         if_stopped = f"the overlays drawn so far are in {settings.gradcam}"
     too_large = f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
     with StopSignals(at_once=True):
-        return exit_status(
+        return console.exit_status(
             PROGRAM,
             lambda: run(settings, command=shlex.join(["python", PROGRAM, *argv])),
-            advice=lambda error: too_large if is_out_of_memory(error) else None,
+            advice=lambda error: too_large if console.is_out_of_memory(error) else None,
             if_stopped=if_stopped,
         )
 
@@ -250,7 +228,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
         if path is None:
             continue
         check_file_to_write(path, suffixes)
-        if any(_is_same_file(path, other) for other in (*settings.model, *settings.images)):
+        read = [other for other in (*settings.model, *settings.images) if os.path.exists(other)]
+        if os.path.exists(path) and any(os.path.samefile(path, other) for other in read):
             raise ValueError(f"{path} is to be read as well; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
             raise ValueError(
@@ -269,10 +248,6 @@ def _check_nothing_is_lost(settings: Settings) -> None:
             f"{folder} has overlays of {len(overlays)} of these images, such as {overlays[0]}, "
             "which would be lost; --overwrite replaces them, or choose another folder"
         )
-
-
-def _is_same_file(path: str, other: str) -> bool:
-    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
@@ -294,7 +269,7 @@ def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
         command=command,
     )
     for problem in unreadable:
-        print_message(PROGRAM, "warning", problem)
+        console.print_message(PROGRAM, "warning", problem)
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
     print(f"\nEverything is in {save_dir}; begin with {save_dir}/report.html.")
@@ -307,31 +282,23 @@ def _predict_and_print(settings: Settings) -> int:
 
     printer = _Printer(settings.top_k, None if settings.output is None else MAX_ROWS_PRINTED)
     num_images, num_unreadable = 0, 0
-    num_flagged: Counter[str] = Counter()
+    num_flagged: Counter[Any] = Counter()
+    same = ("output", "tta", "gradcam", "device", "precision", "batch_size", "num_workers")
+    options = {name: getattr(settings, name) for name in same}
     batches = predict_batches(
-        settings.model,
-        settings.images,
-        output=settings.output,
-        tta=settings.tta,
-        gradcam=settings.gradcam,
-        thresholds=settings.threshold,
-        device=settings.device,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
+        settings.model, settings.images, thresholds=settings.threshold, **options
     )
     with closing(batches):  # or an interruption could leave its temporary file
         for table, unreadable in batches:
             printer.print(table, unreadable)
             num_images += len(table)
             num_unreadable += len(unreadable)
-            for name in _names(table, "flag_"):
-                num_flagged[name] += int(table[f"flag_{name}"].sum())
+            num_flagged.update(table.filter(regex="^flag_").sum().to_dict())
     if num_images > printer.num_printed:
         print(f"... and {num_images - printer.num_printed:,} more")
     summary = [f"{num_images:,} images"]
     if num_flagged:
-        counts = (f"{printable(name)} {number:,}" for name, number in num_flagged.items())
+        counts = (f"{_shown_name(column)} {number:,}" for column, number in num_flagged.items())
         summary.append(f"flagged: {', '.join(counts)}")
     if num_unreadable > 0:
         summary.append(f"could not be read: {num_unreadable:,}")
@@ -355,45 +322,45 @@ class _Printer:
         from tqdm import tqdm
 
         for problem in unreadable:
-            tqdm.write(f"{PROGRAM}: warning: {in_one_line(problem)}", file=sys.stderr)
+            tqdm.write(f"{PROGRAM}: warning: {console.in_one_line(problem)}", file=sys.stderr)
         if self.max_rows is not None:
             table = table.head(self.max_rows - self.num_printed)
-        classes, flags = _names(table, "prob_"), _names(table, "flag_")
-        rows = [self._cells(row, classes, flags) for row in table.to_dict("records")]
+        cells = [self._cells(row) for row in table.to_dict("records")]
+        rows = [list(row.values()) for row in cells]
         if self.num_printed == 0 and rows:
-            header = ["image", "class", "flags", "calibrated probabilities"]
-            rows.insert(0, header if flags else [*header[:2], header[-1]])
-            self.widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+            rows.insert(0, list(cells[0]))
+            self.widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             self.widths[0] = min(self.widths[0], MAX_PATH_WIDTH)
-        for cells in rows:
-            padded = map(str.ljust, cells, self.widths)
-            tqdm.write("  ".join(padded).rstrip())
+        for row in rows:
+            tqdm.write("  ".join(map(str.ljust, row, self.widths)).rstrip())
         self.num_printed += len(table)
 
-    def _cells(self, row: dict[Any, Any], classes: list[str], flags: list[str]) -> list[str]:
-        ranked = sorted(classes, key=lambda name: -row[f"prob_{name}"])[: self.top_k]
-        probabilities = [f"{printable(name)} {row[f'prob_{name}']:.3f}" for name in ranked]
-        flagged = [printable(name) for name in flags if row[f"flag_{name}"]]
-        cells = [printable(row["path"]), printable(row["class"]), ", ".join(probabilities)]
+    def _cells(self, row: dict[Any, Any]) -> dict[str, str]:
+        """Returns what is printed of an image, by heading."""
+        cells = {"image": printable(row["path"]), "class": printable(row["class"])}
+        flags = [name for name in row if name.startswith("flag_")]
         if flags:
-            cells.insert(2, ", ".join(flagged) or "-")
-        return cells
+            cells["flags"] = ", ".join(_shown_name(name) for name in flags if row[name]) or "-"
+        ranked = sorted((n for n in row if n.startswith("prob_")), key=lambda name: -row[name])
+        probabilities = (f"{_shown_name(name)} {row[name]:.3f}" for name in ranked[: self.top_k])
+        return cells | {"calibrated probabilities": ", ".join(probabilities)}
 
 
-def _names(table: "pd.DataFrame", prefix: str) -> list[str]:
-    return [name.removeprefix(prefix) for name in table.columns if name.startswith(prefix)]
+def _shown_name(column: str) -> str:
+    """Returns what a column `prob_<name>` or `flag_<name>` is about."""
+    return printable(column.partition("_")[2])
 
 
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """Returns the settings; exits with status 2 for a flag that is wrong."""
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are images, whatever it is
-    flags = [with_underscores(word) for word in argv[:end]]
+    flags = [console.with_underscores(word) for word in argv[:end]]
     parser = make_parser()
     arguments = vars(parser.parse_intermixed_args(flags))
     arguments["images"] = (*arguments["images"], *argv[end + 1 :])
     arguments["model"] = tuple(arguments["model"])
-    _check_mode(parser, arguments, given_flags(parser, flags))
+    _check_mode(parser, arguments, console.given_flags(parser, flags))
     if arguments["threshold"] is not None:
         arguments["threshold"] = dict(arguments["threshold"])
     return Settings(**arguments)
@@ -406,7 +373,7 @@ def _check_mode(
     images = arguments["images"]
     if {"evaluate", "export"} <= given:
         parser.error("--evaluate and --export do different things; give one of them at a time")
-    check_flag_fields(parser, Settings, given, arguments)
+    console.check_flag_fields(parser, Settings, given, arguments)
     if arguments["export"] is not None:
         if images:
             parser.error("--export takes no images; predict them without it")
@@ -431,7 +398,7 @@ def _check_mode(
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all flags, with the defaults of `Settings`."""
-    parser = Parser(
+    parser = console.Parser(
         prog=PROGRAM,
         description="Predicts the classes of images of skin lesions with trained models.",
         epilog="For research and teaching, not for diagnosis. Exit status: 1 when an image could "
@@ -446,4 +413,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    start(main)
+    console.start(main)

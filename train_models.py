@@ -19,34 +19,15 @@ from pathlib import Path
 
 from experiment.console import exit_status, is_out_of_memory, start
 from experiment.run_folder import check_save_dir, check_unclaimed
-from experiment.settings import (
-    DEMO_SETTINGS,
-    MODEL_NAMES,
-    NOT_RESULTS,
-    OF_AUDIT,
-    PROGRAM,
-    Settings,
-    command,
-    parse_arguments,
-)
-from learning.processes import (
-    StopSignals,
-    default_signals,
-    exit_with_launcher,
-    is_first_process,
-)
 
-__all__ = [
-    "DEMO_SETTINGS",
-    "MODEL_NAMES",
-    "NOT_RESULTS",
-    "OF_AUDIT",
-    "Settings",
-    "command",
-    "main",
-    "parse_arguments",
-    "run",
-]
+# Those with `as` are not used here, but users import them from here.
+from experiment.settings import DEMO_SETTINGS as DEMO_SETTINGS
+from experiment.settings import MODEL_NAMES as MODEL_NAMES
+from experiment.settings import NOT_RESULTS as NOT_RESULTS
+from experiment.settings import OF_AUDIT as OF_AUDIT
+from experiment.settings import PROGRAM, Settings, parse_arguments
+from experiment.settings import command as command
+from learning.processes import StopSignals, default_signals, exit_with_launcher, is_first_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +59,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         raise FileNotFoundError(f"--data_dir {data_dir}: no such folder")
     check_save_dir(settings.save_dir, data_dir)
     if is_first_process():
-        check_unclaimed(settings.save_dir)  # to say it at once, not after the images are prepared
+        check_unclaimed(settings.save_dir)  # now, not after the images are prepared
     from experiment import pipeline
 
     return pipeline.run(settings, is_demo)
@@ -87,11 +68,10 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 def _advice(error: RuntimeError, settings: Settings) -> str | None:
     """Returns what to do about an error of torch's, if the user can do something about it."""
     if is_out_of_memory(error):
-        half = max(settings.batch_size // 2, 1)
-        twice = 2 * settings.accumulate
         return (
-            f"out of memory with --batch_size {settings.batch_size}; try --batch_size {half} "
-            f"--accumulate {twice}, or smaller --layers or --image_size"
+            f"out of memory with --batch_size {settings.batch_size}; try "
+            f"--batch_size {max(settings.batch_size // 2, 1)} "
+            f"--accumulate {2 * settings.accumulate}, or smaller --layers or --image_size"
         )
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().split("\n")[0]

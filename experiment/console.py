@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from types import MappingProxyType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from learning.allocator import keep_freed_memory
 
@@ -59,25 +59,20 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str
     return {name for name, value in found.items() if value is not None}
 
 
-def check_flags_have_effect(
-    parser: argparse.ArgumentParser, given: set[str], mode: str, without_effect: Mapping[str, str]
-) -> None:
-    """Ends with status 2 when a flag was given that has no effect in this mode of the command.
-
-    `without_effect` has for each such flag what to do instead, which may be empty.
-    """
-    for name in sorted(given & without_effect.keys()):
-        advice = f"; {without_effect[name]}" if without_effect[name] else ""
-        parser.error(f"--{name} has no effect with {mode}{advice}")
-
-
 def start(main: Callable[[], int]) -> NoReturn:
     """Runs a command as a process of its own and ends the process with the command's exit status.
 
     Call it before anything else, as both the encoding of file names and the memory allocator are
-    set for the whole process.
+    set for the whole process. Where the locale is not UTF-8, Python would decode names of files to
+    text that is wrong on other machines. Its UTF-8 mode can only be chosen at its start, so the
+    process starts again. Names that are not UTF-8 are printed with escapes.
     """
-    use_utf8()
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     keep_freed_memory()
     sys.exit(main())
 
@@ -94,18 +89,11 @@ def exit_status(
 
     The status is that of `run`, 2 after an error that the user can do something about, 130 or 143
     after SIGINT or SIGTERM. For a RuntimeError, `advice` gives the message, or None when only a
-    traceback helps. `if_stopped` tells the state after a signal, unless the block that it stopped
+    traceback helps. `if_stopped` is the state to print after a signal, unless the stopped block
     is `noting` another. Warnings are printed in one line too, if `show_warnings`.
     """
 
-    def show_warning(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         if show_warnings:
             print_message(program, "warning", message)
 
@@ -159,27 +147,12 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def use_utf8() -> None:
-    """Has Python read file names as UTF-8 and print any of them; call it first of all.
-
-    Where the locale is another one, Python would decode names of files to text that is wrong on
-    other machines. Its UTF-8 mode can only be chosen at its start, so the process starts again.
-    """
-    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, sys.orig_argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def flag_field(
     default: Any,
     help: str,
     metavar: str | tuple[str, ...] | None = None,
     *,
     no_effect: Mapping[str, str] = MappingProxyType({}),
-    about: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Any:
     """Returns a dataclass field that is a flag of a command.
@@ -188,7 +161,6 @@ def flag_field(
     ----------
     no_effect : flags, such as "--device cpu", beside which it has no effect, which is an error; for
         each what to do instead, which may be empty
-    about : more metadata of the field
     options : more for `add_argument`, such as `type` and `choices`; what follows from a default
         that is a bool or a tuple is there already
     """
@@ -198,8 +170,8 @@ def flag_field(
         options["metavar"] = metavar
     if isinstance(default, tuple):
         options.setdefault("nargs", "+")
-    metadata = {"no_effect": dict(no_effect), "options": options | {"help": help}}
-    return field(default=default, metadata=metadata | dict(about))
+    options["help"] = help
+    return field(default=default, metadata={"no_effect": no_effect, "options": options})
 
 
 def check_flag_fields(
@@ -214,11 +186,8 @@ def check_flag_fields(
     """
     for each in fields(settings_class):
         for mode, advice in each.metadata["no_effect"].items():
-            if _is_chosen(mode, arguments):
-                check_flags_have_effect(parser, given, mode, {each.name: advice})
-
-
-def _is_chosen(mode: str, arguments: Mapping[str, Any]) -> bool:
-    """Returns whether a mode such as "--audit_only" or "--device cpu" is among the arguments."""
-    name, _, value = mode.removeprefix("--").partition(" ")
-    return arguments[name] == value if value else arguments[name] not in (None, False)
+            name, _, value = mode.removeprefix("--").partition(" ")
+            has_mode = arguments[name] == value if value else arguments[name] not in (None, False)
+            if each.name in given and has_mode:
+                advice = f"; {advice}" if advice else ""
+                parser.error(f"--{each.name} has no effect with {mode}{advice}")

@@ -14,34 +14,19 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataset import DatasetBuilder, LesionDataset, LesionLoader, create_dataloaders
+from dataset import (
+    METADATA_COLUMNS,
+    DatasetBuilder,
+    LesionDataset,
+    LesionLoader,
+    create_dataloaders,
+)
 from evaluation import MALIGNANT, group_by_malignancy, match_classes, screening_warnings
+from experiment import results, run_folder
 from experiment.console import format_duration, noting
 from experiment.report import write_report
-from experiment.results import (
-    compare_models,
-    environment,
-    plot_audit,
-    plot_data,
-    save_audit,
-    save_results,
-)
-from experiment.run_folder import (
-    AUDIT,
-    TRAINING,
-    TrainingFolder,
-    claim,
-    describe_data,
-    digest_images,
-    kind_of_run,
-    write_config,
-)
-from experiment.settings import (
-    DEMO_SETTINGS,
-    NOT_RESULTS,
-    Settings,
-    command,
-)
+from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
+from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
 from imaging.audit import summarise, unavoidable_errors
 from imaging.synthetic import make_dataset
 from learning.distributed import choose_own_device, process_group
@@ -90,7 +75,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     """
     for name in settings.models:
         check_model_name(name)
-    TrainingFolder.read(settings.save_dir)
+    TrainingFolder(settings.save_dir)  # raises what it raises before the demo's images are drawn
     if is_demo:
         settings = _prepare_demo(settings)
     builder = _make_builder(settings)
@@ -133,17 +118,17 @@ def _audit_alone(builder: DatasetBuilder, settings: Settings, is_demo: bool) -> 
     """Writes the audit to `save_dir`, and returns the exit status: 1 when it found something."""
     save_dir = Path(settings.save_dir)
     prepared = builder.prepare()
-    images = digest_images(prepared.metadata)
-    TrainingFolder.read(save_dir).check_audit(images)
+    images = _digest(prepared.metadata[["path", "class", "content_hash"]])
+    TrainingFolder(save_dir).check_audit(images)
     findings = builder.audit(prepared=prepared)
     _print_audit(findings)
     with claim(save_dir):
-        folder = TrainingFolder.read(save_dir)
+        folder = TrainingFolder(save_dir)
         folder.check_audit(images)
-        if kind_of_run(folder.config) != TRAINING:
+        if run_folder.kind_of_run(folder.config) != TRAINING:
             _write_config(AUDIT, settings, is_demo, None, images=images)
-        save_audit(save_dir, findings)
-        plot_audit(save_dir, findings, settings.data_dir)
+        results.save_audit(save_dir, findings)
+        results.plot_audit(save_dir, findings, settings.data_dir)
     print(f"\nEverything is in {save_dir}.")
     return 1 if len(findings) > 0 else 0
 
@@ -160,12 +145,11 @@ def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device
     datasets, metadata = builder.build(splits=fractions, prepared=prepared)
     _check_given_splits(set(datasets), settings)
     _check_batch_size(len(datasets["train"]), "training images", settings)
-    unused = [name for name in datasets if name not in SPLITS]
+    unused = {name: len(datasets[name]) for name in datasets if name not in SPLITS}
     if unused:
-        count = sum(len(datasets[name]) for name in unused)
         warnings.warn(
-            f"--splits_csv {settings.splits_csv}: {count} images are in splits that are not "
-            f"{', '.join(SPLITS)} and are not used: {', '.join(unused)}",
+            f"--splits_csv {settings.splits_csv}: {sum(unused.values())} images are in splits that "
+            f"are not {', '.join(SPLITS)} and are not used: {', '.join(unused)}",
             stacklevel=2,
         )
     loaders = create_dataloaders(
@@ -183,16 +167,17 @@ def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device
     sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
     print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
     if processes > 1:
-        images = processes * settings.batch_size
-        print(f"{processes} processes, together with batches of {images:,} images", flush=True)
+        together = processes * settings.batch_size
+        print(f"{processes} processes, together with batches of {together:,} images", flush=True)
     _print_screening(classes, settings)
-    return Data(loaders, metadata, findings, digest_images(prepared.metadata))
+    images = prepared.metadata[["path", "class", "content_hash"]]
+    return Data(loaders, metadata, findings, _digest(images))
 
 
 def _print_screening(classes: Sequence[str], settings: Settings) -> None:
     """Prints which classes count as malignant; raises ValueError for a name that is no class."""
     counted = group_by_malignancy(classes, settings.malignant_classes or MALIGNANT)
-    malignant, benign, unknown = (", ".join(counted[kind]) for kind in counted)
+    malignant, benign, unknown = (", ".join(names) for names in counted.values())
     unknown = f"; not known: {unknown}" if unknown else ""
     print(f"counted as malignant: {malignant or 'none'}; benign: {benign or 'none'}{unknown}",
           flush=True)  # fmt: skip
@@ -224,7 +209,7 @@ def _prepare_demo(settings: Settings) -> Settings:
 
 
 def _check_images(images: pd.DataFrame, settings: Settings) -> None:
-    """Raises ValueError for what can be told from the paths and tables of `list_images` alone."""
+    """Raises ValueError for mistakes that the table of `list_images` shows, without the images."""
     if settings.malignant_classes:
         match_classes(sorted(images["class"].unique()), settings.malignant_classes)
     if "split" in images:
@@ -253,18 +238,20 @@ def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
 
 def _check_run(settings: Settings, is_demo: bool) -> torch.device:
     """Checks `save_dir`, device and weights, which may be downloaded, and returns the device."""
-    folder = TrainingFolder.read(settings.save_dir)
     device = choose_own_device(settings.device)
-    run = _describe_run(settings, device)
-    _check_folder(folder, settings, run, is_demo)
-    _check_weights(settings, folder.not_done(settings.models, run, settings.overwrite))
+    _, trained = _check_folder(settings, _describe_run(settings, device), is_demo)
+    _check_weights(settings, trained)
     return device
 
 
 def _check_folder(
-    folder: TrainingFolder, settings: Settings, run: dict[str, Any], is_demo: bool
-) -> None:
-    """Raises ValueError when the run would lose results in `save_dir`."""
+    settings: Settings, run: dict[str, Any], is_demo: bool
+) -> tuple[TrainingFolder, list[str]]:
+    """Returns `save_dir` and the models to train; raises ValueError for results that would be lost.
+
+    `run` is as `TrainingFolder` describes it.
+    """
+    folder = TrainingFolder(settings.save_dir)
     earlier = folder.config.get("settings", {}).get("data_dir", settings.data_dir)
     is_of_demo = (
         is_demo
@@ -273,20 +260,19 @@ def _check_folder(
     )
     may_replace = settings.overwrite or is_of_demo
     folder.check(settings.models, run, resume=settings.resume, may_replace=may_replace)
+    return folder, [m for m in settings.models if settings.overwrite or not folder.is_done(m, run)]
 
 
 def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
     """Raises an error for weights that are missing, do not fit or are used by no model."""
-    if settings.weights not in ("imagenet", "none") and not any(
-        map(is_pretrained, settings.models)
-    ):
+    pretrained = [name for name in settings.models if is_pretrained(name)]
+    if settings.weights not in ("imagenet", "none") and not pretrained:
         raise ValueError(
             f"--weights {settings.weights}: none of the chosen models starts from given weights"
         )
-    pretrained = [name for name in trained if is_pretrained(name)]
-    if pretrained and settings.weights != "none":
-        # They fit either both models or none, whatever the classes: trying one is enough.
-        _make_model(pretrained[0], 2, settings)
+    tried = [name for name in pretrained if name in trained and settings.weights != "none"]
+    if tried:  # they fit either both models or none, whatever the classes: trying one is enough
+        _make_model(tried[0], 2, settings)
 
 
 # ---------------------------------------------------------------------------- the folder
@@ -294,10 +280,12 @@ def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
 
 def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_demo: bool) -> None:
     """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`."""
-    folder = TrainingFolder.read(settings.save_dir)
-    run = _describe_run(settings, device) | describe_data(data.metadata)
-    _check_folder(folder, settings, run, is_demo)
-    trained = folder.not_done(settings.models, run, settings.overwrite)
+    columns = data.metadata.columns.drop(list(METADATA_COLUMNS), errors="ignore")
+    run = _describe_run(settings, device) | {
+        DATA: _digest(data.metadata[["path", "class", "content_hash", "split"]]),
+        METADATA: _digest(data.metadata[columns]) if len(columns) else None,
+    }
+    folder, trained = _check_folder(settings, run, is_demo)
     resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
     records = folder.make_room([m for m in trained if m not in resumed], run)
     if not trained:
@@ -305,6 +293,10 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
     records |= dict.fromkeys(trained, run)
     _write_config(TRAINING, settings, is_demo, device, images=data.digest, runs=records)
     write_csv(data.metadata, folder.save_dir / "splits.csv")
+
+
+def _digest(table: pd.DataFrame) -> str:
+    return run_folder.digest(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
 
 
 def _write_config(
@@ -317,8 +309,8 @@ def _write_config(
         "settings": chosen,
         "not_default": [name for name, value in chosen.items() if value != defaults[name]],
     }
-    about = environment(device, settings.precision)
-    write_config(settings.save_dir, config | more | about)
+    about = results.environment(device, settings.precision)
+    run_folder.write_config(settings.save_dir, config | more | about)
 
 
 def _describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -335,7 +327,7 @@ def _describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:
 def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> None:
     save_dir, test = Path(settings.save_dir), data["test"]
     if is_first_process():
-        save_audit(save_dir, data.findings)
+        results.save_audit(save_dir, data.findings)
         errors = unavoidable_errors(test.metadata)
         if errors > 0:
             print(
@@ -354,17 +346,17 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
                     _train_one(name, settings, data, device)
     if is_first_process():
         # Drawing takes seconds, for which the training should not wait.
-        plot_audit(save_dir, data.findings, settings.data_dir)
-        plot_data(
+        results.plot_audit(save_dir, data.findings, settings.data_dir)
+        results.plot_data(
             save_dir,
             data.metadata,
             data["train"],
             with_augmentations=settings.augmentation,
             seed=settings.seed,
         )
-        folder = TrainingFolder.read(save_dir)
+        folder = TrainingFolder(save_dir)
         models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
-        _print_comparison(compare_models(save_dir, models, test, seed=settings.seed))
+        _print_comparison(results.compare_models(save_dir, models, test, seed=settings.seed))
         write_report(save_dir)
         print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
 
@@ -404,7 +396,7 @@ def _train_one(name: str, settings: Settings, data: Data, device: torch.device) 
         return
     plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
     _, info = load_model(folder / "model.pth")
-    save_results(
+    results.save_results(
         folder,
         model,
         info,
@@ -444,23 +436,18 @@ def _training_time(history: dict[str, list[float]], settings: Settings) -> float
 
 
 def _print_comparison(comparison: pd.DataFrame) -> None:
-    shown = pd.DataFrame(
-        {
-            "model": comparison["model"],
-            "precision": _with_intervals(comparison, "precision"),
-            "recall": _with_intervals(comparison, "recall"),
-            "balanced accuracy": _with_intervals(comparison, "balanced_accuracy"),
-            "gap to the best": _with_intervals(comparison, "gap_to_best"),
-            "training time": comparison["training_time"].map(format_duration),
-            "parameters": comparison["parameters"].map("{:,}".format),
-        }
-    )
+    shown = comparison[["model"]].copy()
+    for heading, name in {
+        "precision": "precision",
+        "recall": "recall",
+        "balanced accuracy": "balanced_accuracy",
+        "gap to the best": "gap_to_best",
+    }.items():
+        columns = comparison[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+        shown[heading] = [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in columns]
+    shown["training time"] = comparison["training_time"].map(format_duration)
+    shown["parameters"] = comparison["parameters"].map("{:,}".format)
     print(
         "\nOn the test split, with 95 % intervals (precision and recall are weighted by class):\n"
         f"{shown.to_string(index=False)}"
     )
-
-
-def _with_intervals(comparison: pd.DataFrame, name: str) -> list[str]:
-    columns = comparison[[name, f"{name}_low", f"{name}_high"]].to_numpy()
-    return [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in columns]

@@ -12,7 +12,6 @@ import io
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,21 +29,21 @@ from imaging.lesions import is_melanoma
 from storage.files import read_csv, split_names, write_text
 
 DASH = "–"
-PIXELS_PER_INCH = 140  # at which figures are shown, so that letters are as large in all
-MIN_SHORTCUT_AUC = 0.75  # ROC AUC of a column alone that a reader should hear of at once
+PIXELS_PER_INCH = 140  # of figures on the page, so that letters are of one size in all
+MIN_SHORTCUT_AUC = 0.75  # ROC AUC of a column alone from which the report warns of it
 MAX_PNG_SIZE = 400_000  # bytes; more is a figure of photographs, a tenth as large as JPEG
 
 _HERE = Path(__file__).parent
 
 
 def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
-    """Writes `report.html` into `save_dir` from what a run left there, and returns its path.
+    """Writes `report.html` into `save_dir` from the files of a run, and returns its path.
 
     The page is one file, images inside. It shows the models in `comparison.csv`, or without that
-    all that have a `metrics.json`; any other file, or key in one, that is not there is left out.
+    all that have a `metrics.json`; any other file, or key in one, may be missing.
     Raises ValueError when no model has a `metrics.json`, or a file cannot be understood.
     """
-    run = read_run(Path(save_dir))
+    run = Run(Path(save_dir))
     text = _PAGES.get_template("report.html.j2").render(
         title=title or "Skin lesion classification",
         style=(_HERE / "report.css").read_text(encoding="utf-8"),
@@ -57,11 +56,11 @@ def write_report(save_dir: str | Path, *, title: str | None = None) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------- what a run left
+# ---------------------------------------------------------------------------- the files of a run
 
 
 class Model:
-    """What a model left in its folder; empty or None where it is not there."""
+    """The files of one model; empty or None for those that are missing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,18 +79,17 @@ class Model:
     @property
     def gap_interval(self) -> tuple[float, float] | None:
         """The interval of how far the model is behind the best one."""
-        names = ("gap_to_best_low", "gap_to_best_high")
-        return (self.gap[names[0]], self.gap[names[1]]) if set(names) <= set(self.gap) else None
+        low, high = self.gap.get("gap_to_best_low"), self.gap.get("gap_to_best_high")
+        return None if low is None or high is None else (low, high)
 
     @property
     def small_classes(self) -> list[str]:
         """The classes with too few test images, and how many they have."""
-        few = [(name, n) for name, n in self.supports.items() if n < MIN_DISTINCT_IMAGES]
-        return [f"{name} ({n})" for name, n in few]
+        return [f"{name} ({n})" for name, n in self.supports.items() if n < MIN_DISTINCT_IMAGES]
 
     @property
     def shortcuts(self) -> list[tuple[str, str, float]]:
-        """Columns that tell a screening target by themselves: column, target, ROC AUC."""
+        """Columns that predict a screening target by themselves: column, target, ROC AUC."""
         areas = [
             (column, target, within["roc_auc_of_column"])
             for column, found in self.subgroups.items()
@@ -118,20 +116,35 @@ class Model:
         return {"accuracy": accuracy, "step": best["step"], "last": history["step"].max()}
 
 
-@dataclass(frozen=True)
 class Run:
-    """What a run left in its folder; empty or None where it is not there."""
+    """The files of a run; empty or None for those that are missing.
 
-    folder: Path
-    models: Sequence[Model]  # the best first
-    others: Sequence[str]  # models in the folder that were not compared with these
-    config: Mapping[str, Any]
-    splits: pd.DataFrame
-    findings: pd.DataFrame | None
+    Its models are those in `comparison.csv`, or without that all that have a `metrics.json`. Raises
+    ValueError when no model has one, or a file cannot be understood.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        found = [Model(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
+        if not found:
+            raise ValueError(f"{folder}: no model in it has a metrics.json; train one first")
+        table = _read_numbers(folder / "comparison.csv")
+        rows = {row["model"]: row for row in table.to_dict("records")}
+        for model in found:
+            # Runs of earlier versions call the gap `behind_best`.
+            row = rows.get(model.name, {})
+            model.gap = {str(n).replace("behind_best", "gap_to_best"): row[n] for n in row}
+        compared = [model for model in found if model.name in rows] or found
+        audit = folder / "audit.csv"
+        self.folder = folder
+        self.models = sorted(compared, key=lambda m: -(m.test.get("balanced_accuracy") or 0))
+        self.others = [model.name for model in found if model not in compared]
+        self.config = _read_json(folder / "config.json")
+        self.splits = _read_table(folder / "splits.csv")
+        self.findings = read_findings(audit) if audit.exists() else None
 
     @property
     def equals_of_best(self) -> list[str] | None:
-        """The models that the test images do not tell from the best; None where not measured."""
+        """The models that are not clearly worse than the best one; None where not measured."""
         intervals = {model.name: model.gap_interval for model in self.models[1:]}
         if not intervals or None in intervals.values():
             return None
@@ -217,34 +230,6 @@ class Run:
         return 0 if self.findings is None else int((self.findings["kind"] == kind).sum())
 
 
-def read_run(folder: Path) -> Run:
-    """Reads the files of a run.
-
-    Its models are those in `comparison.csv`, or without that all that have a `metrics.json`. Raises
-    ValueError when no model has one, or a file cannot be understood.
-    """
-    found = [Model(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
-    if not found:
-        raise ValueError(f"{folder}: no model in it has a metrics.json; train one first")
-    rows = {
-        row["model"]: row for row in _read_numbers(folder / "comparison.csv").to_dict("records")
-    }
-    for model in found:
-        # Runs of earlier versions call the gap `behind_best`.
-        row = rows.get(model.name, {})
-        model.gap = {str(n).replace("behind_best", "gap_to_best"): row[n] for n in row}
-    compared = [model for model in found if model.name in rows] or found
-    audit = folder / "audit.csv"
-    return Run(
-        folder=folder,
-        models=sorted(compared, key=lambda model: -(model.test.get("balanced_accuracy") or 0)),
-        others=[model.name for model in found if model not in compared],
-        config=_read_json(folder / "config.json"),
-        splits=_read_table(folder / "splits.csv"),
-        findings=read_findings(audit) if audit.exists() else None,
-    )
-
-
 def read_findings(path: Path) -> pd.DataFrame:
     """Reads the findings of an audit from `audit.csv`."""
     table = _read_table(path)
@@ -288,7 +273,7 @@ def _rounded(value: float | None, digits: str = "z.3f") -> str:
 
 
 def _with_interval(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """Two digits: no interval on hundreds of images would tell a third."""
+    """Two digits, as intervals on hundreds of images are too wide for a third."""
     text = _rounded(value, "z.2f")
     if value is None or interval is None:
         return text
@@ -296,7 +281,7 @@ def _with_interval(value: float | None, interval: Sequence[float] | None = None)
 
 
 def _headline(model: Model, name: str) -> str:
-    """A figure over all classes of the test split."""
+    """A metric over all classes of the test split."""
     return _with_interval(model.test.get(name), model.intervals.get(name))
 
 
@@ -315,10 +300,6 @@ def _whole(number: float | None) -> str:
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
-def _duration(seconds: float | None) -> str:
-    return DASH if seconds is None else format_duration(seconds)
 
 
 def _setting(value: Any) -> str:
@@ -391,7 +372,7 @@ def _comparison_columns(run: Run) -> dict[str, list[str]]:
     columns["weighted recall (accuracy)"] = [_headline(model, "recall") for model in models]
     times = [model.metrics.get("training_time") for model in models]
     if any(time is not None for time in times):
-        columns["training time"] = [_duration(time) for time in times]
+        columns["training time"] = [DASH if t is None else format_duration(t) for t in times]
     columns["parameters"] = [_whole(model.metrics.get("parameters")) for model in models]
     return columns
 
@@ -408,8 +389,8 @@ _PAGES = Environment(
     extensions=["jinja2.ext.do"],
 )
 _PAGES.filters |= _by_name(
-    *(_count, _duration, _embed, _estimate, _one_line, _rounded, _setting, _whole),
-    *(_with_interval, _worded),
+    *(_count, _embed, _estimate, _one_line, _rounded, _setting, _whole, _with_interval, _worded),
+    format_duration,
 )
 _PAGES.globals |= {"DASH": DASH, "MIN_DISTINCT_IMAGES": MIN_DISTINCT_IMAGES, "zip": zip} | _by_name(
     *(_comparison_columns, _confusion_in_words, _headline, _of_class, _range_over_classes),

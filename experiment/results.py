@@ -22,6 +22,7 @@ import sklearn
 import torch
 import torchvision
 
+import visualizations
 from augmentation import augment_batch
 from dataset import (
     METADATA_COLUMNS,
@@ -40,42 +41,16 @@ from evaluation import (
     screening_warnings,
     typical_examples,
 )
+from experiment import run_folder
 from experiment.report import write_report
-from experiment.run_folder import (
-    EVALUATION,
-    EvaluationFolder,
-    check_unclaimed,
-    claim,
-    digest,
-    write_config,
-)
+from experiment.run_folder import EVALUATION, EvaluationFolder, claim, digest
 from imaging.audit import worst_pairs
 from imaging.lesions import normalize_name
+from inference.ensemble import check_alike
 from inference.explain import gradcam
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from storage.files import join_names, name_column, read_csv, write_csv, write_json
-from training import (
-    Evaluation,
-    choose_device,
-    evaluate,
-    name_of_precision,
-    resolve_precision,
-)
-from visualizations import (
-    plot_augmentations,
-    plot_class_distribution,
-    plot_class_metrics,
-    plot_confusion_matrix,
-    plot_gradcams,
-    plot_mistakes,
-    plot_model_comparison,
-    plot_pairs,
-    plot_reliability,
-    plot_roc_pr_curves,
-    plot_samples,
-)
-
-COMPARED = ("precision", "recall", "f1", "accuracy", "balanced_accuracy")
+from training import Evaluation, choose_device, evaluate, name_of_precision, resolve_precision
 
 
 def save_results(
@@ -96,7 +71,7 @@ def save_results(
     `metrics.json` is written last, after `predictions.csv` and the figures: where it is, all is.
     """
     own = set(METADATA_COLUMNS) - {"source_split"}
-    found = evaluate_predictions(
+    metrics = evaluate_predictions(
         evaluation.labels,
         evaluation.probabilities,
         info.classes,
@@ -108,7 +83,7 @@ def save_results(
         columns=dataset.metadata.drop(columns=list(own), errors="ignore"),
         seed=seed,
     )
-    found["test"]["loss"] = evaluation.loss
+    metrics["test"]["loss"] = evaluation.loss
     calibrated = info.calibration.apply(evaluation.probabilities)
     folder.mkdir(parents=True, exist_ok=True)
     names = np.array(info.classes, dtype=object)
@@ -118,7 +93,7 @@ def save_results(
         "predicted_class": names[evaluation.probabilities.argmax(axis=1)],
     } | {f"prob_{name}": calibrated[:, label] for label, name in enumerate(names)}
     write_csv(pd.DataFrame(predictions), folder / "predictions.csv")
-    plot_metrics(folder, found, evaluation.labels, calibrated, info.classes)
+    plot_metrics(folder, metrics, evaluation.labels, calibrated, info.classes)
     plot_examples(folder, model, dataset, evaluation, calibrated)
     about = {
         "model": folder.name,
@@ -128,42 +103,34 @@ def save_results(
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable_only=True),
     }
-    write_json(folder / "metrics.json", about | found)
+    write_json(folder / "metrics.json", about | metrics)
 
 
 def plot_metrics(
     folder: Path,
-    found: Mapping[str, Any],
+    metrics: Mapping[str, Any],
     y_true: np.ndarray,
     calibrated: np.ndarray,
     classes: Sequence[str],
 ) -> None:
     """Plots confusion matrix, metrics by class, curves and calibration into a model's folder.
 
-    `found` is what `evaluate_predictions` returns.
+    `metrics` is what `evaluate_predictions` returns.
     """
-    name = folder.name
-    plot_confusion_matrix(
-        np.array(found["test"]["confusion_matrix"]),
-        classes,
-        title=f"{name}, test images",
-        save_path=folder / "confusion_matrix.png",
+    name, test = folder.name, metrics["test"]
+    matrix, title = np.array(test["confusion_matrix"]), f"{name}, test images"
+    visualizations.plot_confusion_matrix(
+        matrix, classes, title=title, save_path=folder / "confusion_matrix.png"
     )
-    plot_class_metrics(
-        found["test"]["per_class"],
-        found["test_intervals"]["per_class"],
-        title=name,
-        save_path=folder / "class_metrics.png",
+    per_class, intervals = test["per_class"], metrics["test_intervals"]["per_class"]
+    visualizations.plot_class_metrics(
+        per_class, intervals, title=name, save_path=folder / "class_metrics.png"
     )
-    plot_roc_pr_curves(
+    visualizations.plot_roc_pr_curves(
         y_true, calibrated, classes, title=name, save_path=folder / "roc_pr_curves.png"
     )
-    plot_reliability(
-        found["calibration"]["before"],
-        found["calibration"]["after"],
-        title=name,
-        save_path=folder / "reliability.png",
-    )
+    before, after = metrics["calibration"]["before"], metrics["calibration"]["after"]
+    visualizations.plot_reliability(before, after, title=name, save_path=folder / "reliability.png")
 
 
 def plot_examples(
@@ -180,7 +147,7 @@ def plot_examples(
     mistakes = most_confident_mistakes(y_true, calibrated, y_pred)
     (folder / "mistakes.png").unlink(missing_ok=True)
     if len(mistakes) > 0:
-        plot_mistakes(
+        visualizations.plot_mistakes(
             dataset.gather(mistakes),
             true[mistakes],
             predicted[mistakes],
@@ -191,7 +158,7 @@ def plot_examples(
     examples = typical_examples(y_true, calibrated, y_pred)
     images = dataset.gather(examples)
     pixels = to_float(torch.from_numpy(images).to(next(model.parameters()).device))
-    plot_gradcams(
+    visualizations.plot_gradcams(
         images,
         gradcam(model, pixels, y_pred[examples]),
         true[examples],
@@ -206,42 +173,38 @@ def compare_models(
 ) -> pd.DataFrame:
     """Writes `comparison.csv` and `comparison.png` from what `save_results` wrote for each model.
 
-    `dataset` has the images that all of them were measured on. Beside each model's figures the
+    `dataset` has the images that all of them were measured on. Beside each model's metrics the
     table has the gap from its balanced accuracy to that of the best model, by paired bootstrap.
     """
-    reports = [
-        json.loads((save_dir / name / "metrics.json").read_text(encoding="utf-8"))
-        for name in models
-    ]
-    rows = [_comparison_row(report) for report in reports]
+    files = [save_dir / name / "metrics.json" for name in models]
+    rows = [_comparison_row(json.loads(path.read_text(encoding="utf-8"))) for path in files]
     best = max(rows, key=lambda row: row["balanced_accuracy"])["model"]
-    predicted = {name: _read_decisions(save_dir / name, dataset.classes) for name in models}
+    label_of = {name: label for label, name in enumerate(dataset.classes)}
+    predicted = {}
+    for name in models:
+        names = read_csv(save_dir / name / "predictions.csv")["predicted_class"]
+        predicted[name] = names.map(label_of).to_numpy()
     groups = dataset.metadata["group"].tolist()
     for row in rows:
-        decisions = (predicted[best], predicted[row["model"]])
-        gap = compare(dataset.labels, *decisions, groups, seed=seed)["balanced_accuracy"]
-        row["gap_to_best"] = gap["difference"]
         # To itself the best has no gap, whatever other images would show.
-        ends = [0.0, 0.0] if row["model"] == best else gap["interval"]
-        row["gap_to_best_low"], row["gap_to_best_high"] = ends
+        gap: dict[str, Any] = {"difference": 0.0, "interval": [0.0, 0.0]}
+        if row["model"] != best:
+            pair = predicted[best], predicted[row["model"]]
+            gap = compare(dataset.labels, *pair, groups, seed=seed)["balanced_accuracy"]
+        row["gap_to_best"] = gap["difference"]
+        row["gap_to_best_low"], row["gap_to_best_high"] = gap["interval"]
     comparison = pd.DataFrame(rows)
     write_csv(comparison, save_dir / "comparison.csv")
-    plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
+    visualizations.plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
     return comparison
 
 
 def _comparison_row(report: Mapping[str, Any]) -> dict[str, Any]:
     row = {"model": report["model"]}
-    for name in COMPARED:
+    for name in ("precision", "recall", "f1", "accuracy", "balanced_accuracy"):
         row[name] = report["test"][name]
         row[f"{name}_low"], row[f"{name}_high"] = report["test_intervals"][name]
     return row | {n: report[n] for n in ("training_time", "parameters", "trainable_parameters")}
-
-
-def _read_decisions(folder: Path, classes: Sequence[str]) -> np.ndarray:
-    table = read_csv(folder / "predictions.csv")
-    labels = {name: label for label, name in enumerate(classes)}
-    return table["predicted_class"].map(labels).to_numpy()
 
 
 def save_audit(save_dir: Path, findings: pd.DataFrame) -> None:
@@ -260,7 +223,7 @@ def plot_audit(save_dir: Path, findings: pd.DataFrame, data_dir: str | Path) -> 
             [read_image(Path(data_dir) / path, longest_side=400) for path in two]
             for two in pairs["images"]
         ]
-        plot_pairs(pairs, images, save_path=save_dir / "audit.png")
+        visualizations.plot_pairs(pairs, images, save_path=save_dir / "audit.png")
 
 
 def plot_data(
@@ -272,9 +235,9 @@ def plot_data(
     seed: int,
 ) -> None:
     """Plots how many images there are of each class, and samples of the training images."""
-    plot_class_distribution(metadata, save_path=save_dir / "class_distribution.png")
+    visualizations.plot_class_distribution(metadata, save_path=save_dir / "class_distribution.png")
     first = dataset.metadata.groupby("class").head(6).index.to_numpy()
-    plot_samples(
+    visualizations.plot_samples(
         dataset.gather(first),
         dataset.labels[first],
         dataset.classes,
@@ -284,7 +247,7 @@ def plot_data(
         original = dataset.gather([0])
         generator = torch.Generator().manual_seed(seed)
         views = augment_batch(to_float(torch.from_numpy(original)).repeat(11, 1, 1, 1), generator)
-        plot_augmentations(
+        visualizations.plot_augmentations(
             original[0],
             views.permute(0, 2, 3, 1).numpy(),
             save_path=save_dir / "augmentations.png",
@@ -352,37 +315,37 @@ def evaluate_folder(
     kind of run in it, or, without `overwrite`, with results that would be lost.
     """
     save_dir, named = Path(save_dir), _name_models(models)
-    folder = EvaluationFolder.read(save_dir, named, data_dir)
-    check_unclaimed(save_dir)  # to say it at once, not after the images are prepared
+    folder = EvaluationFolder(save_dir, named, data_dir)
+    run_folder.check_unclaimed(save_dir)  # now, not after the images are prepared
     device = choose_device(settings.device)
     dtype = resolve_precision(settings.precision, device)
-    loaded = {name: load_model(path) for name, path in named.items()}
-    first = _check_alike({name: info for name, (_, info) in loaded.items()})
-    same = {"classes": first.classes, "precision": str(dtype).split(".")[1], "seed": settings.seed}
+    loaded = _load_models(named)
+    _, info = next(iter(loaded.values()))
+    same = {"classes": info.classes, "precision": str(dtype).split(".")[1], "seed": settings.seed}
     runs = {name: {"model": digest(path.read_bytes())} | same for name, path in named.items()}
-    folder.measured(runs, overwrite)  # what it raises need not wait for the images
+    folder.measured(runs, overwrite)  # checked before the images are prepared, too
     with tempfile.TemporaryDirectory() as cache_dir:
-        dataset, metadata, findings = _read_images(data_dir, cache_dir, first, settings)
+        dataset, metadata, findings = _read_images(data_dir, cache_dir, info, settings)
         images = metadata[["path", "class", "content_hash"]].to_numpy().tolist()
         same = {"images": digest(json.dumps(images).encode())}
         runs = {name: run | same for name, run in runs.items()}
         with claim(save_dir):
             # Once more, as from now on nobody else writes there.
-            folder = EvaluationFolder.read(save_dir, named, data_dir)
+            folder = EvaluationFolder(save_dir, named, data_dir)
             kept = folder.measured(runs, overwrite)
             folder.make_room(kept)
-            left = {name: loaded[name] for name in named if name not in kept}
-            _warn_of_measured(save_dir, [name for name in named if name not in left])
-            if left:
+            unmeasured = {name: loaded[name] for name in named if name not in kept}
+            _warn_of_measured(save_dir, [name for name in named if name in kept])
+            if unmeasured:
                 shown = {"model": list(map(str, models)), "data_dir": str(data_dir)}
                 shown |= asdict(settings) | {"device": str(device)}
                 about = {"kind": EVALUATION, "command": command, "settings": shown}
                 about |= {"runs": kept | runs} | environment(device, settings.precision)
-                write_config(save_dir, about)
+                run_folder.write_config(save_dir, about)
             write_csv(metadata, save_dir / "splits.csv")
             save_audit(save_dir, findings)
             plot_audit(save_dir, findings, data_dir)
-            _measure(left, save_dir, dataset, settings, device)
+            _measure(unmeasured, save_dir, dataset, settings, device)
             comparison = compare_models(save_dir, [*kept | runs], dataset, seed=settings.seed)
             write_report(save_dir)
     unreadable = findings["images"][findings["kind"] == "unreadable"]
@@ -408,24 +371,18 @@ def _read_images(
     splits, metadata = builder.build(splits={"test": 1.0}, prepared=prepared)
     dataset = splits["test"]
     label_of = {name: find_label(name, info.classes) for name in dataset.classes}
-    by_diagnosis = [
+    renamed = [
         f"{name} as {info.classes[label]}"
         for name, label in label_of.items()
         if normalize_name(name) != normalize_name(info.classes[label])
     ]
+    messages = [f"classes named otherwise in the model: {', '.join(renamed)}"] if renamed else []
     counted = group_by_malignancy(info.classes, info.malignant_classes or [], info.unknown_classes)
-    messages = screening_warnings(counted)
-    if by_diagnosis:
-        messages.insert(0, f"classes named otherwise in the model: {', '.join(by_diagnosis)}")
-    for message in messages:
+    for message in messages + screening_warnings(counted):
         warnings.warn(message, stacklevel=3)
     labelled = dataset.metadata.assign(label=dataset.metadata["class"].map(label_of))
     dataset = LesionDataset(
-        dataset.array_path,
-        dataset.rows,
-        labelled,
-        info.classes,
-        extra_inputs=dataset.extra_inputs,
+        dataset.array_path, dataset.rows, labelled, info.classes, extra_inputs=dataset.extra_inputs
     )
     return dataset, metadata, findings
 
@@ -457,9 +414,9 @@ def _measure(
     loader = create_dataloaders({"test": dataset}, settings.batch_size, device=device)["test"]
     precision = name_of_precision(resolve_precision(settings.precision, device))
     for name, (model, info) in models.items():
-        found = evaluate(model, loader, device=device, precision=settings.precision)
+        evaluation = evaluate(model, loader, device=device, precision=precision)
         folder, seed = save_dir / name, settings.seed
-        save_results(folder, model, info, found, dataset, precision=precision, seed=seed)
+        save_results(folder, model, info, evaluation, dataset, precision=precision, seed=seed)
 
 
 def _warn_of_measured(save_dir: Path, names: Sequence[str]) -> None:
@@ -481,18 +438,14 @@ def _name_models(models: Sequence[str | Path]) -> dict[str, Path]:
     return named
 
 
-def _check_alike(infos: Mapping[str, ModelInfo]) -> ModelInfo:
-    """Returns the first; raises ValueError for models that cannot see the same images."""
-    first = next(iter(infos.values()))
+def _load_models(named: Mapping[str, Path]) -> dict[str, tuple[LesionClassifier, ModelInfo]]:
+    """Loads the models; raises ValueError for models that cannot see the same images."""
+    loaded = {name: load_model(path) for name, path in named.items()}
+    infos = {name: info for name, (_, info) in loaded.items()}
     for name, info in infos.items():
         if info.preprocessors:
             raise ValueError(
                 f"{name} was trained with preprocessors of its own, which are not known here"
             )
-        for what in ("classes", "image_size"):
-            if info[what] != first[what]:
-                raise ValueError(
-                    f"{name} has {what} {info[what]}, the first model {first[what]}; evaluate each "
-                    "by itself"
-                )
-    return first
+    check_alike(infos, ("classes", "image_size"))
+    return loaded

@@ -7,16 +7,12 @@ import os
 import socket
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import Timeout
 
 from storage.files import lock, remove_leftovers, write_text
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TRAINING, EVALUATION, AUDIT = "training", "evaluation", "audit"
 
@@ -24,20 +20,18 @@ TRAINING, EVALUATION, AUDIT = "training", "evaluation", "audit"
 # ever removed. `metrics.json` comes first: without it a model no longer counts as finished.
 COMPARISON_FILES = ("report.html", "comparison.csv", "comparison.png")
 EVALUATION_FILES = ("config.json", "audit.csv", "audit.png", "splits.csv", *COMPARISON_FILES)
-RUN_FIGURES = (
-    *COMPARISON_FILES, "class_distribution.png", "samples.png", "augmentations.png",
-)  # fmt: skip
-RUN_FILES = (*EVALUATION_FILES, *RUN_FIGURES[len(COMPARISON_FILES) :])
+DATA_FIGURES = ("class_distribution.png", "samples.png", "augmentations.png")
 TRAINING_FILES = ("last.pth", "model.pth", "history.csv")
+FOREIGN_FILES = ("config.json", *TRAINING_FILES)  # in no model's folder of an evaluation
 RESULT_FILES = (
     "metrics.json", "predictions.csv", "confusion_matrix.png", "class_metrics.png",
     "roc_pr_curves.png", "reliability.png", "mistakes.png", "gradcam.png",
 )  # fmt: skip
 MODEL_FILES = ("metrics.json", *TRAINING_FILES, *RESULT_FILES[1:], "learning_curves.png")
 
-# Keys of a model's record in config.json that only the images can tell; the others are settings.
+# Keys of a model's record in config.json that follow from the images; the others are settings.
 DATA, METADATA = "images and splits", "columns of metadata_csv"
-# What the figures of an evaluation depend on, in the words of a message.
+# What the metrics of an evaluation depend on, in the words of a message.
 DIFFERENCES = {
     "images": "other images or labels",
     "classes": "other classes",
@@ -155,26 +149,6 @@ def write_config(save_dir: str | Path, config: Mapping[str, Any]) -> None:
     write_text(Path(save_dir) / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def digest_images(images: "pd.DataFrame") -> str:
-    """Returns a digest of the images and their classes, 16 hex digits."""
-    return _digest_table(images[["path", "class", "content_hash"]])
-
-
-def describe_data(metadata: "pd.DataFrame") -> dict[str, str | None]:
-    """Returns the part of a model's record that follows from the metadata of its data set."""
-    from dataset import METADATA_COLUMNS
-
-    given = metadata.drop(columns=list(METADATA_COLUMNS), errors="ignore")
-    return {
-        DATA: _digest_table(metadata[["path", "class", "content_hash", "split"]]),
-        METADATA: _digest_table(given) if len(given.columns) else None,
-    }
-
-
-def _digest_table(table: "pd.DataFrame") -> str:
-    return digest(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
-
-
 def digest(contents: bytes) -> str:
     """Returns 16 hex digits that differ for other contents."""
     return hashlib.sha256(contents).hexdigest()[:16]
@@ -189,36 +163,24 @@ def _valid_records(runs: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-@dataclass(frozen=True)
 class TrainingFolder:
-    """The folder of a training run and the models in it.
+    """The folder of a training run, which need not exist, and the models in it.
 
     A model's record is a dict of all that its results depend on: settings, and under `DATA` and
     `METADATA` digests of what it was trained and tested on. The argument `run` of the methods is
     such a dict for the present run, without these two before its images have been read.
+
+    Raises ValueError when it holds an evaluation, or a `config.json` of another program.
     """
 
-    save_dir: Path
-    config: dict[str, Any]
-
-    @classmethod
-    def read(cls, save_dir: str | Path) -> "TrainingFolder":
-        """Reads the folder, which need not exist.
-
-        Raises ValueError when it holds an evaluation, or a `config.json` of another program.
-        """
-        config = read_config(save_dir)
-        if kind_of_run(config) == EVALUATION:
+    def __init__(self, save_dir: str | Path) -> None:
+        self.save_dir, self.config = Path(save_dir), read_config(save_dir)
+        self.records = _valid_records(self.config.get("runs"))  # of all models, finished or not
+        if kind_of_run(self.config) == EVALUATION:
             raise ValueError(
                 f"{save_dir} holds an evaluation (predict.py --evaluate), which no other command "
                 "replaces; choose another --save_dir"
             )
-        return cls(Path(save_dir), config)
-
-    @property
-    def records(self) -> dict[str, dict[str, Any]]:
-        """The record of each model that was trained here, finished or not."""
-        return _valid_records(self.config.get("runs"))
 
     def is_finished(self, model: str) -> bool:
         """Returns whether the model has results, of whatever run."""
@@ -232,17 +194,9 @@ class TrainingFolder:
         """Returns whether the model is finished, with the settings and data of this run."""
         return self.is_finished(model) and not self._differences(model, run)
 
-    def not_done(self, models: Sequence[str], run: dict[str, Any], overwrite: bool) -> list[str]:
-        """Returns the models that this run has to train, which are all with `overwrite`."""
-        return [model for model in models if overwrite or not self.is_done(model, run)]
-
     def others(self, models: Sequence[str]) -> list[str]:
         """Returns the models in the folder that are not among these."""
-        return [
-            name
-            for name in self.records
-            if name not in models and self._has_any(name, ("metrics.json", "last.pth", "model.pth"))
-        ]
+        return [name for name in self.records if name not in models and self._exists(name)]
 
     def check(
         self, models: Sequence[str], run: dict[str, Any], *, resume: bool, may_replace: bool
@@ -251,10 +205,17 @@ class TrainingFolder:
 
         With `resume`, also when the folder holds the models of another run.
         """
+        differing = {name: self._differences(name, run) for name in models if self._exists(name)}
         if resume:
-            self._check_resumed(models, run)
+            for name, differences in differing.items():
+                if differences:
+                    raise ValueError(
+                        f"--resume: {self.save_dir / name} belongs to another run: "
+                        f"{'; '.join(differences)}; start afresh with --overwrite instead of "
+                        "--resume, or choose another --save_dir"
+                    )
         elif not may_replace:
-            self._check_not_lost(models, run)
+            self._check_not_lost(differing)
         of_other_data = self._of_other_data(models, run)
         if of_other_data and not may_replace:
             raise ValueError(
@@ -264,10 +225,7 @@ class TrainingFolder:
             )
 
     def check_audit(self, images: str) -> None:
-        """Raises ValueError when the folder holds a training run on other images.
-
-        `images` is what `digest_images` returns.
-        """
+        """Raises ValueError when the folder holds a training run on images of another digest."""
         if kind_of_run(self.config) == TRAINING and self.config.get("images") != images:
             raise ValueError(
                 f"{self.save_dir} holds a training run on other images; choose another --save_dir "
@@ -281,36 +239,23 @@ class TrainingFolder:
         """
         of_other_data = self._of_other_data(models, run)
         removed = [*models, *of_other_data]
-        for model in removed:
-            _remove_files(self.save_dir / model, MODEL_FILES)
+        _remove(self.save_dir / model / file for model in removed for file in MODEL_FILES)
         _remove_empty(self.save_dir / model for model in of_other_data)
-        _remove_files(self.save_dir, RUN_FIGURES)
+        _remove(self.save_dir / file for file in (*COMPARISON_FILES, *DATA_FIGURES))
         return {name: record for name, record in self.records.items() if name not in removed}
 
-    def _check_resumed(self, models: Sequence[str], run: dict[str, Any]) -> None:
-        for model in models:
-            differing = self._differences(model, run)
-            if differing and self._has_any(model, ("metrics.json", "last.pth", "model.pth")):
-                raise ValueError(
-                    f"--resume: {self.save_dir / model} belongs to another run: "
-                    f"{'; '.join(differing)}; start afresh with --overwrite instead of --resume, "
-                    "or choose another --save_dir"
-                )
-
-    def _check_not_lost(self, models: Sequence[str], run: dict[str, Any]) -> None:
-        lost, ways_out = [], ["start afresh with --overwrite", "choose another --save_dir"]
-        for model in models:
-            differing = self._differences(model, run)
-            is_unfinished = self.can_be_resumed(model)
-            if is_unfinished or (differing and self._has_any(model, ("metrics.json", "model.pth"))):
-                lost.append("; ".join([self._describe(model), *differing]))
-            if is_unfinished and not differing:
-                ways_out.insert(0, "go on with --resume")
+    def _check_not_lost(self, differing: Mapping[str, list[str]]) -> None:
+        lost = {
+            name: differences
+            for name, differences in differing.items()
+            if differences or self.can_be_resumed(name)
+        }
         if lost:
-            *first, last = dict.fromkeys(ways_out)
+            described = ("; ".join([self._describe(name), *lost[name]]) for name in lost)
+            start = "Start" if all(lost.values()) else "Go on with --resume, start"
             raise ValueError(
-                f"{self.save_dir} holds what this run would replace: {'. '.join(lost)}. "
-                f"{', '.join(first).capitalize()} or {last}"
+                f"{self.save_dir} holds what this run would replace: {'. '.join(described)}. "
+                f"{start} afresh with --overwrite or choose another --save_dir"
             )
 
     def _differences(self, model: str, run: dict[str, Any]) -> list[str]:
@@ -330,45 +275,40 @@ class TrainingFolder:
         """Returns the model's name with its steps, accuracy and date."""
         steps = self.records.get(model, {}).get("num_steps")
         known = [] if steps is None else [f"{steps} steps"]
-        path = self.save_dir / model / "metrics.json"
-        if not self.is_finished(model):
-            return f"{model} ({', '.join([*known, 'unfinished'])})"
-        accuracy = _balanced_accuracy(path)
-        known += [] if accuracy is None else [f"balanced accuracy {accuracy:.3f}"]
-        finished = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
-        return f"{model} ({', '.join([*known, f'finished {finished}'])})"
+        if self.is_finished(model):
+            path = self.save_dir / model / "metrics.json"
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # of another program
+                accuracy = json.loads(path.read_text(encoding="utf-8"))["test"]["balanced_accuracy"]
+                known.append(f"balanced accuracy {accuracy:.3f}")
+            finished = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
+            known.append(f"finished {finished}")
+        else:
+            known.append("unfinished")
+        return f"{model} ({', '.join(known)})"
 
-    def _has_any(self, model: str, names: Sequence[str]) -> bool:
-        return any((self.save_dir / model / name).exists() for name in names)
+    def _exists(self, model: str) -> bool:
+        folder = self.save_dir / model
+        return any((folder / name).exists() for name in ("metrics.json", "last.pth", "model.pth"))
 
 
-@dataclass(frozen=True)
 class EvaluationFolder:
-    """The folder of an evaluation (predict.py --evaluate) and the models measured in it.
+    """The folder of an evaluation (predict.py --evaluate), which need not exist, and its models.
 
     A model's record is a dict of all that its results depend on, with the keys of `DIFFERENCES`;
     `runs` are such records of the present evaluation, without that of the images before these have
     been read.
+
+    Raises ValueError when an evaluation of models of these names would write over files other than
+    those of an earlier evaluation.
     """
 
-    save_dir: Path
-    config: dict[str, Any]
-
-    @classmethod
-    def read(
-        cls, save_dir: str | Path, models: Iterable[str], data_dir: str | Path
-    ) -> "EvaluationFolder":
-        """Reads the folder, which need not exist.
-
-        Raises ValueError when an evaluation of models of these names would write over files other
-        than those of an earlier evaluation.
-        """
-        save_dir = Path(save_dir)
-        folders = [save_dir, *(save_dir / name for name in models)]
-        for folder in folders:
+    def __init__(self, save_dir: str | Path, models: Iterable[str], data_dir: str | Path) -> None:
+        self.save_dir = save_dir = Path(save_dir)
+        model_folders = [save_dir / name for name in models]
+        for folder in (save_dir, *model_folders):
             check_save_dir(folder, data_dir)
-        config = read_config(save_dir)
-        kind = kind_of_run(config)
+        self.config = read_config(save_dir)
+        kind = kind_of_run(self.config)
         if kind not in (None, EVALUATION):
             raise ValueError(
                 f"{save_dir} holds another kind of run ({kind}), which an evaluation would write "
@@ -379,15 +319,15 @@ class EvaluationFolder:
                 f"{save_dir} is the folder of a model in the training run "
                 f"{save_dir.resolve().parent}; choose another folder for the evaluation"
             )
-        files, others = [*EVALUATION_FILES, *RESULT_FILES, *TRAINING_FILES], []
         if kind == EVALUATION:  # its own results may be there
-            folders, files = folders[1:], ["config.json", *TRAINING_FILES]
+            foreign = [folder / file for folder in model_folders for file in FOREIGN_FILES]
         else:
-            others = sorted(save_dir.glob("*/metrics.json"))
-        for path in [*(folder / file for folder in folders for file in files), *others]:
+            files = (*EVALUATION_FILES, *RESULT_FILES, *TRAINING_FILES)
+            foreign = [folder / file for folder in (save_dir, *model_folders) for file in files]
+            foreign += sorted(save_dir.glob("*/metrics.json"))
+        for path in foreign:
             if path.exists():
                 raise ValueError(f"{path} was not written by an evaluation; choose another folder")
-        return cls(save_dir, config)
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -397,12 +337,11 @@ class EvaluationFolder:
         runs = self.config.get("runs")
         if not isinstance(runs, dict):  # written before there was such a record
             runs = {path.parent.name: {} for path in self.save_dir.glob("*/metrics.json")}
-        of_others = ("config.json", *TRAINING_FILES)
         return {
             name: record
             for name, record in _valid_records(runs).items()
             if (self.save_dir / name).is_dir()
-            and not any((self.save_dir / name / file).exists() for file in of_others)
+            and not any((self.save_dir / name / file).exists() for file in FOREIGN_FILES)
         }
 
     def measured(
@@ -414,14 +353,12 @@ class EvaluationFolder:
         results would be lost: of other images or classes, or of another model of the same name.
         """
         any_run, kept = next(iter(runs.values())), {}
-        same_for_all: Mapping[str, Any] = {
-            what: any_run[what] for what in ("images", "classes") if what in any_run
-        }
+        of_all_models = {what: any_run[what] for what in any_run if what in ("images", "classes")}
         for name, before in self.records.items():
             is_finished = (self.save_dir / name / "metrics.json").exists()
             if not is_finished or (overwrite and name in runs):
                 continue
-            now = runs.get(name, same_for_all)
+            now = runs.get(name, of_all_models)
             differing = [DIFFERENCES[what] for what in now if before.get(what) != now[what]]
             if differing and not overwrite:
                 words = ", ".join(differing) if before else "no record of its images"
@@ -439,11 +376,9 @@ class EvaluationFolder:
         `metrics.json` goes first: without it no model counts as measured if this is interrupted.
         """
         folders = [self.save_dir / name for name in self.records if name not in kept]
-        for file in RESULT_FILES:
-            for folder in folders:
-                _remove_files(folder, [file])
+        _remove(folder / file for file in RESULT_FILES for folder in folders)
         _remove_empty(folders)
-        _remove_files(self.save_dir, COMPARISON_FILES)
+        _remove(self.save_dir / file for file in COMPARISON_FILES)
 
 
 def _belongs_to_training(folder: Path) -> bool:
@@ -457,16 +392,9 @@ def _belongs_to_training(folder: Path) -> bool:
     return kind_of_run(config) == TRAINING and folder.name in names
 
 
-def _balanced_accuracy(path: Path) -> float | None:
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["test"]["balanced_accuracy"])
-    except (ValueError, KeyError, TypeError):  # not a file of this program
-        return None
-
-
-def _remove_files(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

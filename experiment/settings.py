@@ -8,20 +8,12 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from experiment.console import (
-    Parser,
-    check_flag_fields,
-    check_flags_have_effect,
-    flag_field,
-    given_flags,
-    number_type,
-    print_message,
-    with_underscores,
-)
+from experiment import console
+from experiment.console import flag_field, number_type
 from learning.processes import get_world_size, is_first_process, torchrun_variable
 
 PROGRAM = "train_models.py"
@@ -59,16 +51,17 @@ def flag(
 
     All else is as in `flag_field`.
     """
-    no_effect = dict(no_effect) | ({} if audit else {"--audit_only": ""})
-    about = {"result": result, "used_by": used_by}
-    return flag_field(default, help, metavar, no_effect=no_effect, about=about, **options)
+    no_effect = {**no_effect} if audit else {**no_effect, "--audit_only": ""}
+    made = flag_field(default, help, metavar, no_effect=no_effect, **options)
+    metadata = made.metadata | {"result": result, "used_by": used_by}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of a run; each is a flag of the same name."""
 
-    # No flag has the default None for data_dir: it is given, or that of the demo.
+    # None never gets past `parse_arguments`: the folder is given, or is that of the demo.
     data_dir: str = flag(None, "images, one sub-folder a class", "DIR", audit=True, result=False)
     save_dir: str = flag("models", "where results go", "DIR", audit=True, result=False)
     cache_dir: str | None = flag(
@@ -181,7 +174,7 @@ def parse_arguments(
     argv: Sequence[str], settings_class: type[Settings] = Settings
 ) -> tuple[Settings, bool]:
     """Returns the settings and whether this is the demo; exits with status 2 for a wrong flag."""
-    argv = [with_underscores(word) for word in argv]
+    argv = [console.with_underscores(word) for word in argv]
     parser = make_parser(settings_class)
     arguments = vars(parser.parse_args(argv))
     if arguments["demo"]:
@@ -189,7 +182,7 @@ def parse_arguments(
         arguments = vars(parser.parse_args(argv))
     elif arguments["data_dir"] is None:
         parser.error("give a folder of images with --data_dir, or try it without one with --demo")
-    _check_effects(parser, settings_class, given_flags(parser, argv), arguments)
+    _check_effects(parser, settings_class, console.given_flags(parser, argv), arguments)
     is_demo = arguments.pop("demo")
     arguments["models"] = dict.fromkeys(arguments["models"])
     for each in fields(settings_class):
@@ -215,25 +208,25 @@ def _check_effects(
     """
     if arguments["resume"] and arguments["overwrite"]:
         parser.error("--resume goes on with a run, --overwrite starts it afresh; give one of them")
-    check_flag_fields(parser, settings_class, given, arguments)
+    console.check_flag_fields(parser, settings_class, given, arguments)
     if "splits" in given and arguments["split_by"] == "folders":
         from imaging.sources import has_folder_of_split
 
         if has_folder_of_split(arguments["data_dir"], "valid"):
             mode = "--split_by folders where there is a folder for validation"
-            check_flags_have_effect(parser, given, mode, {"splits": ""})
+            parser.error(f"--splits has no effect with {mode}")
     models = dict.fromkeys(arguments["models"])
     for each in fields(settings_class):
         is_used = each.metadata["used_by"] or (lambda model, value: True)
         is_unused = not any(is_used(model, arguments[each.name]) for model in models)
         if each.name in given and is_unused and is_first_process():
             message = f"--{each.name} has no effect with --models {' '.join(models)}"
-            print_message(PROGRAM, "warning", message)
+            console.print_message(PROGRAM, "warning", message)
 
 
 def make_parser(settings_class: type[Settings] = Settings) -> argparse.ArgumentParser:
     """Returns the parser of all flags, with the defaults of `Settings`."""
-    parser = Parser(
+    parser = console.Parser(
         prog=PROGRAM,
         description="Trains, evaluates, plots and compares models of skin lesions.",
         epilog="For research and teaching, not for diagnosis.",

@@ -132,8 +132,9 @@ class Ensemble:
         self.dtype = resolve_precision(precision, self.device)
         self.memory_format = memory_format_for(self.device, self.dtype)
         models, infos = zip(*map(load_model, paths), strict=True)
-        for path, info in zip(paths, infos, strict=True):
-            _check_alike(path, info, paths[0], infos[0])
+        info_of = dict(zip(paths, infos, strict=True))
+        check_alike(info_of, ("classes", "image_size", "preprocessors", "malignant_classes"))
+        for path, info in info_of.items():
             _check_preprocessors(path, info, preprocessors)
         self.models: list[LesionClassifier] = [
             model.to(self.device, memory_format=self.memory_format) for model in models
@@ -309,15 +310,17 @@ def _check_folder_of_overlays(
         raise ValueError(f"{folder} is to be a folder, and {output} a file; choose another")
 
 
-def _check_alike(path: str, info: ModelInfo, first_path: str, first: ModelInfo) -> None:
-    """Raises ValueError when the mean of two models' probabilities would mean nothing."""
-    for name in ("classes", "image_size", "preprocessors", "malignant_classes"):
-        own, other = info[name], first[name]
-        if own != other:
-            raise ValueError(
-                f"{path} and {first_path} cannot be averaged: {name} differ, "
-                f"{own or 'none'} and {other or 'none'}"
-            )
+def check_alike(infos: Mapping[str, ModelInfo], attributes: Sequence[str]) -> None:
+    """Raises ValueError when models, here by name, differ in one of these attributes."""
+    (first_name, first), *others = infos.items()
+    for name, info in others:
+        for attribute in attributes:
+            own, other = info[attribute], first[attribute]
+            if own != other:
+                raise ValueError(
+                    f"{name} and {first_name} do not fit each other: {attribute} differ, "
+                    f"{own or 'none'} and {other or 'none'}"
+                )
 
 
 def _check_preprocessors(path: str, info: ModelInfo, preprocessors: Sequence[Preprocessor]) -> None:

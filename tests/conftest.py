@@ -221,11 +221,11 @@ def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if "quick_figures" in request.fixturenames:
         return
     for name in (
-        "experiment.pipeline.plot_data",
+        "experiment.results.plot_data",
         "experiment.pipeline.plot_learning_curves",
         "experiment.results.plot_metrics",
         "experiment.results.plot_examples",
-        "experiment.results.plot_model_comparison",
+        "visualizations.plot_model_comparison",
     ):
         monkeypatch.setattr(name, lambda *args, **kwargs: None)
 

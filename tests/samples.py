@@ -34,6 +34,19 @@ def save_few_pixels(figure, file, *, format, **options):
     Image.new("RGB", (8, 8)).save(file, format)
 
 
+def training_flags(data_dir, save_dir, **others):
+    """The command line of a run that takes a second or two."""
+    flags = {"data_dir": data_dir, "save_dir": save_dir, "image_size": 32, "num_steps": 2}
+    flags |= {"eval_every": 2, "batch_size": 8, "device": "cpu"} | others
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def snapshot(folder):
+    """Every file below a folder with its contents and time, to see that nothing was touched."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+
+
 def break_files(folder):
     """Adds files that are no images to a folder with `a/0000.png`; gives their names."""
     whole = (folder / "a/0000.png").read_bytes()

@@ -27,6 +27,7 @@ from evaluation import Calibration
 from imaging.cache import ArrayCache
 from models import MODELS, load_model
 from predict import predict
+from tests.samples import snapshot, training_flags
 from train_models import DEMO_SETTINGS, MODEL_NAMES, Settings, command, main, parse_arguments
 from training import evaluate
 
@@ -47,21 +48,11 @@ MODEL_FILES = {
 def arguments(make_images, tmp_path):
     """A command line that trains in a second or two."""
     root = make_images({"Train/melanoma": 16, "Train/mole $1_x": 14, "Test/melanoma": 4})
-    return [
-        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
-        "--layers", "18", "--num_steps", "4", "--eval_every", "2", "--batch_size", "8",
-        "--weights", "none", "--device", "cpu",
-    ]  # fmt: skip
+    return training_flags(root, tmp_path / "out", layers=18, num_steps=4, weights="none")
 
 
 def names(folder):
     return {path.name for path in folder.iterdir() if path.is_file()} - {".lock"}
-
-
-def digest(folder):
-    """Every file below a folder with its contents and time, to see that nothing was touched."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
 
 
 def errors(text):
@@ -133,10 +124,10 @@ def test_a_run_is_never_gone_on_with_in_another_precision(arguments, tmp_path, m
     assert main(words) == 0
     (tmp_path / "out/simple_cnn/metrics.json").unlink()
     monkeypatch.setattr("learning.hardware.computes_in_bfloat16", lambda device: False)
-    before = digest(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     assert main([*words, "--resume"]) == 2
     assert "precision was bf16, is fp32" in capfd.readouterr().err
-    assert digest(tmp_path / "out") == before
+    assert snapshot(tmp_path / "out") == before
     assert main([*words, "--resume", "--precision", "bf16"]) == 0
 
 
@@ -229,21 +220,21 @@ def test_resume_passes_over_what_is_finished_and_finishes_the_rest(arguments, tm
     out = tmp_path / "out"
     (out / "resnet_scratch/metrics.json").unlink()
     expected = pd.read_csv(out / "resnet_scratch/predictions.csv")
-    finished = digest(out / "simple_cnn")
+    finished = snapshot(out / "simple_cnn")
     capfd.readouterr()
     assert main([*arguments, *chosen, "--resume"]) == 0
     assert "already finished" in capfd.readouterr().out
-    assert digest(out / "simple_cnn") == finished
+    assert snapshot(out / "simple_cnn") == finished
     assert pd.read_csv(out / "resnet_scratch/predictions.csv").equals(expected)
     assert list(pd.read_csv(out / "comparison.csv")["model"]) == chosen[1:]
 
 
 def test_resume_with_other_settings_is_refused(arguments, tmp_path, capfd):
     main([*arguments, "--models", "simple_cnn"])
-    before = digest(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     assert main([*arguments, "--models", "simple_cnn", "--resume", "--num_steps", "6"]) == 2
     assert "num_steps was 4, is 6" in capfd.readouterr().err
-    assert digest(tmp_path / "out") == before
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, capfd):
@@ -255,28 +246,28 @@ def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, cap
     assert "simple_cnn belongs to another run: num_steps was 4, is 3" in capfd.readouterr().err
     assert main([*simple, "--resume", "--save_dir", str(tmp_path / "out")]) == 0
     (Path(arguments[1]) / "Train/melanoma/0000.png").unlink()
-    before = digest(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     assert main([*simple, "--resume"]) == 2
     assert "images and splits was" in capfd.readouterr().err
-    assert digest(tmp_path / "out") == before
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_a_config_of_something_else_is_not_overwritten(arguments, tmp_path, capfd):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text('{"model_type": "vit"}')
-    before = digest(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     assert main(arguments) == 2
     assert "config.json was not written by this program" in capfd.readouterr().err
-    assert digest(tmp_path / "out") == before
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_the_demo_leaves_a_real_run_alone(arguments, tmp_path, monkeypatch, capfd):
     main([*arguments, "--models", "simple_cnn"])
-    before = digest(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert main(["--demo", "--device", "cpu", "--save_dir", "out"]) == 2
     assert "out holds what this run would replace: simple_cnn" in capfd.readouterr().err
-    assert digest(tmp_path / "out") == before
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_an_older_run_is_never_taken_for_this_one(arguments, tmp_path, monkeypatch):
@@ -319,11 +310,9 @@ def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd
 
 
 @pytest.fixture
-def quick(arguments):
+def quick(tmp_path):
     """Flags of a run of one small model on another folder, given as a function of the folder."""
-    at = arguments.index("--layers")
-    return lambda root: ["--data_dir", str(root), *arguments[2:at], "--models", "simple_cnn",
-                         "--num_steps", "2", "--batch_size", "8", "--device", "cpu"]  # fmt: skip
+    return lambda root: training_flags(root, tmp_path / "out", models="simple_cnn")
 
 
 def test_the_codes_of_ham10000_are_screened_without_a_warning(quick, make_images, tmp_path, capfd):
@@ -575,7 +564,7 @@ def test_mistakes_are_one_line_and_touch_nothing(
     (out / "own_model").mkdir(parents=True)
     (out / "own_model/metrics.json").write_text("{}")
     (out / "own_model/last.pth").write_text("precious")
-    before = digest(out)
+    before = snapshot(out)
     for flags, expected in mistakes(make_images, tmp_path):
         try:
             status = main([*arguments, *flags])
@@ -584,7 +573,7 @@ def test_mistakes_are_one_line_and_touch_nothing(
         (message,) = errors(capfd.readouterr().err)
         assert status == 2, flags
         assert all(part in message for part in expected), message
-        assert digest(out) == before, flags
+        assert snapshot(out) == before, flags
 
 
 def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeypatch, capfd):
@@ -597,11 +586,13 @@ def test_out_of_memory_is_one_line_with_the_batch_size_to_try(arguments, monkeyp
     assert "out of memory with --batch_size 16; try --batch_size 8 --accumulate 4" in line
 
 
-def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    assert main([*arguments, "--models", "simple_cnn", "--compile"]) == 2
-    (line,) = errors(capfd.readouterr().err)
+def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
+    words = [sys.executable, ROOT / "train_models.py", *arguments]
+    words += ["--models", "simple_cnn", "--compile"]
+    env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(words, env=os.environ | env, capture_output=True, text=True)
+    (line,) = errors(result.stderr)
+    assert result.returncode == 2
     assert "--compile does not work here (" in line and "run without it" in line
 
 

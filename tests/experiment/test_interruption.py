@@ -18,13 +18,14 @@ from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import visualizations
 from dataset import DatasetBuilder, create_dataloaders
-from experiment import results
 from experiment.results import EvaluationSettings, evaluate_folder
 from experiment.run_folder import claim
 from models import get_model, load_model
 from predict import main as predict_main
 from storage.tensors import save_tensors
+from tests.samples import snapshot, training_flags
 from train_models import main
 from training import NonFiniteLossError, make_optimizer, train, warmup_cosine
 
@@ -213,16 +214,9 @@ def test_another_thread_leaves_the_handlers_alone(loaders, at_step):
 @pytest.fixture
 def arguments(make_images, tmp_path):
     root = make_images({"melanoma": 20, "nevus": 14})
-    return [
-        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
-        "--num_steps", "6", "--eval_every", "2", "--batch_size", "8", "--device", "cpu",
-        "--models", "simple_cnn", "--checkpoint_every", "4",
-    ]  # fmt: skip
-
-
-def digest(folder):
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
-    return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    return training_flags(
+        root, tmp_path / "out", num_steps=6, models="simple_cnn", checkpoint_every=4
+    )
 
 
 def said_command(line):
@@ -281,7 +275,7 @@ def test_a_signal_while_figures_are_drawn_leaves_none_half_written(
         send(signal.SIGTERM, signal.SIGTERM)()
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, where, interrupted)
+        patch.setattr(visualizations, where, interrupted)
         assert main(arguments) == 143
     (line,) = capfd.readouterr().err.splitlines()
     assert not list(tmp_path.rglob("*.tmp*"))
@@ -455,12 +449,12 @@ def test_a_second_run_names_the_first_and_touches_nothing(
     owner = start(tmp_path / "owner.py", out, cwd=tmp_path)
     while not (tmp_path / "claimed").exists() and owner.poll() is None:
         time.sleep(0.02)
-    before = digest(out)
+    before = snapshot(out)
     for words in (arguments, [*arguments, "--resume"], [*arguments[:4], "--audit_only"]):
         assert main(words) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert f"{out} is in use by process {owner.pid} on " in line
-    assert digest(out) == before
+    assert snapshot(out) == before
     owner.kill()
     owner.wait()
     assert main(arguments) == 0  # the claim has gone with its process

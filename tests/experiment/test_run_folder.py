@@ -19,10 +19,11 @@ from experiment.results import EvaluationSettings, evaluate_folder
 from experiment.run_folder import (
     AUDIT,
     DATA,
+    DATA_FIGURES,
     EVALUATION,
+    EVALUATION_FILES,
     METADATA,
     MODEL_FILES,
-    RUN_FILES,
     TRAINING,
     TrainingFolder,
     kind_of_run,
@@ -30,8 +31,10 @@ from experiment.run_folder import (
 )
 from imaging import cache
 from imaging.synthetic import make_dataset
+from tests.samples import snapshot, training_flags
 from train_models import DEMO_SETTINGS, main
 
+RUN_FILES = {*EVALUATION_FILES, *DATA_FIGURES}
 RUN = {"num_steps": 2, "seed": 42, DATA: "these", METADATA: None}
 OTHER_SETTINGS, OTHER_DATA = RUN | {"num_steps": 60}, RUN | {DATA: "those"}
 STATES = {
@@ -54,13 +57,7 @@ def make_folder(root, models):
     runs = {name: record for name, (_, record) in models.items() if record is not None}
     config = {"kind": TRAINING, "settings": {}, "runs": runs}
     (root / "config.json").write_text(json.dumps(config))
-    return TrainingFolder.read(root)
-
-
-def contents(root):
-    """Every file below a folder with its contents and time, to see that nothing was touched."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != ".lock")
-    return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    return TrainingFolder(root)
 
 
 # ---------------------------------------------------------------------------- the rules
@@ -148,11 +145,11 @@ def test_what_is_not_replaced_on_purpose_stays(tmp_path_factory, models, resume,
     root = tmp_path_factory.getbasetemp() / "any"
     folder = make_folder(root, models)
     asked = ["cnn", "net"]
-    before = contents(root)
+    before = snapshot(root)
     try:
         folder.check(asked, RUN, resume=resume, may_replace=may_replace)
     except ValueError:
-        assert contents(root) == before
+        assert snapshot(root) == before
         return
     afresh = [
         name
@@ -179,11 +176,11 @@ def test_names_of_a_config_never_reach_other_folders(tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     config["runs"] = dict.fromkeys(("../elsewhere", "..", ".", str(tmp_path), ""), OTHER_DATA)
     (tmp_path / "out/config.json").write_text(json.dumps(config))
-    before = contents(tmp_path / "elsewhere")
-    folder = TrainingFolder.read(tmp_path / "out")
+    before = snapshot(tmp_path / "elsewhere")
+    folder = TrainingFolder(tmp_path / "out")
     assert folder.records == {}
     folder.make_room(["cnn"], RUN)
-    assert contents(tmp_path / "elsewhere") == before
+    assert snapshot(tmp_path / "elsewhere") == before
 
 
 # ---------------------------------------------------------------------------- the command
@@ -195,11 +192,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 def arguments(make_images, tmp_path):
     """A command line that trains in a second or two."""
     root = make_images({"melanoma": 20, "nevus": 14})
-    return [
-        "--data_dir", str(root), "--save_dir", str(tmp_path / "out"), "--image_size", "32",
-        "--num_steps", "2", "--eval_every", "2", "--batch_size", "8", "--device", "cpu",
-        "--models", "simple_cnn",
-    ]  # fmt: skip
+    return training_flags(root, tmp_path / "out", models="simple_cnn")
 
 
 def refusal(words, capfd):
@@ -220,11 +213,11 @@ def test_the_same_command_again_passes_over_what_is_finished(
     assert {p.name for p in (out / "simple_cnn").iterdir()} <= set(MODEL_FILES)
     for name in ("report.html", "comparison.csv", "comparison.png"):
         (out / name).unlink()
-    before = contents(out / "simple_cnn"), (out / "config.json").read_bytes()
+    before = snapshot(out / "simple_cnn"), (out / "config.json").read_bytes()
     capfd.readouterr()
     assert main(arguments) == 0
     assert "already finished" in capfd.readouterr().out
-    assert (contents(out / "simple_cnn"), (out / "config.json").read_bytes()) == before
+    assert (snapshot(out / "simple_cnn"), (out / "config.json").read_bytes()) == before
     assert {p.name for p in out.iterdir() if p.is_file()} <= {*RUN_FILES, ".lock"}
     assert (out / "report.html").exists() and (out / "comparison.csv").exists()
 
@@ -233,11 +226,11 @@ def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/notes.txt").write_text("mine")
-    before = contents(out)
+    before = snapshot(out)
     message = refusal([*arguments, "--num_steps", "3"], capfd)
     assert "simple_cnn (2 steps, balanced accuracy 0." in message
     assert "num_steps was 2, is 3. Start afresh with --overwrite or choose another" in message
-    assert contents(out) == before
+    assert snapshot(out) == before
     assert main([*arguments, "--num_steps", "3", "--overwrite"]) == 0
     assert list(pd.read_csv(out / "simple_cnn/history.csv")["step"]) == [2, 3]
     assert (out / "simple_cnn/notes.txt").read_text() == "mine"
@@ -252,9 +245,9 @@ def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capf
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/metrics.json").unlink()
-    before = contents(out)
+    before = snapshot(out)
     assert "with --resume, start afresh with --overwrite" in refusal(arguments, capfd)
-    assert contents(out) == before
+    assert snapshot(out) == before
     assert main([*arguments, "--resume"]) == 0
     (out / "simple_cnn/metrics.json").unlink()
     assert main([*arguments, "--overwrite"]) == 0
@@ -268,10 +261,10 @@ def test_other_models_of_the_same_data_stay_in_the_report_with_their_settings(
 ):
     main(arguments)
     out = tmp_path / "out"
-    before = contents(out / "simple_cnn")
+    before = snapshot(out / "simple_cnn")
     options = ["--models", "resnet_scratch", "--layers", "18", "--num_steps", "3"]
     assert main([*arguments, *options]) == 0
-    assert contents(out / "simple_cnn") == before
+    assert snapshot(out / "simple_cnn") == before
     assert sorted(pd.read_csv(out / "comparison.csv")["model"]) == ["resnet_scratch", "simple_cnn"]
     page = (out / "report.html").read_text()
     assert "Not all models were trained with the same settings" in page
@@ -291,15 +284,15 @@ def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd):
     main(arguments)
     out = tmp_path / "out"
     (out / "simple_cnn/notes.txt").write_text("mine")
-    before = contents(out)
+    before = snapshot(out)
     options = ["--models", "resnet_scratch", "--layers", "18"]
     other = [*arguments, *options, "--seed", "7"]  # other splits
     message = refusal(other, capfd)
     assert "out holds models of other images or splits" in message and "simple_cnn (2" in message
-    assert contents(out) == before
+    assert snapshot(out) == before
     (Path(arguments[1]) / "nevus/0000.png").unlink()
     assert "images and splits was" in refusal(arguments, capfd)
-    assert contents(out) == before
+    assert snapshot(out) == before
     assert main([*other, "--overwrite"]) == 0
     assert [path.name for path in (out / "simple_cnn").iterdir()] == ["notes.txt"]
     assert list(pd.read_csv(out / "comparison.csv")["model"]) == ["resnet_scratch"]
@@ -325,11 +318,11 @@ def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capf
         EvaluationSettings(device="cpu"),
     )
     assert kind_of_run(read_config(elsewhere)) == EVALUATION
-    before = contents(elsewhere)
+    before = snapshot(elsewhere)
     options = ["--save_dir", str(elsewhere)]
     for words in (arguments, [*arguments, "--overwrite"], [*arguments[:2], "--audit_only"]):
         assert "elsewhere holds an evaluation" in refusal([*words, *options], capfd)
-    assert contents(elsewhere) == before
+    assert snapshot(elsewhere) == before
 
 
 def test_an_audit_is_shared_by_a_run_on_the_same_images_and_replaced_by_one_on_others(
@@ -349,13 +342,13 @@ def test_an_audit_is_shared_by_a_run_on_the_same_images_and_replaced_by_one_on_o
     assert len(pd.read_csv(out / "audit.csv")) == 0 and not (out / "audit.png").exists()
     assert main([*of_audit, "--audit_only"]) == 0
     assert read_config(out) == config
-    before = contents(out)
+    before = snapshot(out)
     assert "out holds a training run on other images" in refusal(on_others, capfd)
     (Path(arguments[1]) / "nevus/0000.png").write_bytes(
         (Path(arguments[1]) / "nevus/0001.png").read_bytes()
     )  # the same names, other contents
     assert "on other images" in refusal([*of_audit, "--audit_only"], capfd)
-    assert contents(out) == before
+    assert snapshot(out) == before
 
 
 # ---------------------------------------------------------------------------- the demo
@@ -377,10 +370,10 @@ def test_the_demo_replaces_its_own_folder_alone(demo, tmp_path, capfd):
     out = tmp_path / "models/demo"
     said = "python train_models.py --demo --weights none --device cpu"
     assert read_config(out)["command"] == said
-    before = contents(out / "simple_cnn")
+    before = snapshot(out / "simple_cnn")
     assert main(demo) == 0
     assert "already finished" in capfd.readouterr().out
-    assert contents(out / "simple_cnn") == before
+    assert snapshot(out / "simple_cnn") == before
     assert main([*demo, "--num_steps", "3"]) == 0
     assert list(pd.read_csv(out / "simple_cnn/history.csv")["step"]) == [3]
     (out / "simple_cnn/metrics.json").unlink()
@@ -395,21 +388,21 @@ def test_the_demo_replaces_its_own_folder_alone(demo, tmp_path, capfd):
 
 def test_the_demo_never_replaces_a_run_on_other_images(demo, arguments, tmp_path, capfd):
     main([*arguments, "--save_dir", "models/demo"])
-    before = contents(tmp_path / "models/demo")
+    before = snapshot(tmp_path / "models/demo")
     for words, said in (
         (demo, "models/demo holds what this run would replace: simple_cnn"),
         ([*demo, "--resume"], "models/demo/simple_cnn belongs to another run"),
         (["--demo", "--audit_only"], "models/demo holds a training run on other images"),
     ):
         assert said in refusal(words, capfd)
-    assert contents(tmp_path / "models/demo") == before
+    assert snapshot(tmp_path / "models/demo") == before
 
 
 def test_whoever_comes_second_finds_the_images_drawn(tmp_path):
     first = make_dataset(tmp_path / "demo", num_images=60, size=32)
-    before = contents(first)
+    before = snapshot(first)
     assert make_dataset(tmp_path / "demo", num_images=60, size=32, exist_ok=True) == first
-    assert contents(first) == before
+    assert snapshot(first) == before
     with pytest.raises(FileExistsError):
         make_dataset(tmp_path / "demo", num_images=60, size=32)
 

@@ -278,7 +278,7 @@ def test_a_flag_of_other_models_than_the_chosen_ones_is_warned_of(
     outcome, capfd, monkeypatch, flag, value, models
 ):
     warned = []
-    monkeypatch.setattr("experiment.settings.print_message", lambda *words: warned.append(words))
+    monkeypatch.setattr("experiment.console.print_message", lambda *words: warned.append(words))
     base = ["--data_dir", "raw", "--models", *models]
     outcome(base)
     assert warned == []
