@@ -144,7 +144,7 @@ def _subgroup_names(values: pd.Series) -> np.ndarray:
             names = pd.cut(numbers, ends, right=False, labels=list(AGE_BANDS))
         else:
             names = pd.qcut(numbers, 4, duplicates="drop").map(
-                lambda band: f"{band.left:g} to {band.right:g}"
+                lambda band: f"{band.left:g} to {band.right:g}", na_action="ignore"
             )
         names = names.astype(object)
     names = names.where(names.notna() & (names != ""), "unknown")

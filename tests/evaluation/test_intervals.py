@@ -211,3 +211,9 @@ def test_unequal_groups_are_worth_less_than_their_number():
 def test_groups_of_another_number_are_refused():
     with pytest.raises(ValueError, match="groups"):
         compute_intervals([0, 1], np.eye(2), ["a", "b"], groups=[0])
+
+
+@pytest.mark.parametrize("labels", [[0], [0, -1], [0, 0.5]])
+def test_models_are_compared_on_labels_of_the_same_images_alone(labels):
+    with pytest.raises(ValueError, match="y_pred_b (has|goes)"):
+        compare([0, 1], [0, 1], labels)

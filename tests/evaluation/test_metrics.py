@@ -212,7 +212,7 @@ def test_examples_are_one_right_and_one_wrong_of_each_class():
 
 def test_decisions_that_are_no_classes_are_refused():
     for y_pred in ([0], [0, 2], [0, -1]):
-        with pytest.raises(ValueError, match="y_pred must have"):
+        with pytest.raises(ValueError, match="y_pred (has|goes)"):
             compute_metrics([0, 1], np.eye(2), ["a", "b"], y_pred)
 
 

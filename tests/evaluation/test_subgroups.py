@@ -170,3 +170,10 @@ def test_other_numbers_come_in_quarters():
     assert [g["images"] for g in found["diameter"]["groups"].values()] == [10] * 4
     assert set(found["twice"]["groups"]) == {"0", "1"}
     assert "flat" not in found
+
+
+def test_images_without_a_number_are_apart_from_the_quarters():
+    columns = pd.DataFrame({"diameter": [*np.arange(40) / 2, np.nan]})
+    found = compute_subgroups(np.arange(41) % 3, np.arange(41) % 3, columns)["diameter"]
+    assert [group["images"] for group in found["groups"].values()] == [10] * 4 + [1]
+    assert found["groups"]["unknown"]["images"] == 1
