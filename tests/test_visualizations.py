@@ -350,14 +350,14 @@ def test_long_names_in_the_legends_of_curves_are_whole_and_clear_of_the_rest():
 
 
 @pytest.mark.parametrize("draw", DRAWN_WITH_CAPTIONS)
-def test_long_names_below_pictures_are_whole_and_clear_of_one_another(draw):
+def test_long_names_below_images_are_whole_and_clear_of_one_another(draw):
     figure = draw(LONG_NAMES, "a title", None)
     labels = [ax.xaxis.label for ax in figure.axes if ax.images]
     boxes = [label.get_window_extent() for label in labels]
-    pictures = [ax.bbox for ax in figure.axes if ax.images]
+    images = [ax.bbox for ax in figure.axes if ax.images]
     assert len(boxes) == 9
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    assert not any(box.overlaps(picture) for box in boxes for picture in pictures)
+    assert not any(box.overlaps(image) for box in boxes for image in images)
     for label, box, name in zip(labels, boxes, LONG_NAMES, strict=True):
         assert f"true: {name}" in label.get_text().replace("\n", " ")
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
@@ -365,7 +365,7 @@ def test_long_names_below_pictures_are_whole_and_clear_of_one_another(draw):
 
 
 @pytest.mark.parametrize("draw", DRAWN_WITH_CAPTIONS)
-def test_names_below_pictures_are_verbatim(draw):
+def test_names_below_images_are_verbatim(draw):
     figure = draw(["_a $x_1$", "costs $5"], "$a$ and $b$_c", None)
     first, second = captions(figure)
     assert first.split("\n")[:2] == ["true: _a $x_1$", "predicted: costs $5"]
@@ -823,7 +823,7 @@ def test_what_is_no_mistake_is_refused_as_one():
         plot_mistakes(images[:0], [], [], [])
 
 
-def test_a_heatmap_is_laid_over_the_grey_picture_beside_the_picture():
+def test_a_heatmap_is_laid_over_the_grey_image_beside_the_image():
     images = colour_tiles("red", "blue")
     heatmaps = np.zeros((2, 8, 8), np.float32)
     heatmaps[1, :, 4:] = 1

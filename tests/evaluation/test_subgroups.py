@@ -17,7 +17,7 @@ from evaluation import (
 from tests.evaluation.cases import simulated
 
 
-def test_subgroups_have_the_figures_of_their_images_alone():
+def test_subgroups_have_the_metrics_of_their_images_alone():
     y_true, y_prob = simulated(400, 0.8, seed=5)
     y_pred = y_prob.argmax(axis=1)
     is_female = np.arange(400) % 2 == 0
@@ -32,9 +32,9 @@ def test_subgroups_have_the_figures_of_their_images_alone():
         assert group["accuracy"] == pytest.approx(accuracy_score(y_true[part], y_pred[part]))
         expected = balanced_accuracy_score(y_true[part], y_pred[part])
         assert group["balanced_accuracy"] == pytest.approx(expected)
-        for figure in ("accuracy", "balanced_accuracy"):
-            low, high = group[f"{figure}_interval"]
-            assert low < group[figure] < high
+        for metric in ("accuracy", "balanced_accuracy"):
+            low, high = group[f"{metric}_interval"]
+            assert low < group[metric] < high
     gap = found["sex"]["widest_gap"]
     groups = found["sex"]["groups"]
     assert (gap["highest"], gap["lowest"]) == ("male", "female")
