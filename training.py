@@ -32,19 +32,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from tqdm import tqdm
 
 from dataset import LesionLoader, check_seed, derive_seed
 from evaluation import MALIGNANT, Evaluation, compute_metrics
 from imaging.batches import Inputs
-from learning.best_model import OnBest, model_writer
-from learning.checkpoints import Batches, Checkpoint, Progress, describe_run
+from imaging.splits import check_at_least
+from learning.checkpoints import Batches, Checkpoint, Progress, describe_model, describe_run
 from learning.distributed import (
     SECONDS_BETWEEN_EXCHANGES,
     Agreement,
     gather_batches,
     gradient_exchange,
-    is_progress_hidden,
+    progress_bar,
     share_buffers,
 )
 from learning.hardware import (
@@ -54,11 +53,10 @@ from learning.hardware import (
     fastest_convolutions,
     memory_format_for,
     name_of_precision,
-    own_random_state,
     resolve_precision,
 )
 from learning.losses import Criterion, describe_criterion, make_criterion
-from learning.monitoring import NonFiniteLossError, StepBar, Window, check_weights, diverged
+from learning.monitoring import NonFiniteLossError, Window, diverged
 from learning.processes import (
     SECONDS_OF_ONE_SIGNAL,
     StopSignals,
@@ -88,15 +86,18 @@ __all__ = [
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
+# Takes the model, its evaluation on the validation images and the metrics of that.
+OnBest = Callable[[nn.Module, Evaluation, dict[str, Any]], None]
+
 
 def make_optimizer(
     model: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 1e-4
 ) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019) that decays neither biases nor normalisation weights.
+    """Returns AdamW (Loshchilov and Hutter 2019) for the parameters that are not frozen.
 
-    What is multiplied with features, the tensors of two or more dimensions, is decayed; frozen
-    parameters are not in it. Raises ValueError for a rate that is not above 0, a negative decay, or
-    a model without trainable parameters.
+    It decays what is multiplied with features, the tensors of two or more dimensions, but neither
+    biases nor normalisation weights. Raises ValueError for a rate that is not above 0, a negative
+    decay, or a model without trainable parameters.
     """
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; it must be greater than 0")
@@ -114,15 +115,14 @@ def make_optimizer(
 
 
 def warmup_cosine(optimizer: Optimizer, num_steps: int, warmup_fraction: float = 0.2) -> LambdaLR:
-    """Linear warm-up and cosine decay (Loshchilov and Hutter 2017), stepped once a training step.
+    """Returns linear warm-up and cosine decay (Loshchilov and Hutter 2017), for each training step.
 
     With the optimizer's rate as the peak p, N = `num_steps` and w = round(N * warmup_fraction):
     p/10 + (p - p/10) s/w for s < w, then p/100 + (p - p/100) (1 + cos(pi (s - w)/(N - 1 - w))) / 2,
     for steps s = 0 … N - 1; past the end it stays. Raises ValueError for fewer than one step or a
     fraction outside [0, 1].
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; it must be 1 or more")
+    check_at_least(1, num_steps=num_steps)
     if not 0 <= warmup_fraction <= 1:
         raise ValueError(f"warmup_fraction is {warmup_fraction}; it must be from 0 to 1")
     warmup_steps = round(num_steps * warmup_fraction)
@@ -156,17 +156,16 @@ def evaluate(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     model.to(device)
-    all_logits, all_labels = [], []
+    batches = []
     with evaluation_mode(model), torch.inference_mode():
-        for inputs, labels in tqdm(loader, "evaluating", disable=is_progress_hidden(), leave=False):
-            all_logits.append(compute_logits(model, inputs, device, dtype))
-            all_labels.append(labels)
+        for inputs, labels in progress_bar(loader, desc="evaluating"):
+            batches.append((compute_logits(model, inputs, device, dtype), labels))
     if isinstance(loader, LesionLoader) and loader.world_size > 1:
-        all_logits, all_labels = gather_batches(all_logits, all_labels)
-    if not all_labels:
+        batches = gather_batches(batches)
+    if not batches:
         raise ValueError("the loader gave no batches to evaluate on")
-    logits = torch.cat(all_logits).cpu().double()
-    labels = torch.cat([labels.cpu() for labels in all_labels])
+    logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    logits = logits.double()
     loss = F.cross_entropy(logits, labels).item()
     return Evaluation(loss, labels.numpy(), logits.softmax(dim=1).numpy())
 
@@ -215,16 +214,19 @@ def train(
 
     Raises ValueError for invalid arguments or a `last.pth` of another run, and NonFiniteLossError.
     """
-    plan = _Plan(num_steps, eval_every, early_stopping_patience, checkpoint_every, accumulate, seed)
+    plan = _Plan(num_steps, eval_every, early_stopping_patience, accumulate, seed)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     model.to(device).to(memory_format=memory_format_for(device, dtype))
     run = _Run(model, train_loader, valid_loader, optimizer, scheduler, device, dtype, plan)
     run.class_names = _class_names(valid_loader, num_classes)
     run.criterion = make_criterion(criterion, num_classes, class_weights, device)
-    run.on_best = on_best
+    run.on_best, run.checkpoint_every = on_best, checkpoint_every
+    if checkpoint_every is not None:
+        check_at_least(1, checkpoint_every=checkpoint_every)
     if save_path is not None:
-        _keep_in(run, Path(save_path), criterion, class_weights, malignant_classes)
+        given = (criterion, class_weights, malignant_classes)
+        run.checkpoint = _checkpoint(run, Path(save_path), *given)
     if resume:
         run.progress = _restore(run)
     return _train(run, _make_forward(model, device, compile))
@@ -232,28 +234,18 @@ def train(
 
 @dataclass(frozen=True)
 class _Plan:
-    """The arguments of `train` that say how often something is done; invalid ones are refused."""
+    """The arguments of `train` that a resumed run must share; invalid ones are refused."""
 
     num_steps: int
     eval_every: int
     early_stopping_patience: int
-    checkpoint_every: int | None
     accumulate: int
     seed: int
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "eval_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.early_stopping_patience < 0:
-            raise ValueError(
-                f"early_stopping_patience is {self.early_stopping_patience}; "
-                "it must be 0 (off) or more"
-            )
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(
-                f"checkpoint_every is {self.checkpoint_every}; it must be 1 or more, or None"
-            )
+            check_at_least(1, **{name: getattr(self, name)})
+        check_at_least(0, early_stopping_patience=self.early_stopping_patience)
         check_seed(self.seed)
 
 
@@ -269,10 +261,10 @@ class _Run:
     device: torch.device
     dtype: torch.dtype
     plan: _Plan
-    folder: Path | None = None
     class_names: list[str] = field(default_factory=list)
     criterion: Criterion = F.cross_entropy
     on_best: OnBest | None = None
+    checkpoint_every: int | None = None
     checkpoint: Checkpoint | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -282,39 +274,30 @@ class _Run:
         self.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
 
 
-def _keep_in(
+def _checkpoint(
     run: _Run,
     folder: Path,
     criterion: str | Criterion,
     class_weights: Sequence[float] | None,
     malignant_classes: Sequence[str],
-) -> None:
-    """Has the run write `last.pth`, `history.csv` and, unless it has `on_best`, `model.pth`."""
-    weights = None if class_weights is None else [float(w) for w in class_weights]
-    settings = {
-        "num_steps": run.plan.num_steps,
-        "eval_every": run.plan.eval_every,
-        "early_stopping_patience": run.plan.early_stopping_patience,
-        "class_weights": weights,
+) -> Checkpoint:
+    settings = vars(run.plan) | {
+        "class_weights": None if class_weights is None else [float(w) for w in class_weights],
         "precision": str(run.dtype),
-        "accumulate": run.plan.accumulate,
         "world_size": get_world_size(),
-        "seed": run.plan.seed,
         "criterion": describe_criterion(criterion),
     }
     parts = (run.model, run.optimizer, run.scheduler)
     settings |= describe_run(*parts, run.train_loader, run.valid_loader, run.plan.num_steps)
-    run.folder = folder
-    run.checkpoint = Checkpoint(folder, *parts, run.scaler, settings)
-    if run.on_best is None:
-        run.on_best = model_writer(
-            folder,
-            run.valid_loader,
-            run.class_names,
-            malignant_classes,
-            priors_shifted=weights is not None or getattr(run.train_loader, "balanced", False),
-            precision=name_of_precision(run.dtype),
-        )
+    info = describe_model(
+        run.model,
+        run.valid_loader,
+        run.class_names,
+        malignant_classes,
+        name_of_precision(run.dtype),
+    )
+    priors_shifted = class_weights is not None or getattr(run.train_loader, "balanced", False)
+    return Checkpoint(folder, *parts, run.scaler, settings, info, priors_shifted)
 
 
 def _restore(run: _Run) -> Progress:
@@ -333,21 +316,25 @@ def _train(run: _Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[s
     plan, progress = run.plan, run.progress
     batches = _endless_batches(run.train_loader, progress.step * plan.accumulate)
     window, agreement = Window(progress), Agreement()
+    bar = progress_bar(
+        desc="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
+    )
     run.model.train()
     with (
-        own_random_state(run.device),
+        torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
         fastest_convolutions(),
         _naming_kept_files(run),
-        StepBar(plan.num_steps, progress, logger) as bar,
+        bar,
         StopSignals() as signals,
     ):
         while not progress.is_over(plan.num_steps, plan.early_stopping_patience):
             if not progress.is_evaluation_due(plan.eval_every, plan.num_steps):
                 step_batches = itertools.islice(batches, plan.accumulate)
-                window.add(progress, *_train_step(run, forward, step_batches))
-                bar.update(window)
+                window.add(*_train_step(run, forward, step_batches))
+                if bar.update():  # about once a second, as reading a loss waits for the device
+                    bar.set_postfix_str(window.describe())
             if progress.is_evaluation_due(plan.eval_every, plan.num_steps):
-                window = _evaluate_and_keep(run, window, signals, bar)
+                _evaluate_and_keep(run, window, signals)
             if _stop_or_save(run, window, agreement, signals):
                 break
         _save_last(run, window)
@@ -381,38 +368,48 @@ def _train_step(
     return torch.stack(losses).sum(), num_images
 
 
-def _evaluate_and_keep(run: _Run, window: Window, signals: StopSignals, bar: StepBar) -> Window:
-    """Evaluates the model and keeps it if it is the best; returns a new window.
-
-    When a signal ends the evaluation nothing is kept, and the window is the old one.
-    """
+def _evaluate_and_keep(run: _Run, window: Window, signals: StopSignals) -> None:
+    """Evaluates the model, and keeps it if it is the best, unless a signal ends the evaluation."""
     progress, evaluation = run.progress, None
-    train_loss, speed = window.mean_loss(), window.images_per_second()
-    check_weights(run.model, progress)
+    window.pause(run.model)
     share_buffers(run.model)
     with signals.skippable():
         precision = name_of_precision(run.dtype)
         evaluation = evaluate(run.model, run.valid_loader, device=run.device, precision=precision)
     if evaluation is None:
-        return window
+        return
     if not math.isfinite(evaluation.loss):
         raise diverged(
             f"the validation loss is {evaluation.loss}", progress.step, progress.learning_rate
         )
     metrics = {"step": progress.step, "loss": evaluation.loss}
     metrics |= compute_metrics(evaluation.labels, evaluation.probabilities, run.class_names)
-    is_best = progress.add(metrics, train_loss, speed)
-    if isinstance(run.scheduler, ReduceLROnPlateau):
-        run.scheduler.step(evaluation.loss)
-    if run.checkpoint is not None and is_first_process():
-        run.checkpoint.save_history(progress)
+    is_best = progress.add(metrics)
     if is_best:
         weights = run.model.state_dict().items()
         progress.best_state = {name: w.detach().to("cpu", copy=True) for name, w in weights}
-        if run.on_best is not None and is_first_process():
-            run.on_best(run.model, evaluation, metrics)
-    bar.log(progress)
-    return Window(progress)
+    if isinstance(run.scheduler, ReduceLROnPlateau):
+        run.scheduler.step(evaluation.loss)
+    if is_first_process():
+        _write_evaluation(run, evaluation, is_best)
+    window.restart()
+
+
+def _write_evaluation(run: _Run, evaluation: Evaluation, is_best: bool) -> None:
+    """Writes and logs the last evaluation, and gives the best model to `on_best`."""
+    if run.checkpoint is not None:
+        run.checkpoint.save_history(run.progress)
+    if is_best and run.on_best is not None:
+        run.on_best(run.model, evaluation, run.progress.best_metrics)
+    elif is_best and run.checkpoint is not None:
+        run.checkpoint.save_best(run.progress, evaluation)
+    logger.info(
+        "step %(step)d/%(num_steps)d: train loss %(train_loss).3f, valid loss %(valid_loss).3f, "
+        "precision %(valid_precision).3f, recall %(valid_recall).3f, balanced accuracy "
+        "%(valid_balanced_accuracy).3f, %(images_per_second).1f images/s%(best)s",
+        {name: values[-1] for name, values in run.progress.history.items()}
+        | {"num_steps": run.plan.num_steps, "best": " (best)" if is_best else ""},
+    )
 
 
 def _stop_or_save(run: _Run, window: Window, agreement: Agreement, signals: StopSignals) -> bool:
@@ -425,8 +422,8 @@ def _stop_or_save(run: _Run, window: Window, agreement: Agreement, signals: Stop
     if stopping:
         signals.received = stopping
         return True
-    if run.plan.checkpoint_every is not None:
-        is_due = run.progress.step % run.plan.checkpoint_every == 0
+    if run.checkpoint_every is not None:
+        is_due = run.progress.step % run.checkpoint_every == 0
     if is_due:
         started = time.monotonic()
         _save_last(run, window)
@@ -438,8 +435,7 @@ def _stop_or_save(run: _Run, window: Window, agreement: Agreement, signals: Stop
 
 def _save_last(run: _Run, window: Window) -> None:
     """Writes `last.pth` in the first process; all call this together."""
-    window.pause(run.progress)
-    check_weights(run.model, run.progress)
+    window.pause(run.model)
     run.progress.saved_step = run.progress.step
     if run.checkpoint is not None and is_first_process():
         run.checkpoint.save_last(run.progress)
@@ -451,14 +447,15 @@ def _naming_kept_files(run: _Run) -> Iterator[None]:
     try:
         yield
     except NonFiniteLossError as error:
-        if run.folder is None:
+        if run.checkpoint is None:
             raise
-        kept = "no checkpoint had been written before"
+        folder, kept = run.checkpoint.folder, "no checkpoint had been written before"
         if run.progress.saved_step:
-            kept = f"{run.folder / 'last.pth'} is that of step {run.progress.saved_step}"
-        if run.progress.best_metrics and (run.folder / "model.pth").exists():
-            best = run.progress.best_metrics["step"]
-            kept += f", {run.folder / 'model.pth'} the best, of step {best}"
+            kept = f"{folder / 'last.pth'} is that of step {run.progress.saved_step}"
+        if run.progress.best_metrics and (folder / "model.pth").exists():
+            kept += (
+                f", {folder / 'model.pth'} the best, of step {run.progress.best_metrics['step']}"
+            )
         raise NonFiniteLossError(f"{error}; {kept}") from None
 
 

@@ -1,12 +1,13 @@
-"""How far a training run has come, and the files that it keeps in its `save_path`."""
+"""How far a training run has come, and the files that it writes to its `save_path`."""
 
 import hashlib
 import warnings
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,16 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from augmentation import describe_policy
 from dataset import LesionLoader
-from evaluation import best_evaluation
+from evaluation import (
+    Evaluation,
+    best_evaluation,
+    choose_thresholds,
+    fit_calibration,
+    group_by_malignancy,
+    screening_scores,
+)
 from imaging.batches import Inputs
+from models import ModelInfo
 from storage.files import write_csv
 from storage.tensors import check_alike, load_tensors, save_tensors
 
@@ -39,14 +48,14 @@ class Progress:
     recent_images: int = 0
     recent_seconds: float = 0.0
 
-    def add(self, metrics: dict[str, Any], train_loss: float, images_per_second: float) -> bool:
-        """Adds an evaluation to the history, and returns whether it is the best so far."""
+    def add(self, metrics: dict[str, Any]) -> bool:
+        """Adds an evaluation after the recent steps to the history; returns if it is the best."""
         entry = {
             "step": self.step,
             "learning_rate": self.learning_rate,
-            "train_loss": train_loss,
+            "train_loss": float(np.mean(self.recent_losses)),
             **{f"valid_{name}": metrics[name] for name in VALIDATION_METRICS},
-            "images_per_second": images_per_second,
+            "images_per_second": self.recent_images / self.recent_seconds,
         }
         for name, value in entry.items():
             self.history.setdefault(name, []).append(value)
@@ -74,7 +83,9 @@ class Progress:
 class Checkpoint:
     """Writes and reads the files of one run.
 
-    `settings` is what must be the same for the run to be resumed, see `describe_run`.
+    `settings` is what must be the same for the run to be resumed, see `describe_run`; `info` is
+    what `describe_model` returns; `priors_shifted` is whether training sees the classes in other
+    proportions than there are.
     """
 
     folder: Path
@@ -83,11 +94,29 @@ class Checkpoint:
     scheduler: LRScheduler | None
     scaler: torch.amp.GradScaler
     settings: dict[str, Any]
+    info: ModelInfo
+    priors_shifted: bool
 
     def save_history(self, progress: Progress) -> None:
         """Writes `history.csv`, a row an evaluation."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_csv(pd.DataFrame(progress.history), self.folder / "history.csv")
+
+    def save_best(self, progress: Progress, evaluation: Evaluation) -> None:
+        """Writes `model.pth`: the best weights, and how to use them by their evaluation."""
+        info, y_true, y_prob = self.info, evaluation.labels, evaluation.probabilities
+        calibration = fit_calibration(y_true, y_prob, priors_shifted=self.priors_shifted)
+        groups = (info.classes, info.malignant_classes, info.unknown_classes)
+        scores = screening_scores(y_true, calibration.apply(y_prob), *groups)
+        info = replace(
+            info,
+            metrics=progress.best_metrics,
+            temperature=calibration.temperature,
+            bias=list(calibration.bias),
+            thresholds={name: choose_thresholds(*scores[name]) for name in scores},
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        info.save(self.folder / "model.pth", progress.best_state)
 
     def save_last(self, progress: Progress) -> None:
         """Writes `last.pth`: all that is needed to resume from this step."""
@@ -196,9 +225,9 @@ def _read_progress(found: Any, model: nn.Module, num_steps: int) -> Progress:
         found = {"learning_rate": 0.0, "saved_step": 0} | found
     check_alike(found, dict.fromkeys(vars(Progress())), "progress")
     count = len(found["history"]["step"]) if found["history"] else 0
-    evaluated = Progress()
+    evaluated = Progress(recent_losses=[0.0], recent_seconds=1.0)
     if count:
-        evaluated.add(dict.fromkeys(VALIDATION_METRICS, 0.0), 0.0, 0.0)
+        evaluated.add(dict.fromkeys(VALIDATION_METRICS, 0.0))
     ranked = {"loss": 0.0, "balanced_accuracy": 0.0}
     expected = vars(Progress()) | {
         "history": dict.fromkeys(evaluated.history, [0.0] * count),
@@ -232,6 +261,30 @@ def _read_optimizer(found: Any, optimizer: Optimizer) -> dict[str, Any]:
             kept = dict.fromkeys(names, parameters[number]) | {"step": torch.tensor(0.0)}
             _completed(state, kept, f"optimizer's state {number}", needed=kept)
     return {**found, "param_groups": groups}
+
+
+def describe_model(
+    model: nn.Module,
+    valid_loader: Batches,
+    class_names: Sequence[str],
+    malignant_classes: Sequence[str],
+    precision: str,
+) -> ModelInfo:
+    """Returns what `model.pth` holds whatever the evaluation.
+
+    Raises ValueError for a malignant class that is not among the classes.
+    """
+    config, dataset = _config(model), getattr(valid_loader, "dataset", None)
+    counted = group_by_malignancy(class_names, malignant_classes)
+    return ModelInfo(
+        config=config,
+        classes=list(class_names),
+        image_size=getattr(dataset, "image_size", None) or config.get("image_size", 0),
+        preprocessors=getattr(dataset, "preprocessors", ""),
+        precision=precision,
+        malignant_classes=counted["malignant"],
+        unknown_classes=counted["unknown"],
+    )
 
 
 def describe_run(
