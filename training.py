@@ -22,7 +22,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from dataset import LesionLoader, check_seed, derive_seed
+from dataset import LesionLoader, derive_seed
 from evaluation import MALIGNANT, Evaluation, compute_metrics
 from imaging.batches import Inputs
 from imaging.splits import check_at_least
-from learning.checkpoints import Batches, Checkpoint, Progress, describe_model, describe_run
+from learning.checkpoints import Batches, OnBest, Plan, Run
 from learning.distributed import (
     SECONDS_BETWEEN_EXCHANGES,
     Agreement,
@@ -63,7 +62,6 @@ from learning.processes import (
     get_rank,
     get_world_size,
     is_distributed,
-    is_first_process,
 )
 from models import evaluation_mode
 
@@ -85,9 +83,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
-
-# Takes the model, its evaluation on the validation images and the metrics of that.
-OnBest = Callable[[nn.Module, Evaluation, dict[str, Any]], None]
 
 
 def make_optimizer(
@@ -214,108 +209,28 @@ def train(
 
     Raises ValueError for invalid arguments or a `last.pth` of another run, and NonFiniteLossError.
     """
-    plan = _Plan(num_steps, eval_every, early_stopping_patience, accumulate, seed)
+    plan = Plan(num_steps, eval_every, early_stopping_patience, accumulate, seed)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     model.to(device).to(memory_format=memory_format_for(device, dtype))
-    run = _Run(model, train_loader, valid_loader, optimizer, scheduler, device, dtype, plan)
-    run.class_names = _class_names(valid_loader, num_classes)
-    run.criterion = make_criterion(criterion, num_classes, class_weights, device)
-    run.on_best, run.checkpoint_every = on_best, checkpoint_every
-    if checkpoint_every is not None:
-        check_at_least(1, checkpoint_every=checkpoint_every)
+    parts = (model, train_loader, valid_loader, optimizer, scheduler, device, dtype, plan)
+    class_names = _class_names(valid_loader, num_classes)
+    loss = make_criterion(criterion, num_classes, class_weights, device)
+    run = Run(*parts, class_names, loss, on_best, checkpoint_every)
     if save_path is not None:
-        given = (criterion, class_weights, malignant_classes)
-        run.checkpoint = _checkpoint(run, Path(save_path), *given)
+        described = describe_criterion(criterion)
+        run.write_to(Path(save_path), described, class_weights, malignant_classes)
     if resume:
-        run.progress = _restore(run)
+        run.restore()
     return _train(run, _make_forward(model, device, compile))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The arguments of `train` that a resumed run must share; invalid ones are refused."""
-
-    num_steps: int
-    eval_every: int
-    early_stopping_patience: int
-    accumulate: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "eval_every", "accumulate"):
-            check_at_least(1, **{name: getattr(self, name)})
-        check_at_least(0, early_stopping_patience=self.early_stopping_patience)
-        check_seed(self.seed)
-
-
-@dataclass
-class _Run:
-    """All that belongs to one call of `train`."""
-
-    model: nn.Module
-    train_loader: Batches
-    valid_loader: Batches
-    optimizer: Optimizer
-    scheduler: LRScheduler | None
-    device: torch.device
-    dtype: torch.dtype
-    plan: _Plan
-    class_names: list[str] = field(default_factory=list)
-    criterion: Criterion = F.cross_entropy
-    on_best: OnBest | None = None
-    checkpoint_every: int | None = None
-    checkpoint: Checkpoint | None = None
-    progress: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        is_fp16 = self.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
-        self.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
-
-
-def _checkpoint(
-    run: _Run,
-    folder: Path,
-    criterion: str | Criterion,
-    class_weights: Sequence[float] | None,
-    malignant_classes: Sequence[str],
-) -> Checkpoint:
-    settings = vars(run.plan) | {
-        "class_weights": None if class_weights is None else [float(w) for w in class_weights],
-        "precision": str(run.dtype),
-        "world_size": get_world_size(),
-        "criterion": describe_criterion(criterion),
-    }
-    parts = (run.model, run.optimizer, run.scheduler)
-    settings |= describe_run(*parts, run.train_loader, run.valid_loader, run.plan.num_steps)
-    info = describe_model(
-        run.model,
-        run.valid_loader,
-        run.class_names,
-        malignant_classes,
-        name_of_precision(run.dtype),
-    )
-    priors_shifted = class_weights is not None or getattr(run.train_loader, "balanced", False)
-    return Checkpoint(folder, *parts, run.scaler, settings, info, priors_shifted)
-
-
-def _restore(run: _Run) -> Progress:
-    if run.checkpoint is None:
-        raise ValueError("resume needs the save_path of the run that is to go on")
-    if not isinstance(run.train_loader, LesionLoader):
-        raise ValueError(
-            "resume needs a LesionLoader (create_dataloaders): another training loader cannot go "
-            "on where it stopped"
-        )
-    return run.checkpoint.restore()
-
-
-def _train(run: _Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[str, list[float]]]:
+def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[str, list[float]]]:
     """Trains the model of a run whose parts are all in place; `forward` calls the model."""
     plan, progress = run.plan, run.progress
     batches = _endless_batches(run.train_loader, progress.step * plan.accumulate)
     window, agreement = Window(progress), Agreement()
+    run.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     bar = progress_bar(
         desc="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
     )
@@ -327,24 +242,25 @@ def _train(run: _Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[s
         bar,
         StopSignals() as signals,
     ):
-        while not progress.is_over(plan.num_steps, plan.early_stopping_patience):
-            if not progress.is_evaluation_due(plan.eval_every, plan.num_steps):
+        while not progress.is_over(plan):
+            if not progress.is_evaluation_due(plan):
                 step_batches = itertools.islice(batches, plan.accumulate)
                 window.add(*_train_step(run, forward, step_batches))
                 if bar.update():  # about once a second, as reading a loss waits for the device
                     bar.set_postfix_str(window.describe())
-            if progress.is_evaluation_due(plan.eval_every, plan.num_steps):
+            if progress.is_evaluation_due(plan):
                 _evaluate_and_keep(run, window, signals)
             if _stop_or_save(run, window, agreement, signals):
                 break
-        _save_last(run, window)
+        window.pause(run.model)
+        run.save_last()
         agreement.wait()  # torchrun would end a process that still writes when another has ended
     run.model.load_state_dict(progress.best_state)
     return run.model.eval(), progress.history
 
 
 def _train_step(
-    run: _Run, forward: Callable[..., Tensor], batches: Iterable[tuple[Inputs, Tensor]]
+    run: Run, forward: Callable[..., Tensor], batches: Iterable[tuple[Inputs, Tensor]]
 ) -> tuple[Tensor, int]:
     """Takes one optimizer step on the batches; returns their mean loss and number of images."""
     progress, accumulate, rank = run.progress, run.plan.accumulate, get_rank()
@@ -368,7 +284,7 @@ def _train_step(
     return torch.stack(losses).sum(), num_images
 
 
-def _evaluate_and_keep(run: _Run, window: Window, signals: StopSignals) -> None:
+def _evaluate_and_keep(run: Run, window: Window, signals: StopSignals) -> None:
     """Evaluates the model, and keeps it if it is the best, unless a signal ends the evaluation."""
     progress, evaluation = run.progress, None
     window.pause(run.model)
@@ -385,40 +301,29 @@ def _evaluate_and_keep(run: _Run, window: Window, signals: StopSignals) -> None:
     metrics = {"step": progress.step, "loss": evaluation.loss}
     metrics |= compute_metrics(evaluation.labels, evaluation.probabilities, run.class_names)
     is_best = progress.add(metrics)
+    if isinstance(run.scheduler, ReduceLROnPlateau):
+        run.scheduler.step(evaluation.loss)
+    run.save_history()
     if is_best:
         weights = run.model.state_dict().items()
         progress.best_state = {name: w.detach().to("cpu", copy=True) for name, w in weights}
-    if isinstance(run.scheduler, ReduceLROnPlateau):
-        run.scheduler.step(evaluation.loss)
-    if is_first_process():
-        _write_evaluation(run, evaluation, is_best)
-    window.restart()
-
-
-def _write_evaluation(run: _Run, evaluation: Evaluation, is_best: bool) -> None:
-    """Writes and logs the last evaluation, and gives the best model to `on_best`."""
-    if run.checkpoint is not None:
-        run.checkpoint.save_history(run.progress)
-    if is_best and run.on_best is not None:
-        run.on_best(run.model, evaluation, run.progress.best_metrics)
-    elif is_best and run.checkpoint is not None:
-        run.checkpoint.save_best(run.progress, evaluation)
+        run.save_best(evaluation)
     logger.info(
         "step %(step)d/%(num_steps)d: train loss %(train_loss).3f, valid loss %(valid_loss).3f, "
         "precision %(valid_precision).3f, recall %(valid_recall).3f, balanced accuracy "
         "%(valid_balanced_accuracy).3f, %(images_per_second).1f images/s%(best)s",
-        {name: values[-1] for name, values in run.progress.history.items()}
+        {name: values[-1] for name, values in progress.history.items()}
         | {"num_steps": run.plan.num_steps, "best": " (best)" if is_best else ""},
     )
+    window.restart()
 
 
-def _stop_or_save(run: _Run, window: Window, agreement: Agreement, signals: StopSignals) -> bool:
+def _stop_or_save(run: Run, window: Window, agreement: Agreement, signals: StopSignals) -> bool:
     """Writes `last.pth` when it is due; returns whether a process has received a signal.
 
     All processes call this together.
     """
-    is_late = time.monotonic() > run.next_checkpoint
-    stopping, is_due = agreement.largest(signals.received, is_late)
+    stopping, is_due = agreement.largest(signals.received, time.monotonic() > run.next_checkpoint)
     if stopping:
         signals.received = stopping
         return True
@@ -426,36 +331,28 @@ def _stop_or_save(run: _Run, window: Window, agreement: Agreement, signals: Stop
         is_due = run.progress.step % run.checkpoint_every == 0
     if is_due:
         started = time.monotonic()
-        _save_last(run, window)
+        window.pause(run.model)
+        run.save_last()
         ended = time.monotonic()
         # Of the time on a slow disk, too, checkpoints take no more than a hundredth.
         run.next_checkpoint = ended + max(SECONDS_BETWEEN_CHECKPOINTS, 100 * (ended - started))
     return False
 
 
-def _save_last(run: _Run, window: Window) -> None:
-    """Writes `last.pth` in the first process; all call this together."""
-    window.pause(run.model)
-    run.progress.saved_step = run.progress.step
-    if run.checkpoint is not None and is_first_process():
-        run.checkpoint.save_last(run.progress)
-
-
 @contextlib.contextmanager
-def _naming_kept_files(run: _Run) -> Iterator[None]:
+def _naming_kept_files(run: Run) -> Iterator[None]:
     """Adds to a NonFiniteLossError which files hold the training from before it."""
     try:
         yield
     except NonFiniteLossError as error:
-        if run.checkpoint is None:
+        if run.folder is None:
             raise
-        folder, kept = run.checkpoint.folder, "no checkpoint had been written before"
+        kept = "no checkpoint had been written before"
         if run.progress.saved_step:
-            kept = f"{folder / 'last.pth'} is that of step {run.progress.saved_step}"
-        if run.progress.best_metrics and (folder / "model.pth").exists():
-            kept += (
-                f", {folder / 'model.pth'} the best, of step {run.progress.best_metrics['step']}"
-            )
+            kept = f"{run.folder / 'last.pth'} is that of step {run.progress.saved_step}"
+        if run.progress.best_metrics and (run.folder / "model.pth").exists():
+            best = run.progress.best_metrics["step"]
+            kept += f", {run.folder / 'model.pth'} the best, of step {best}"
         raise NonFiniteLossError(f"{error}; {kept}") from None
 
 
