@@ -72,9 +72,8 @@ def predict_batches(
             table = _table(read, labels, calibrated, ensemble.classes, flags)
             write_rows(table)
             if chosen.gradcam is not None and read:
-                for path, image, heatmap in zip(
-                    read, pixels, ensemble.heatmaps(pixels, labels), strict=True
-                ):
+                heatmaps = ensemble.heatmaps(pixels, labels)
+                for path, image, heatmap in zip(read, pixels, heatmaps, strict=True):
                     save_overlay(Path(chosen.gradcam) / overlay_name(path), image, heatmap)
             bar.update(len(read) + len(unreadable))
             yield table, unreadable
@@ -124,7 +123,6 @@ class Ensemble:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> None:
-
         paths = as_list(paths)
         if not paths:
             raise ValueError("no model is given; name one model.pth or several")
@@ -257,10 +255,8 @@ def _table(
     classes: Sequence[str],
     flags: Mapping[str, tuple[list[int], float]],
 ) -> pd.DataFrame:
-    columns: dict[str, Any] = {"path": name_column(paths)}
-    columns["class"] = [classes[label] for label in labels]
-    for label, name in enumerate(classes):
-        columns[f"prob_{name}"] = probabilities[:, label]
+    columns = {"path": name_column(paths), "class": [classes[label] for label in labels]}
+    columns |= {f"prob_{name}": probabilities[:, label] for label, name in enumerate(classes)}
     for name, (added_up, threshold) in flags.items():
         columns[f"flag_{name}"] = probabilities[:, added_up].sum(axis=1) >= threshold
     return pd.DataFrame(columns)
@@ -337,16 +333,13 @@ def _check_preprocessors(path: str, info: ModelInfo, preprocessors: Sequence[Pre
 
 def _mean_thresholds(infos: Sequence[ModelInfo]) -> dict[str, float]:
     """Returns the mean of the thresholds that all models have."""
-    stored = [
+    stored = pd.DataFrame(
         {name: aims[DEFAULT_AIM] for name, aims in info.thresholds.items() if DEFAULT_AIM in aims}
         for info in infos
-    ]
-    return {
-        # A sum of probabilities, from which a threshold is taken, can be a little above 1.
-        name: min(sum(thresholds[name] for thresholds in stored) / len(stored), 1.0)
-        for name in stored[0]
-        if all(name in thresholds for thresholds in stored)
-    }
+    )
+    # A sum of probabilities, from which a threshold is taken, can be a little above 1.
+    means = stored.dropna(axis=1).mean().clip(upper=1.0)
+    return dict(zip(means.index, means.tolist(), strict=True))
 
 
 def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> None:
