@@ -36,12 +36,13 @@ from dataset import LesionLoader, derive_seed
 from evaluation import MALIGNANT, Evaluation, compute_metrics
 from imaging.batches import Inputs
 from imaging.splits import check_at_least
-from learning.checkpoints import Batches, OnBest, Plan, Run
+from learning.checkpoints import Batches, OnBest, Plan, Progress, Run
 from learning.distributed import (
     SECONDS_BETWEEN_EXCHANGES,
     Agreement,
     gather_batches,
     gradient_exchange,
+    mean_over_processes,
     progress_bar,
     share_buffers,
 )
@@ -55,7 +56,6 @@ from learning.hardware import (
     resolve_precision,
 )
 from learning.losses import Criterion, describe_criterion, make_criterion
-from learning.monitoring import NonFiniteLossError, Window, diverged
 from learning.processes import (
     SECONDS_OF_ONE_SIGNAL,
     StopSignals,
@@ -83,6 +83,18 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
+
+
+class NonFiniteLossError(ValueError):
+    """A loss or weight that is infinite or not a number: training has diverged."""
+
+
+def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteLossError:
+    """Returns the error for this, with the step, its learning rate and advice."""
+    return NonFiniteLossError(
+        f"{what} at step {step} (learning rate {learning_rate:.3g}); try a smaller "
+        "--learning_rate, or --precision fp32"
+    )
 
 
 def make_optimizer(
@@ -229,7 +241,7 @@ def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[st
     """Trains the model of a run whose parts are all in place; `forward` calls the model."""
     plan, progress = run.plan, run.progress
     batches = _endless_batches(run.train_loader, progress.step * plan.accumulate)
-    window, agreement = Window(progress), Agreement()
+    window, agreement = _Window(progress), Agreement()
     run.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     bar = progress_bar(
         desc="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
@@ -259,6 +271,60 @@ def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[st
     return run.model.eval(), progress.history
 
 
+class _Window:
+    """The training steps since the last evaluation, some of which `progress` may hold already."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins to measure time, and drops all steps that `progress` does not hold."""
+        self.started = time.monotonic()
+        self.steps: list[tuple[int, float]] = []
+        self.losses: list[Tensor] = []  # they stay on the device: reading one waits for it
+
+    def add(self, loss: Tensor, num_images: int) -> None:
+        """Adds the step just done, with its mean loss and its number of images."""
+        self.steps.append((self.progress.step, self.progress.learning_rate))
+        self.losses.append(loss)
+        self.progress.recent_images += num_images
+
+    def pause(self, model: nn.Module) -> None:
+        """Moves losses, as means over the processes, which call this together, to `progress`.
+
+        All of them raise NonFiniteLossError for the first loss that is not finite, and each for
+        weights that the steps have left not finite.
+        """
+        if self.losses:
+            losses = mean_over_processes(torch.stack(self.losses)).tolist()
+            for (step, learning_rate), loss in zip(self.steps, losses, strict=True):
+                if not math.isfinite(loss):
+                    raise _diverged(f"the training loss is {loss}", step, learning_rate)
+            _check_weights(model, self.progress)
+            self.progress.recent_losses += losses
+        self.progress.recent_seconds += time.monotonic() - self.started
+        self.restart()
+
+    def describe(self) -> str:
+        """Returns the last step's loss and learning rate, and the last evaluation, in short."""
+        validation = ""
+        if self.progress.history:
+            accuracy = self.progress.history["valid_balanced_accuracy"][-1]
+            validation = f", valid balanced accuracy {accuracy:.3f}"
+        return f"loss {self.losses[-1].item():.3f}, lr {self.steps[-1][1]:.1e}{validation}"
+
+
+def _check_weights(model: nn.Module, progress: Progress) -> None:
+    """Raises NonFiniteLossError for weights or statistics that are not finite.
+
+    The loss of a step is from before its update, and that of validation may hide an infinity.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise _diverged(f"{name} is not finite", progress.step, progress.learning_rate)
+
+
 def _train_step(
     run: Run, forward: Callable[..., Tensor], batches: Iterable[tuple[Inputs, Tensor]]
 ) -> tuple[Tensor, int]:
@@ -284,7 +350,7 @@ def _train_step(
     return torch.stack(losses).sum(), num_images
 
 
-def _evaluate_and_keep(run: Run, window: Window, signals: StopSignals) -> None:
+def _evaluate_and_keep(run: Run, window: _Window, signals: StopSignals) -> None:
     """Evaluates the model, and keeps it if it is the best, unless a signal ends the evaluation."""
     progress, evaluation = run.progress, None
     window.pause(run.model)
@@ -295,7 +361,7 @@ def _evaluate_and_keep(run: Run, window: Window, signals: StopSignals) -> None:
     if evaluation is None:
         return
     if not math.isfinite(evaluation.loss):
-        raise diverged(
+        raise _diverged(
             f"the validation loss is {evaluation.loss}", progress.step, progress.learning_rate
         )
     metrics = {"step": progress.step, "loss": evaluation.loss}
@@ -318,7 +384,7 @@ def _evaluate_and_keep(run: Run, window: Window, signals: StopSignals) -> None:
     window.restart()
 
 
-def _stop_or_save(run: Run, window: Window, agreement: Agreement, signals: StopSignals) -> bool:
+def _stop_or_save(run: Run, window: _Window, agreement: Agreement, signals: StopSignals) -> bool:
     """Writes `last.pth` when it is due; returns whether a process has received a signal.
 
     All processes call this together.
