@@ -30,7 +30,7 @@ from evaluation import match_classes
 from imaging.lesions import is_melanoma, normalize_name
 from inference.explain import gradcam, overlay_name, save_overlay
 from inference.options import Paths, PredictionOptions, as_list
-from learning.hardware import autocast, choose_device, memory_format_for, resolve_precision
+from learning.hardware import choose_device, compute_logits, memory_format_for, resolve_precision
 from models import LesionClassifier, ModelInfo, load_model
 from storage.files import name_column, printable, write_atomically, write_csv
 
@@ -128,14 +128,12 @@ class Ensemble:
             raise ValueError("no model is given; name one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        self.memory_format = memory_format_for(self.device, self.dtype)
         models, infos = zip(*map(load_model, paths), strict=True)
         for path, info in zip(paths, infos, strict=True):
             _check_alike(path, info, paths[0], infos[0])
             _check_preprocessors(path, info, preprocessors)
-        self.models: list[LesionClassifier] = [
-            model.to(self.device, memory_format=self.memory_format) for model in models
-        ]
+        layout = memory_format_for(self.device, self.dtype)
+        self.models = [model.to(self.device, memory_format=layout) for model in models]
         self.calibrations = [info.calibration for info in infos]
         self.classes: list[str] = infos[0].classes
         self.image_size: int = infos[0].image_size
@@ -166,14 +164,12 @@ class Ensemble:
     def _raw_probabilities(
         self, model: LesionClassifier, inputs: Mapping[str, Tensor], tta: int
     ) -> np.ndarray:
-        logits = []
         with torch.inference_mode():
-            for view in islice(_views(inputs["images"]), tta):
-                view = view.contiguous(memory_format=self.memory_format)
-                with autocast(self.device, self.dtype):
-                    given = view if len(inputs) == 1 else {**inputs, "images": view}
-                    logits.append(model(given).float())
-            return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
+            logits = [
+                compute_logits(model, {**inputs, "images": view}, self.device, self.dtype)
+                for view in islice(_views(inputs["images"]), tta)
+            ]
+        return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
 
     def heatmaps(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Returns the mean of the models' `gradcam` of images uint8 `(N, H, W, 3)`.
