@@ -157,8 +157,8 @@ def evaluate(
     `loader` gives batches of float32 images `(B, 3, H, W)` in [0, 1] and int64 labels `(B,)`; in
     place of the images, also a dict of `images` and further inputs of the model. `device` is where
     the model is moved to, by default where it is. Of several processes whose LesionLoaders share
-    the images, each gets the result on all of them. The model's modules are left in the modes that
-    they were in, also when this raises. Raises ValueError for a loader without batches.
+    the images, each gets the result on all of them. The model's modules keep their training or
+    evaluation mode, also when this raises. Raises ValueError for a loader without batches.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
@@ -250,7 +250,7 @@ def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[st
     with (
         torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
         fastest_convolutions(),
-        _naming_kept_files(run),
+        _name_saved_files(run),
         bar,
         StopSignals() as signals,
     ):
@@ -281,13 +281,12 @@ class _Window:
     def restart(self) -> None:
         """Begins to measure time, and drops all steps that `progress` does not hold."""
         self.started = time.monotonic()
-        self.steps: list[tuple[int, float]] = []
-        self.losses: list[Tensor] = []  # they stay on the device: reading one waits for it
+        # Step, learning rate and loss, which stays on the device: reading it waits for that.
+        self.steps: list[tuple[int, float, Tensor]] = []
 
     def add(self, loss: Tensor, num_images: int) -> None:
         """Adds the step just done, with its mean loss and its number of images."""
-        self.steps.append((self.progress.step, self.progress.learning_rate))
-        self.losses.append(loss)
+        self.steps.append((self.progress.step, self.progress.learning_rate, loss))
         self.progress.recent_images += num_images
 
     def pause(self, model: nn.Module) -> None:
@@ -296,9 +295,10 @@ class _Window:
         All of them raise NonFiniteLossError for the first loss that is not finite, and each for
         weights that the steps have left not finite.
         """
-        if self.losses:
-            losses = mean_over_processes(torch.stack(self.losses)).tolist()
-            for (step, learning_rate), loss in zip(self.steps, losses, strict=True):
+        if self.steps:
+            own = torch.stack([loss for *_, loss in self.steps])
+            losses = mean_over_processes(own).tolist()
+            for (step, learning_rate, _), loss in zip(self.steps, losses, strict=True):
                 if not math.isfinite(loss):
                     raise _diverged(f"the training loss is {loss}", step, learning_rate)
             _check_weights(model, self.progress)
@@ -312,7 +312,8 @@ class _Window:
         if self.progress.history:
             accuracy = self.progress.history["valid_balanced_accuracy"][-1]
             validation = f", valid balanced accuracy {accuracy:.3f}"
-        return f"loss {self.losses[-1].item():.3f}, lr {self.steps[-1][1]:.1e}{validation}"
+        _, learning_rate, loss = self.steps[-1]
+        return f"loss {loss.item():.3f}, lr {learning_rate:.1e}{validation}"
 
 
 def _check_weights(model: nn.Module, progress: Progress) -> None:
@@ -406,8 +407,8 @@ def _stop_or_save(run: Run, window: _Window, agreement: Agreement, signals: Stop
 
 
 @contextlib.contextmanager
-def _naming_kept_files(run: Run) -> Iterator[None]:
-    """Adds to a NonFiniteLossError which files hold the training from before it."""
+def _name_saved_files(run: Run) -> Iterator[None]:
+    """Adds to a NonFiniteLossError the files that hold the training from before it."""
     try:
         yield
     except NonFiniteLossError as error:

@@ -260,9 +260,9 @@ class Run:
         self.model.load_state_dict(dict(contents["model"]))
         self.optimizer.load_state_dict(optimizer_state)
         if self.scheduler is not None:
-            own, found = self.scheduler.state_dict(), contents["scheduler"]
-            found = _completed(found, own, "scheduler", needed=own.keys() & {"last_epoch"})
-            self.scheduler.load_state_dict(found)
+            own, stored = self.scheduler.state_dict(), contents["scheduler"]
+            stored = _completed(stored, own, "scheduler", needed=own.keys() & {"last_epoch"})
+            self.scheduler.load_state_dict(stored)
         if contents.get("scaler"):
             own = self.scaler.state_dict()
             self.scaler.load_state_dict(_completed(contents["scaler"], own, "scaler"))
@@ -295,61 +295,61 @@ def _is_same_setting(name: str, before: Any, now: Any) -> bool:
 
 
 def _completed(
-    found: Any, own: dict[str, Any], name: str, needed: Collection[str] = ()
+    stored: Any, own: dict[str, Any], name: str, needed: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Returns a state as it was found, with what only this version of torch knows added to it.
+    """Returns a state as it was stored, with what only this version of torch knows added to it.
 
     Raises ValueError unless what both know is alike, and what is `needed` is there.
     """
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         raise ValueError(f"{name} is not a dict")
-    common = {key: value for key, value in own.items() if key in found or key in needed}
-    check_alike({key: found[key] for key in common if key in found}, common, name)
-    return own | found
+    common = {key: value for key, value in own.items() if key in stored or key in needed}
+    check_alike({key: stored[key] for key in common if key in stored}, common, name)
+    return own | stored
 
 
-def _read_progress(found: Any, model: nn.Module, num_steps: int) -> Progress:
+def _read_progress(stored: Any, model: nn.Module, num_steps: int) -> Progress:
     """Returns the progress that a checkpoint holds; raises ValueError unless it is consistent."""
-    if isinstance(found, dict):  # earlier versions did not write these
-        found = {"learning_rate": 0.0, "saved_step": 0} | found
-    check_alike(found, dict.fromkeys(vars(Progress())), "progress")
-    count = len(found["history"]["step"]) if found["history"] else 0
+    if isinstance(stored, dict):  # earlier versions did not write these
+        stored = {"learning_rate": 0.0, "saved_step": 0} | stored
+    check_alike(stored, dict.fromkeys(vars(Progress())), "progress")
+    count = len(stored["history"]["step"]) if stored["history"] else 0
     evaluated = Progress(recent_losses=[0.0], recent_seconds=1.0)
     if count:
         evaluated.add(dict.fromkeys(VALIDATION_METRICS, 0.0))
     ranked = {"loss": 0.0, "balanced_accuracy": 0.0}
     expected = vars(Progress()) | {
         "history": dict.fromkeys(evaluated.history, [0.0] * count),
-        "best_metrics": found["best_metrics"] | ranked if count else {},
+        "best_metrics": stored["best_metrics"] | ranked if count else {},
         "best_state": model.state_dict() if count else {},
-        "recent_losses": [0.0] * len(found["recent_losses"]),
+        "recent_losses": [0.0] * len(stored["recent_losses"]),
     }
-    check_alike(found, expected, "progress")
+    check_alike(stored, expected, "progress")
     for name in ("step", "saved_step", "evaluations_since_best"):
-        if type(found[name]) is not int or not 0 <= found[name] <= num_steps:
+        if type(stored[name]) is not int or not 0 <= stored[name] <= num_steps:
             raise ValueError(f"{name} must be a whole number from 0 to {num_steps}")
-    return Progress(**found)
+    return Progress(**stored)
 
 
-def _read_optimizer(found: Any, optimizer: Optimizer) -> dict[str, Any]:
+def _read_optimizer(stored: Any, optimizer: Optimizer) -> dict[str, Any]:
     """Returns the state to load; raises ValueError unless it is of the same parameters.
 
     Of the tensors that an optimizer keeps for a parameter, those of Adam and AdamW alone are known.
     """
     own = optimizer.state_dict()
-    check_alike(found, dict.fromkeys(own), "optimizer")
-    check_alike(found["param_groups"], [None] * len(own["param_groups"]), "optimizer's groups")
-    pairs = zip(found["param_groups"], own["param_groups"], strict=True)
+    check_alike(stored, dict.fromkeys(own), "optimizer")
+    check_alike(stored["param_groups"], [None] * len(own["param_groups"]), "optimizer's groups")
+    pairs = zip(stored["param_groups"], own["param_groups"], strict=True)
     groups = [_completed(*pair, "optimizer's group", needed=("params", "lr")) for pair in pairs]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not found["state"].keys() <= set(range(len(parameters))):
+    if not stored["state"].keys() <= set(range(len(parameters))):
         raise ValueError("optimizer has a state of other parameters")
     if isinstance(optimizer, Adam | AdamW):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.defaults["amsgrad"]
-        for number, state in found["state"].items():
+        for number, state in stored["state"].items():
             kept = dict.fromkeys(names, parameters[number]) | {"step": torch.tensor(0.0)}
             _completed(state, kept, f"optimizer's state {number}", needed=kept)
-    return {**found, "param_groups": groups}
+    return {**stored, "param_groups": groups}
 
 
 def _describe_parts(run: Run) -> dict[str, Any]:
