@@ -186,6 +186,17 @@ class Settings:
     overwrite: bool = flag_field(False, "replace files that are to be written and exist")
 
 
+# By mode the flags without effect in it, and what to do instead; kept for those who import it.
+WITHOUT_EFFECT = {
+    mode: {
+        each.name: each.metadata["no_effect"][f"--{mode}"]
+        for each in fields(Settings)
+        if f"--{mode}" in each.metadata["no_effect"]
+    }
+    for mode in ("evaluate", "export")
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 when an image could not be read.
 

@@ -68,7 +68,7 @@ PUBLIC = {
     """,
     "predict": """
         AIM BATCHES_AHEAD Ensemble MOST_ROWS_PRINTED NUM_VIEWS ONNX_PACKAGES PROGRAM Paths
-        SMALLEST_MAP Settings WIDEST_PATH export_onnx find_files gradcam
+        SMALLEST_MAP Settings WIDEST_PATH WITHOUT_EFFECT export_onnx find_files gradcam
         main parse_arguments predict predict_batches run
     """,
     "evaluation": """
