@@ -90,7 +90,6 @@ MISTAKES = [
     ("an unknown depth", None, f"{TRAIN} --layers 19"),
     ("an image size that is too small", None, f"{TRAIN} --image_size 4"),
     ("a batch larger than the training split", None, f"{TRAIN} --batch_size 500"),
-    ("a GPU that is not there", None, f"{TRAIN} --device cuda:7"),
     ("fp16 on a CPU", None, f"{TRAIN} --device cpu --precision fp16"),
     ("a training flag with `--audit_only`", None, f"{TRAIN} --audit_only --num_steps 5"),
     ("a folder that does not exist", None, "train_models.py --data_dir dta"),

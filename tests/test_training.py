@@ -609,7 +609,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(loaders, tmp_path, nam
         scheduler = warmup_cosine(optimizer, 10)
         optimizer.register_step_post_hook(stop_after(stop_at))
         data = (loaders["train"], loaders["valid"], 3, 10)
-        options = {"resume": resume, "checkpoint_every": 2, "accumulate": accumulate}
+        options = {"resume": resume, "checkpoint_every": 4, "accumulate": accumulate}
         return train(model, *data, optimizer, scheduler, None, 3, path, **options)
 
     whole, history = go(tmp_path / "whole")
