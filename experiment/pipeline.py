@@ -25,10 +25,12 @@ from evaluation import MALIGNANT, group_by_malignancy, match_classes, screening_
 from experiment import results, run_folder
 from experiment.console import format_duration, noting
 from experiment.report import write_report
+from experiment.run_files import Run
 from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
 from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
+from experiment.verdict import judge
 from imaging.audit import summarise, unavoidable_errors
-from imaging.synthetic import make_dataset
+from imaging.synthetic import is_synthetic, make_dataset
 from learning.distributed import choose_own_device, process_group
 from learning.hardware import deterministic_algorithms
 from learning.processes import get_rank, get_world_size, is_first_process
@@ -307,6 +309,7 @@ def _write_config(
         "kind": kind,
         "command": command(settings, is_demo),
         "settings": chosen,
+        "is_synthetic": is_demo or is_synthetic(settings.data_dir),
         "not_default": [name for name, value in chosen.items() if value != defaults[name]],
     }
     about = results.environment(device, settings.precision)
@@ -357,6 +360,7 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
         folder = TrainingFolder(save_dir)
         models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
         _print_comparison(results.compare_models(save_dir, models, test, seed=settings.seed))
+        _print_verdict(Run(save_dir))
         write_report(save_dir)
         print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
 
@@ -433,6 +437,14 @@ def _training_time(history: dict[str, list[float]], settings: Settings) -> float
     images_a_step = settings.batch_size * settings.accumulate * get_world_size()
     num_steps = np.diff(history["step"], prepend=0)
     return float((num_steps * images_a_step / history["images_per_second"]).sum())
+
+
+def _print_verdict(run: Run) -> None:
+    print(f"\nWhat the results of {run.models[0].label} support:")
+    answers = judge(run)
+    width = max((len(answer.question) for answer in answers), default=0)
+    for answer in answers:
+        print(f"{answer.question:{width}}  {answer.text}")
 
 
 def _print_comparison(comparison: pd.DataFrame) -> None:

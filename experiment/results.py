@@ -46,6 +46,7 @@ from experiment.report import write_report
 from experiment.run_folder import EVALUATION, EvaluationFolder, claim, digest
 from imaging.audit import worst_pairs
 from imaging.lesions import normalize_name
+from imaging.synthetic import is_synthetic
 from inference.ensemble import check_alike
 from inference.explain import gradcam
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
@@ -337,10 +338,11 @@ def evaluate_folder(
             unmeasured = {name: loaded[name] for name in named if name not in kept}
             _warn_of_measured(save_dir, [name for name in named if name in kept])
             if unmeasured:
+                synthetic = {"is_synthetic": is_synthetic(data_dir)}
                 shown = {"model": list(map(str, models)), "data_dir": str(data_dir)}
                 shown |= asdict(settings) | {"device": str(device)}
                 about = {"kind": EVALUATION, "command": command, "settings": shown}
-                about |= {"runs": kept | runs} | environment(device, settings.precision)
+                about |= {"runs": kept | runs} | synthetic | environment(device, settings.precision)
                 run_folder.write_config(save_dir, about)
             write_csv(metadata, save_dir / "splits.csv")
             save_audit(save_dir, findings)

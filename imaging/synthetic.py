@@ -75,6 +75,7 @@ SPLITS = ("Train", "Test")
 MIN_IMAGES_PER_CLASS = (4, 1)  # in Train and in Test
 MIN_IMAGES = len(CLASSES) * sum(MIN_IMAGES_PER_CLASS)
 MIN_SIZE = 16
+MARKER = "synthetic.txt"  # in the folder of drawn images, so that no result of theirs is believed
 
 
 def draw_lesion(class_name: str, rng: np.random.Generator, size: int = 128) -> Image.Image:
@@ -126,10 +127,16 @@ def make_dataset(
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
             _draw_files(unfinished, count_images(num_images), seed, size)
+            (unfinished / MARKER).write_text("These images are synthetic.\n", encoding="utf-8")
             os.replace(unfinished, root)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return root
+
+
+def is_synthetic(root: str | Path) -> bool:
+    """Returns whether the images of a folder were drawn by `make_dataset`."""
+    return (Path(root) / MARKER).is_file()
 
 
 def _draw_files(root: Path, counts: np.ndarray, seed: int, size: int) -> None:

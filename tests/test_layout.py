@@ -26,7 +26,7 @@ ORDER = (
     "training", "visualizations",
     "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings",
-    "experiment.report",
+    "experiment.run_files", "experiment.verdict", "experiment.report",
     "experiment.results", "experiment.pipeline",
     "train_models", "predict",
 )  # fmt: skip
