@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
-from evaluation import Calibration, group_by_malignancy
+from evaluation import Calibration
 from imaging.lesions import is_malignant
 from storage.tensors import check_alike, is_number, load_tensors, save_tensors
 from storage.weights import download_weights, load_weights
@@ -354,12 +354,12 @@ class ModelInfo(Mapping[str, Any]):
     def __post_init__(self) -> None:
         if self.bias == []:
             object.__setattr__(self, "bias", [0.0] * len(self.classes))
+        # Earlier versions wrote neither, or counted all other classes as benign; now only those are
+        # that are known to be.
         if self.malignant_classes is _NOT_GIVEN:
-            counted = group_by_malignancy(self.classes)
-            object.__setattr__(self, "malignant_classes", counted["malignant"])
-            object.__setattr__(self, "unknown_classes", counted["unknown"])
-        elif self.unknown_classes is _NOT_GIVEN:
-            # Earlier versions counted all other classes as benign; now the known ones alone are.
+            malignant = [name for name in self.classes if is_malignant(name)]
+            object.__setattr__(self, "malignant_classes", malignant)
+        if self.unknown_classes is _NOT_GIVEN:
             others = [name for name in self.classes if name not in self.malignant_classes]
             doubtful = [name for name in others if is_malignant(name) is not False]
             object.__setattr__(self, "unknown_classes", doubtful)
@@ -370,8 +370,9 @@ class ModelInfo(Mapping[str, Any]):
         classes = contents["classes"]
         if not _are_names(classes) or len(set(classes)) < len(classes):
             raise ValueError("classes must be a list of different names")
-        known = {name: contents[name] for name in _INFO_NAMES if name in contents}
-        others = {n: contents[n] for n in contents if n not in (*_INFO_NAMES, "state_dict")}
+        names = {each.name for each in fields(cls)} - {"others"}
+        known = {name: contents[name] for name in names & contents.keys()}
+        others = {n: contents[n] for n in contents if n not in names | {"state_dict"}}
         info = cls(**known, others=others)
         _check_info(info)
         return info
@@ -385,18 +386,17 @@ class ModelInfo(Mapping[str, Any]):
         """Returns how the model's probabilities are calibrated."""
         return Calibration(float(self.temperature), tuple(map(float, self.bias)))
 
+    def _as_dict(self) -> dict[str, Any]:
+        return {n: value for n, value in vars(self).items() if n != "others"} | self.others
+
     def __getitem__(self, name: str) -> Any:
-        return getattr(self, name) if name in _INFO_NAMES else self.others[name]
+        return self._as_dict()[name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from _INFO_NAMES
-        yield from self.others
+        return iter(self._as_dict())
 
     def __len__(self) -> int:
-        return len(_INFO_NAMES) + len(self.others)
-
-
-_INFO_NAMES = tuple(each.name for each in fields(ModelInfo) if each.name != "others")
+        return len(self._as_dict())
 
 
 def load_model(path: str | Path) -> tuple[LesionClassifier, ModelInfo]:
@@ -424,44 +424,40 @@ def _restored(config: dict[str, Any], weights: Any) -> LesionClassifier:
     # as a config must not make another file be read or downloaded.
     with torch.device("meta"):
         model = get_model(**config | {"weights": None, "seed": 0})
-    expected = model.state_dict()
-    check_alike(weights, expected, "state_dict")
+    check_alike(weights, model.state_dict(), "state_dict")
     for name, tensor in weights.items():
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"state_dict {name} has negative variances")
     # Copied, as tensors that were read are mapped from the file and may share memory.
-    copies = {n: torch.empty_like(t, device="cpu").copy_(weights[n]) for n, t in expected.items()}
-    model.load_state_dict(copies, assign=True)
+    model.to_empty(device="cpu").load_state_dict(weights)
     model.mean, model.std = map(_of_channels, model.normalization)
     return model
 
 
 def _check_info(info: ModelInfo) -> None:
     """Raises ValueError unless what a `model.pth` says fits together, its classes being names."""
+    for name in ("config", "metrics", "thresholds"):
+        if not isinstance(info[name], dict):
+            raise ValueError(f"{name} is not a dict")
     config, num_classes = info.config, len(info.classes)
-    if not isinstance(config, dict) or not {"name", "num_classes", "image_size"} <= config.keys():
-        raise ValueError("config is not a dict with name, num_classes and image_size")
+    if not {"name", "num_classes", "image_size"} <= config.keys():
+        raise ValueError("config has no name, num_classes or image_size")
     if type(config["num_classes"]) is not int or config["num_classes"] != num_classes:
         raise ValueError(f"the file names {num_classes} classes, but num_classes of config differs")
-    sizes = {"image_size": info.image_size, "image_size of config": config["image_size"]}
-    for name, size in sizes.items():
+    for size in (info.image_size, config["image_size"]):
         if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"{name} must be a whole number from 1 to {MAX_IMAGE_SIZE:,}")
+            raise ValueError(f"image_size must be a whole number from 1 to {MAX_IMAGE_SIZE:,}")
     if config["name"] == "simple_cnn" and info.image_size != config["image_size"]:
         raise ValueError(f"image_size is {info.image_size}, but in config {config['image_size']}")
     check_alike(config.get("dropout_rate", 0.0), 0.0, "dropout_rate of config")
     check_alike([info.preprocessors, info.precision], ["", ""], "preprocessors, precision")
     check_alike(info.temperature, 1.0, "temperature")
     check_alike(info.bias, [0.0] * num_classes, "bias")
-    if not isinstance(info.metrics, dict):
-        raise ValueError("metrics is not a dict")
     if not 1e-3 <= info.temperature <= 1e3:  # training fits temperatures from 1/20 to 20
         raise ValueError("temperature must be from 0.001 to 1000")
     for name in ("malignant_classes", "unknown_classes"):
         if not _are_names(info[name]) or not set(info[name]) <= set(info.classes):
             raise ValueError(f"{name} must be a list of some of the classes")
-    if not isinstance(info.thresholds, dict):
-        raise ValueError("thresholds is not a dict")
     for name, aims in info.thresholds.items():
         # Just above 1 is the threshold that nothing reaches.
         if (

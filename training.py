@@ -22,7 +22,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from tqdm import tqdm
 
-from dataset import LesionLoader, check_seed, derive_seed
+from dataset import LesionLoader, derive_seed
 from evaluation import MALIGNANT, Evaluation, compute_metrics
 from imaging.batches import Inputs
-from learning.best_model import OnBest, model_writer
-from learning.checkpoints import Batches, Checkpoint, Progress, describe_run
+from imaging.splits import check_at_least
+from learning.checkpoints import Batches, OnBest, Plan, Progress, Run
 from learning.distributed import (
     SECONDS_BETWEEN_EXCHANGES,
     Agreement,
     gather_batches,
     gradient_exchange,
-    is_progress_hidden,
+    mean_over_processes,
+    progress_bar,
     share_buffers,
 )
 from learning.hardware import (
@@ -54,18 +53,15 @@ from learning.hardware import (
     fastest_convolutions,
     memory_format_for,
     name_of_precision,
-    own_random_state,
     resolve_precision,
 )
 from learning.losses import Criterion, describe_criterion, make_criterion
-from learning.monitoring import NonFiniteLossError, StepBar, Window, check_weights, diverged
 from learning.processes import (
     SECONDS_OF_ONE_SIGNAL,
     StopSignals,
     get_rank,
     get_world_size,
     is_distributed,
-    is_first_process,
 )
 from models import evaluation_mode
 
@@ -89,14 +85,26 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
 
+class NonFiniteLossError(ValueError):
+    """A loss or weight that is infinite or not a number: training has diverged."""
+
+
+def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteLossError:
+    """Returns the error for this, with the step, its learning rate and advice."""
+    return NonFiniteLossError(
+        f"{what} at step {step} (learning rate {learning_rate:.3g}); try a smaller "
+        "--learning_rate, or --precision fp32"
+    )
+
+
 def make_optimizer(
     model: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 1e-4
 ) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019) that decays neither biases nor normalisation weights.
+    """Returns AdamW (Loshchilov and Hutter 2019) for the parameters that are not frozen.
 
-    What is multiplied with features, the tensors of two or more dimensions, is decayed; frozen
-    parameters are not in it. Raises ValueError for a rate that is not above 0, a negative decay, or
-    a model without trainable parameters.
+    It decays what is multiplied with features, the tensors of two or more dimensions, but neither
+    biases nor normalisation weights. Raises ValueError for a rate that is not above 0, a negative
+    decay, or a model without trainable parameters.
     """
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; it must be greater than 0")
@@ -114,15 +122,14 @@ def make_optimizer(
 
 
 def warmup_cosine(optimizer: Optimizer, num_steps: int, warmup_fraction: float = 0.2) -> LambdaLR:
-    """Linear warm-up and cosine decay (Loshchilov and Hutter 2017), stepped once a training step.
+    """Returns linear warm-up and cosine decay (Loshchilov and Hutter 2017), for each training step.
 
     With the optimizer's rate as the peak p, N = `num_steps` and w = round(N * warmup_fraction):
     p/10 + (p - p/10) s/w for s < w, then p/100 + (p - p/100) (1 + cos(pi (s - w)/(N - 1 - w))) / 2,
     for steps s = 0 … N - 1; past the end it stays. Raises ValueError for fewer than one step or a
     fraction outside [0, 1].
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; it must be 1 or more")
+    check_at_least(1, num_steps=num_steps)
     if not 0 <= warmup_fraction <= 1:
         raise ValueError(f"warmup_fraction is {warmup_fraction}; it must be from 0 to 1")
     warmup_steps = round(num_steps * warmup_fraction)
@@ -150,23 +157,22 @@ def evaluate(
     `loader` gives batches of float32 images `(B, 3, H, W)` in [0, 1] and int64 labels `(B,)`; in
     place of the images, also a dict of `images` and further inputs of the model. `device` is where
     the model is moved to, by default where it is. Of several processes whose LesionLoaders share
-    the images, each gets the result on all of them. The model's modules are left in the modes that
-    they were in, also when this raises. Raises ValueError for a loader without batches.
+    the images, each gets the result on all of them. The model's modules keep their training or
+    evaluation mode, also when this raises. Raises ValueError for a loader without batches.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     model.to(device)
-    all_logits, all_labels = [], []
+    batches = []
     with evaluation_mode(model), torch.inference_mode():
-        for inputs, labels in tqdm(loader, "evaluating", disable=is_progress_hidden(), leave=False):
-            all_logits.append(compute_logits(model, inputs, device, dtype))
-            all_labels.append(labels)
+        for inputs, labels in progress_bar(loader, desc="evaluating"):
+            batches.append((compute_logits(model, inputs, device, dtype), labels))
     if isinstance(loader, LesionLoader) and loader.world_size > 1:
-        all_logits, all_labels = gather_batches(all_logits, all_labels)
-    if not all_labels:
+        batches = gather_batches(batches)
+    if not batches:
         raise ValueError("the loader gave no batches to evaluate on")
-    logits = torch.cat(all_logits).cpu().double()
-    labels = torch.cat([labels.cpu() for labels in all_labels])
+    logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    logits = logits.double()
     loss = F.cross_entropy(logits, labels).item()
     return Evaluation(loss, labels.numpy(), logits.softmax(dim=1).numpy())
 
@@ -215,149 +221,113 @@ def train(
 
     Raises ValueError for invalid arguments or a `last.pth` of another run, and NonFiniteLossError.
     """
-    plan = _Plan(num_steps, eval_every, early_stopping_patience, checkpoint_every, accumulate, seed)
+    plan = Plan(num_steps, eval_every, early_stopping_patience, accumulate, seed)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     model.to(device).to(memory_format=memory_format_for(device, dtype))
-    run = _Run(model, train_loader, valid_loader, optimizer, scheduler, device, dtype, plan)
-    run.class_names = _class_names(valid_loader, num_classes)
-    run.criterion = make_criterion(criterion, num_classes, class_weights, device)
-    run.on_best = on_best
+    parts = (model, train_loader, valid_loader, optimizer, scheduler, device, dtype, plan)
+    class_names = _class_names(valid_loader, num_classes)
+    loss = make_criterion(criterion, num_classes, class_weights, device)
+    run = Run(*parts, class_names, loss, on_best, checkpoint_every)
     if save_path is not None:
-        _keep_in(run, Path(save_path), criterion, class_weights, malignant_classes)
+        described = describe_criterion(criterion)
+        run.write_to(Path(save_path), described, class_weights, malignant_classes)
     if resume:
-        run.progress = _restore(run)
+        run.restore()
     return _train(run, _make_forward(model, device, compile))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The arguments of `train` that say how often something is done; invalid ones are refused."""
-
-    num_steps: int
-    eval_every: int
-    early_stopping_patience: int
-    checkpoint_every: int | None
-    accumulate: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "eval_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.early_stopping_patience < 0:
-            raise ValueError(
-                f"early_stopping_patience is {self.early_stopping_patience}; "
-                "it must be 0 (off) or more"
-            )
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(
-                f"checkpoint_every is {self.checkpoint_every}; it must be 1 or more, or None"
-            )
-        check_seed(self.seed)
-
-
-@dataclass
-class _Run:
-    """All that belongs to one call of `train`."""
-
-    model: nn.Module
-    train_loader: Batches
-    valid_loader: Batches
-    optimizer: Optimizer
-    scheduler: LRScheduler | None
-    device: torch.device
-    dtype: torch.dtype
-    plan: _Plan
-    folder: Path | None = None
-    class_names: list[str] = field(default_factory=list)
-    criterion: Criterion = F.cross_entropy
-    on_best: OnBest | None = None
-    checkpoint: Checkpoint | None = None
-    progress: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        is_fp16 = self.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
-        self.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
-
-
-def _keep_in(
-    run: _Run,
-    folder: Path,
-    criterion: str | Criterion,
-    class_weights: Sequence[float] | None,
-    malignant_classes: Sequence[str],
-) -> None:
-    """Has the run write `last.pth`, `history.csv` and, unless it has `on_best`, `model.pth`."""
-    weights = None if class_weights is None else [float(w) for w in class_weights]
-    settings = {
-        "num_steps": run.plan.num_steps,
-        "eval_every": run.plan.eval_every,
-        "early_stopping_patience": run.plan.early_stopping_patience,
-        "class_weights": weights,
-        "precision": str(run.dtype),
-        "accumulate": run.plan.accumulate,
-        "world_size": get_world_size(),
-        "seed": run.plan.seed,
-        "criterion": describe_criterion(criterion),
-    }
-    parts = (run.model, run.optimizer, run.scheduler)
-    settings |= describe_run(*parts, run.train_loader, run.valid_loader, run.plan.num_steps)
-    run.folder = folder
-    run.checkpoint = Checkpoint(folder, *parts, run.scaler, settings)
-    if run.on_best is None:
-        run.on_best = model_writer(
-            folder,
-            run.valid_loader,
-            run.class_names,
-            malignant_classes,
-            priors_shifted=weights is not None or getattr(run.train_loader, "balanced", False),
-            precision=name_of_precision(run.dtype),
-        )
-
-
-def _restore(run: _Run) -> Progress:
-    if run.checkpoint is None:
-        raise ValueError("resume needs the save_path of the run that is to go on")
-    if not isinstance(run.train_loader, LesionLoader):
-        raise ValueError(
-            "resume needs a LesionLoader (create_dataloaders): another training loader cannot go "
-            "on where it stopped"
-        )
-    return run.checkpoint.restore()
-
-
-def _train(run: _Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[str, list[float]]]:
+def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[str, list[float]]]:
     """Trains the model of a run whose parts are all in place; `forward` calls the model."""
     plan, progress = run.plan, run.progress
     batches = _endless_batches(run.train_loader, progress.step * plan.accumulate)
-    window, agreement = Window(progress), Agreement()
+    window, agreement = _Window(progress), Agreement()
+    run.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
+    bar = progress_bar(
+        desc="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
+    )
     run.model.train()
     with (
-        own_random_state(run.device),
+        torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
         fastest_convolutions(),
-        _naming_kept_files(run),
-        StepBar(plan.num_steps, progress, logger) as bar,
+        _name_saved_files(run),
+        bar,
         StopSignals() as signals,
     ):
-        while not progress.is_over(plan.num_steps, plan.early_stopping_patience):
-            if not progress.is_evaluation_due(plan.eval_every, plan.num_steps):
+        while not progress.is_over(plan):
+            if not progress.is_evaluation_due(plan):
                 step_batches = itertools.islice(batches, plan.accumulate)
-                window.add(progress, *_train_step(run, forward, step_batches))
-                bar.update(window)
-            if progress.is_evaluation_due(plan.eval_every, plan.num_steps):
-                window = _evaluate_and_keep(run, window, signals, bar)
+                window.add(*_train_step(run, forward, step_batches))
+                if bar.update():  # about once a second, as reading a loss waits for the device
+                    bar.set_postfix_str(window.describe())
+            if progress.is_evaluation_due(plan):
+                _evaluate_and_keep(run, window, signals)
             if _stop_or_save(run, window, agreement, signals):
                 break
-        _save_last(run, window)
+        window.pause(run.model)
+        run.save_last()
         agreement.wait()  # torchrun would end a process that still writes when another has ended
     run.model.load_state_dict(progress.best_state)
     return run.model.eval(), progress.history
 
 
+class _Window:
+    """The training steps since the last evaluation, some of which `progress` may hold already."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins to measure time, and drops all steps that `progress` does not hold."""
+        self.started = time.monotonic()
+        # Step, learning rate and loss, which stays on the device: reading it waits for that.
+        self.steps: list[tuple[int, float, Tensor]] = []
+
+    def add(self, loss: Tensor, num_images: int) -> None:
+        """Adds the step just done, with its mean loss and its number of images."""
+        self.steps.append((self.progress.step, self.progress.learning_rate, loss))
+        self.progress.recent_images += num_images
+
+    def pause(self, model: nn.Module) -> None:
+        """Moves losses, as means over the processes, which call this together, to `progress`.
+
+        All of them raise NonFiniteLossError for the first loss that is not finite, and each for
+        weights that the steps have left not finite.
+        """
+        if self.steps:
+            own = torch.stack([loss for *_, loss in self.steps])
+            losses = mean_over_processes(own).tolist()
+            for (step, learning_rate, _), loss in zip(self.steps, losses, strict=True):
+                if not math.isfinite(loss):
+                    raise _diverged(f"the training loss is {loss}", step, learning_rate)
+            _check_weights(model, self.progress)
+            self.progress.recent_losses += losses
+        self.progress.recent_seconds += time.monotonic() - self.started
+        self.restart()
+
+    def describe(self) -> str:
+        """Returns the last step's loss and learning rate, and the last evaluation, in short."""
+        validation = ""
+        if self.progress.history:
+            accuracy = self.progress.history["valid_balanced_accuracy"][-1]
+            validation = f", valid balanced accuracy {accuracy:.3f}"
+        _, learning_rate, loss = self.steps[-1]
+        return f"loss {loss.item():.3f}, lr {learning_rate:.1e}{validation}"
+
+
+def _check_weights(model: nn.Module, progress: Progress) -> None:
+    """Raises NonFiniteLossError for weights or statistics that are not finite.
+
+    The loss of a step is from before its update, and that of validation may hide an infinity.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise _diverged(f"{name} is not finite", progress.step, progress.learning_rate)
+
+
 def _train_step(
-    run: _Run, forward: Callable[..., Tensor], batches: Iterable[tuple[Inputs, Tensor]]
+    run: Run, forward: Callable[..., Tensor], batches: Iterable[tuple[Inputs, Tensor]]
 ) -> tuple[Tensor, int]:
     """Takes one optimizer step on the batches; returns their mean loss and number of images."""
     progress, accumulate, rank = run.progress, run.plan.accumulate, get_rank()
@@ -381,73 +351,64 @@ def _train_step(
     return torch.stack(losses).sum(), num_images
 
 
-def _evaluate_and_keep(run: _Run, window: Window, signals: StopSignals, bar: StepBar) -> Window:
-    """Evaluates the model and keeps it if it is the best; returns a new window.
-
-    When a signal ends the evaluation nothing is kept, and the window is the old one.
-    """
+def _evaluate_and_keep(run: Run, window: _Window, signals: StopSignals) -> None:
+    """Evaluates the model, and keeps it if it is the best, unless a signal ends the evaluation."""
     progress, evaluation = run.progress, None
-    train_loss, speed = window.mean_loss(), window.images_per_second()
-    check_weights(run.model, progress)
+    window.pause(run.model)
     share_buffers(run.model)
     with signals.skippable():
         precision = name_of_precision(run.dtype)
         evaluation = evaluate(run.model, run.valid_loader, device=run.device, precision=precision)
     if evaluation is None:
-        return window
+        return
     if not math.isfinite(evaluation.loss):
-        raise diverged(
+        raise _diverged(
             f"the validation loss is {evaluation.loss}", progress.step, progress.learning_rate
         )
     metrics = {"step": progress.step, "loss": evaluation.loss}
     metrics |= compute_metrics(evaluation.labels, evaluation.probabilities, run.class_names)
-    is_best = progress.add(metrics, train_loss, speed)
+    is_best = progress.add(metrics)
     if isinstance(run.scheduler, ReduceLROnPlateau):
         run.scheduler.step(evaluation.loss)
-    if run.checkpoint is not None and is_first_process():
-        run.checkpoint.save_history(progress)
+    run.save_history()
     if is_best:
         weights = run.model.state_dict().items()
         progress.best_state = {name: w.detach().to("cpu", copy=True) for name, w in weights}
-        if run.on_best is not None and is_first_process():
-            run.on_best(run.model, evaluation, metrics)
-    bar.log(progress)
-    return Window(progress)
+        run.save_best(evaluation)
+    logger.info(
+        "step %(step)d/%(num_steps)d: train loss %(train_loss).3f, valid loss %(valid_loss).3f, "
+        "precision %(valid_precision).3f, recall %(valid_recall).3f, balanced accuracy "
+        "%(valid_balanced_accuracy).3f, %(images_per_second).1f images/s%(best)s",
+        {name: values[-1] for name, values in progress.history.items()}
+        | {"num_steps": run.plan.num_steps, "best": " (best)" if is_best else ""},
+    )
+    window.restart()
 
 
-def _stop_or_save(run: _Run, window: Window, agreement: Agreement, signals: StopSignals) -> bool:
+def _stop_or_save(run: Run, window: _Window, agreement: Agreement, signals: StopSignals) -> bool:
     """Writes `last.pth` when it is due; returns whether a process has received a signal.
 
     All processes call this together.
     """
-    is_late = time.monotonic() > run.next_checkpoint
-    stopping, is_due = agreement.largest(signals.received, is_late)
+    stopping, is_due = agreement.largest(signals.received, time.monotonic() > run.next_checkpoint)
     if stopping:
         signals.received = stopping
         return True
-    if run.plan.checkpoint_every is not None:
-        is_due = run.progress.step % run.plan.checkpoint_every == 0
+    if run.checkpoint_every is not None:
+        is_due = run.progress.step % run.checkpoint_every == 0
     if is_due:
         started = time.monotonic()
-        _save_last(run, window)
+        window.pause(run.model)
+        run.save_last()
         ended = time.monotonic()
         # Of the time on a slow disk, too, checkpoints take no more than a hundredth.
         run.next_checkpoint = ended + max(SECONDS_BETWEEN_CHECKPOINTS, 100 * (ended - started))
     return False
 
 
-def _save_last(run: _Run, window: Window) -> None:
-    """Writes `last.pth` in the first process; all call this together."""
-    window.pause(run.progress)
-    check_weights(run.model, run.progress)
-    run.progress.saved_step = run.progress.step
-    if run.checkpoint is not None and is_first_process():
-        run.checkpoint.save_last(run.progress)
-
-
 @contextlib.contextmanager
-def _naming_kept_files(run: _Run) -> Iterator[None]:
-    """Adds to a NonFiniteLossError which files hold the training from before it."""
+def _name_saved_files(run: Run) -> Iterator[None]:
+    """Adds to a NonFiniteLossError the files that hold the training from before it."""
     try:
         yield
     except NonFiniteLossError as error:

@@ -11,7 +11,7 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,22 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from numpy.typing import ArrayLike
 
 from evaluation import best_evaluation
-from evaluation.metrics import Curve, compute_precision_recall_curve, compute_roc_curve
+from evaluation.metrics import (
+    Curve,
+    check_labels,
+    check_predictions,
+    compute_precision_recall_curve,
+    compute_roc_curve,
+)
 from imaging.decode import as_shares, as_uint8
 from imaging.heatmaps import HEATMAP_COLOURS, blend_heatmaps
 from imaging.heatmaps import overlay_heatmap as overlay_heatmap  # for those who import it from here
@@ -52,7 +61,7 @@ _DASHES: list[str | tuple[int, tuple[float, ...]]] = [
     (0, (4, 1.5, 4, 1.5, 1, 1.5)),
 ]
 
-_STYLE = {
+_STYLE: dict[Any, float] = {
     "font.size": 8,
     "axes.titlesize": 9,
     "figure.titlesize": 10,
@@ -77,15 +86,9 @@ _LEARNING_PANELS = {  # y label: (history column, legend, colour) of each line
     ],
     "Learning rate": [("learning_rate", "", _DARK_GREY)],
 }
-_METRICS = {
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "balanced_accuracy": "balanced accuracy",
-}
-_SAMPLES_PER_CLASS = 6
-_MAX_MISTAKES = 12
-_HEATMAP_OPACITY = 0.5
+_METRICS = ["precision", "recall", "f1", "balanced_accuracy"]
+_UNIT_RANGE = (-0.02, 1.02)
+_NO_FRAME: dict[str, Any] = {"frame_on": False, "xticks": [], "yticks": []}
 
 
 def plot_learning_curves(
@@ -107,21 +110,21 @@ def plot_learning_curves(
     table = _checked_table(history, "history", ["step", *columns]).astype(float)
     with _figure((7.2, 5.0), title, save_path) as figure:
         panels = figure.subplots(2, 2, sharex=True).flat
-        dot = 5 if len(table) <= 50 else 2  # small ones still show a value between two gaps
+        # Small dots still show a value between two gaps.
+        dots: dict[str, Any] = {"marker": ".", "markersize": 5 if len(table) <= 50 else 2}
         for ax, (name, lines) in zip(panels, _LEARNING_PANELS.items(), strict=True):
             for column, label, colour in lines:
-                line = ax.plot(table["step"], table[column], color=colour, label=label)[0]
-                line.set(marker=".", markersize=dot)
+                ax.plot(table["step"], table[column], color=colour, label=label, **dots)
             ax.set_ylabel(name)
             if name.startswith("Validation"):
-                ax.set_ylim(-0.02, 1.02)  # the same in every figure, so that models compare
+                ax.set_ylim(_UNIT_RANGE)  # the same in every figure, so that models compare
             if name == "Learning rate":
                 _use_log_scale(ax, table["learning_rate"])
             else:
                 ax.legend()
         for ax in figure.axes[2:]:
             ax.set_xlabel("Step")
-            _use_whole_numbers(ax)
+            _use_whole_numbers(ax.xaxis, nbins=6, steps=[1, 2, 5, 10])
         _mark_best_evaluation(figure, table)
     return figure
 
@@ -141,25 +144,20 @@ def plot_confusion_matrix(
     Raises ValueError when `confusion` is not square, holds anything but counts, or has another
     number of classes than `class_names`.
     """
-    confusion = _checked_confusion(confusion, class_names)
-    num_classes = len(confusion)
-    cell = float(np.clip(5.6 / num_classes, 0.45, 1.2))  # inches
-    names = _longest(class_names) * _INCHES_PER_CHARACTER
-    is_rotated = names > 0.9 * cell
-    size = (
-        num_classes * cell + names + 1.1,
-        num_classes * cell + (0.75 * names if is_rotated else 0.0) + 0.8,
-    )
+    counts = _checked_confusion(confusion, len(class_names))
+    cell = float(np.clip(5.6 / len(counts), 0.45, 1.2))  # inches
+    side, names = len(counts) * cell, _text_width(class_names)
+    is_slanted = names > 0.9 * cell
+    size = (side + names + 1.1, side + (0.75 * names if is_slanted else 0.0) + 0.8)
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     with _figure(size, title, save_path) as figure:
         ax = figure.add_subplot()
-        _draw_confusion(ax, confusion, cell)
+        _draw_confusion(ax, counts, cell)
         ax.set_ylabel("True class", labelpad=8)
-        ax.set_yticks(range(num_classes), class_names, parse_math=False)
+        ax.set_yticks(range(len(counts)), class_names, parse_math=False)
         ax.set_xlabel("Predicted class")
-        ax.set_xticks(range(num_classes), class_names, parse_math=False)
-        if is_rotated:
-            for label in ax.get_xticklabels():
-                label.set(rotation=45, ha="right", rotation_mode="anchor")
+        options = slant if is_slanted else {}
+        ax.set_xticks(range(len(counts)), class_names, parse_math=False, **options)
     return figure
 
 
@@ -180,24 +178,25 @@ def plot_roc_pr_curves(
     Raises ValueError for no predictions, shapes that do not fit, labels out of range, or
     probabilities that are not in [0, 1].
     """
-    y_prob = as_shares(y_prob, "y_prob", (np.size(y_true), len(class_names)))
-    y_true = _checked_labels(y_true, "y_true", *y_prob.shape)
+    y_true, y_prob, _ = check_predictions(y_true, y_prob, len(class_names))
+    as_shares(y_prob, "y_prob", y_prob.shape)
     support = np.bincount(y_true, minlength=len(class_names))
-    shown = [label for label, n in enumerate(support) if 0 < n < len(y_true)]
-    width = max(7.2, 2 * ((_longest(class_names) + 18) * _INCHES_PER_CHARACTER + 0.8))
-    with _figure((width, 3.8 + 0.15 * len(shown)), title, save_path) as figure:
+    of_class = {
+        label: (y_true == label, y_prob[:, label])
+        for label, count in enumerate(support)
+        if 0 < count < len(y_true)
+    }
+    width = max(7.2, 2 * (_text_width(class_names) + 18 * _INCHES_PER_CHARACTER + 0.8))
+    with _figure((width, 3.8 + 0.15 * len(of_class)), title, save_path) as figure:
         figure.set_layout_engine("constrained")  # "compressed" lets wide legends overlap
         roc, precision_recall = figure.subplots(1, 2)
         roc.set(xlabel="False positive rate", ylabel="True positive rate (recall)")
-        curves = {label: compute_roc_curve(y_true == label, y_prob[:, label]) for label in shown}
+        curves = {label: compute_roc_curve(*of_class[label]) for label in of_class}
         _draw_curves(roc, curves, class_names, "Area under the curve")
-        if shown:
+        if curves:
             _draw_diagonal(roc)
         precision_recall.set(xlabel="Recall", ylabel="Precision")
-        curves = {
-            label: compute_precision_recall_curve(y_true == label, y_prob[:, label])
-            for label in shown
-        }
+        curves = {label: compute_precision_recall_curve(*of_class[label]) for label in of_class}
         names = [f"{name} (n = {n:,})" for name, n in zip(class_names, support, strict=True)]
         _draw_curves(precision_recall, curves, names, "Average precision", drawstyle="steps-post")
     return figure
@@ -220,30 +219,30 @@ def plot_reliability(
     Raises ValueError when one of these is missing, there is no bin, or their numbers differ.
     """
     columns = ["confidence", "accuracy", "count", "expected_calibration_error"]
-    bins = {
+    tables = {
         name: _checked_table(curve, name, columns).astype(float)
         for name, curve in {"before": before, "after": after}.items()
     }
-    num_bins = len(bins["before"])
-    if len(bins["after"]) != num_bins:
-        raise ValueError(f"before has {num_bins} bins, after has {len(bins['after'])}")
+    num_bins = len(tables["before"])
+    if len(tables["after"]) != num_bins:
+        raise ValueError(f"before has {num_bins} bins, after has {len(tables['after'])}")
     with _figure((3.6, 4.6), title, save_path) as figure:
         diagram, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         _draw_diagonal(diagram)
-        styles = [(_BLUE, "o", "dashed"), (_ORANGE, "s", "solid")]
-        for index, (table, style) in enumerate(zip(bins.values(), styles, strict=True)):
-            colour, marker, dashes = style
-            line = diagram.plot(table["confidence"], table["accuracy"], color=colour)[0]
-            line.set(marker=marker, markersize=4, linestyle=dashes)
-            middles = (np.arange(num_bins) + 0.5 + 0.4 * (index - 0.5)) / num_bins
-            counts.bar(middles, table["count"], width=0.4 / num_bins, color=colour)
-        diagram.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="Share that is right")
+        styles = [
+            {"color": _BLUE, "marker": "o", "linestyle": "dashed"},
+            {"color": _ORANGE, "marker": "s", "linestyle": "solid"},
+        ]
+        for table, style, offset in zip(tables.values(), styles, (-0.2, 0.2), strict=True):
+            diagram.plot(table["confidence"], table["accuracy"], markersize=4, **style)
+            middles = (np.arange(num_bins) + 0.5 + offset) / num_bins
+            counts.bar(middles, table["count"], width=0.4 / num_bins, color=style["color"])
+        diagram.set(xlim=_UNIT_RANGE, ylim=_UNIT_RANGE, ylabel="Share that is right")
         counts.set(xlabel="Probability of the predicted class", ylabel="Images")
-        counts.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
-        counts.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        _use_whole_numbers(counts.yaxis, nbins=3)
         errors = [
             f"{table['expected_calibration_error'][0]:.3f}  {name} calibration"
-            for name, table in bins.items()
+            for name, table in tables.items()
         ]
         heading = "Expected calibration error"
         _put_legend_below(figure, diagram.lines[1:], errors, ncols=1, title=heading)
@@ -269,20 +268,13 @@ def plot_class_metrics(
     if not names:
         raise ValueError("per_class has no classes; there is nothing to draw")
     for name in names:
-        for given, needed in (
-            (per_class, ("recall", "precision", "support")),
-            (intervals, ("recall", "precision")),
-        ):
-            missing = [key for key in needed if key not in given.get(name, ())]
-            if missing:
-                which = "per_class" if given is per_class else "intervals"
-                raise ValueError(f"{which} lacks {', '.join(missing)} of {name}")
-    size = (4.6 + _longest(names) * _INCHES_PER_CHARACTER, 0.32 * len(names) + 1.0)
-    with _figure(size, title, save_path) as figure:
+        _check_has(per_class[name], f"per_class of {name}", ["recall", "precision", "support"])
+        _check_has(intervals.get(name, {}), f"intervals of {name}", ["recall", "precision"])
+    with _figure((4.6 + _text_width(names), 0.32 * len(names) + 1.0), title, save_path) as figure:
         ax = figure.add_subplot()
-        styles = {"recall": (_BLUE, "o"), "precision": (_ORANGE, "s")}
-        for index, (metric, (colour, marker)) in enumerate(styles.items()):
-            rows = np.arange(len(names)) + 0.36 * (index - 0.5)
+        styles = {"recall": (_BLUE, "o", -0.18), "precision": (_ORANGE, "s", 0.18)}
+        for metric, (colour, marker, offset) in styles.items():
+            rows = np.arange(len(names)) + offset
             values = np.array([per_class[name][metric] for name in names], dtype=float)
             ends = [intervals[name][metric] or (None, None) for name in names]
             ax.plot(values, rows, color=colour, marker=marker, markersize=4, linestyle="")
@@ -290,7 +282,7 @@ def plot_class_metrics(
         _name_rows(ax, names)
         _write_beside_rows(ax, "Images", [f"{per_class[name]['support']:,}" for name in names])
         ax.hlines(np.arange(1, len(names)) - 0.5, 0, 1, color=_LIGHT_GREY, linewidth=0.6, zorder=0)
-        ax.set_xlim(-0.02, 1.02)
+        ax.set_xlim(_UNIT_RANGE)
         ax.set_xlabel("Share, with its 95% interval")
         _put_legend_below(figure, ax.lines, list(styles))
     return figure
@@ -307,26 +299,17 @@ def plot_class_distribution(
     Raises ValueError when a column is missing, a class or split is, or there is no row.
     """
     counts = _counts_by_class_and_split(metadata)
-    names, (num_classes, num_splits) = list(counts.index), counts.shape
-    bar = 0.8 / num_splits
+    num_classes, num_splits = counts.shape
     height = num_classes * max(0.14 * num_splits + 0.08, 0.3) + 0.9
-    size = (4.6 + _longest(names) * _INCHES_PER_CHARACTER, height)
-    with _figure(size, title, save_path) as figure:
+    with _figure((4.6 + _text_width(counts.index), height), title, save_path) as figure:
         ax = figure.add_subplot()
-        handles = []
-        for index, split in enumerate(counts):
-            rows = np.arange(num_classes) + (index - (num_splits - 1) / 2) * bar
-            colour = _COLOURS[index % len(_COLOURS)]
-            bars = ax.barh(rows, counts[split], height=bar, color=colour)
-            texts = [f"{count:,}" for count in counts[split]]
-            ax.bar_label(bars, texts, padding=2, fontsize=6.5)
-            handles.append(bars)
-        _name_rows(ax, names)
+        for bars in _draw_bars(ax, counts).values():
+            ax.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=6.5)
         ax.margins(x=0.1)
         ax.set_xlabel("Images")
-        _use_whole_numbers(ax)
-        totals = [f"{split} ({counts[split].sum():,})" for split in counts]
-        _put_legend_below(figure, handles, totals)
+        _use_whole_numbers(ax.xaxis, nbins=6, steps=[1, 2, 5, 10])
+        totals = [f"{split} ({count:,})" for split, count in counts.sum().items()]
+        _put_legend_below(figure, ax.containers, totals)
     return figure
 
 
@@ -346,17 +329,16 @@ def plot_samples(
     Raises ValueError for no images, another shape or range, or labels that do not fit.
     """
     images = as_uint8(images, "images", ndim=4)
-    labels = _checked_labels(labels, "labels", len(images), len(class_names))
+    labels = check_labels(labels, "labels", len(images), len(class_names))
     shown = np.unique(labels)
-    rows = [images[labels == label][:_SAMPLES_PER_CLASS] for label in shown]
+    rows = [images[labels == label][:6] for label in shown]
     names = [class_names[label] for label in shown]
-    columns = max(len(row) for row in rows)
     aspect = images.shape[1] / images.shape[2]
-    size = (columns + _longest(names) * _INCHES_PER_CHARACTER + 0.2, len(rows) * aspect + 0.4)
+    size = (max(map(len, rows)) + _text_width(names) + 0.2, len(rows) * aspect + 0.4)
     with _figure(size, title, save_path) as figure:
-        ax = figure.add_subplot()
-        centres = _draw_montage(ax, rows, columns)
-        ax.set_yticks(centres, names, parse_math=False)
+        ax = figure.add_subplot(**_NO_FRAME)
+        ax.set_yticks(_draw_montage(ax, rows), names, parse_math=False)
+        ax.tick_params(length=0)
     return figure
 
 
@@ -385,9 +367,8 @@ def plot_augmentations(
     height, width = original.shape[:2]
     size = (1.4 * columns + 0.2, 1.4 * len(rows) * height / width + 0.5)
     with _figure(size, title, save_path) as figure:
-        ax = figure.add_subplot()
-        _draw_montage(ax, rows, columns)
-        ax.set_yticks([])
+        ax = figure.add_subplot(**_NO_FRAME)
+        _draw_montage(ax, rows)
         frame = Rectangle((0, 0), width, height, fill=False, edgecolor=_ORANGE, linewidth=2)
         ax.add_patch(frame).set_clip_on(False)
         ax.annotate(
@@ -422,21 +403,18 @@ def plot_pairs(
         ", ".join(kinds) + (f" ({distance:.2f} apart)" if distance > 0 else "")
         for kinds, distance in zip(pairs["kinds"], pairs["distance"], strict=True)
     ]
-    num_lines = max(text.count("\n") + 1 for both in captions for text in both)
     num_rows = math.ceil(len(pairs) / 2)
-    with _figure((7.2, (2.0 + 0.12 * num_lines) * num_rows), title, save_path) as figure:
+    height = num_rows * (2.0 + _captions_height(text for both in captions for text in both))
+    with _figure((7.2, height), title, save_path) as figure:
         ratios = [1, 1, 0.05, 1, 1]  # a gap between two pairs
-        axes = figure.subplots(num_rows, 5, squeeze=False, width_ratios=ratios)
-        for ax in axes.flat:
-            ax.set_axis_off()
-        axes = np.delete(axes, 2, axis=1).reshape(-1, 2)
-        for axes_of_pair, heading, texts, two in zip(
-            axes, headings, captions, images, strict=False
-        ):
-            axes_of_pair[0].set_title(heading, loc="left", fontsize=7)
-            for ax, image, text in zip(axes_of_pair, two, texts, strict=True):
-                image = as_uint8(image, "an image of a pair", ndim=3)
-                _draw_captioned_image(ax, image, text)
+        axes = figure.subplots(
+            num_rows, 5, squeeze=False, width_ratios=ratios, subplot_kw=_NO_FRAME
+        )
+        places = np.delete(axes, 2, axis=1).reshape(-1, 2)
+        for place, heading, texts, two in zip(places, headings, captions, images, strict=False):
+            place[0].set_title(heading, loc="left", fontsize=7)
+            for ax, image, text in zip(place, two, texts, strict=True):
+                _draw_captioned_image(ax, as_uint8(image, "an image of a pair", ndim=3), text)
     return figure
 
 
@@ -457,24 +435,18 @@ def plot_mistakes(
     Raises ValueError for no images, another shape, range or number, or an image that is no mistake.
     """
     images = as_uint8(images, "images", ndim=4)
-    true_classes = _checked_names(true_classes, "true_classes", len(images))
-    predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
-    right = [i for i in range(len(images)) if true_classes[i] == predicted_classes[i]]
-    if right:
-        raise ValueError(f"image {right[0]} is no mistake: {true_classes[right[0]]!r} is right")
+    _check_lengths(images, true_classes=true_classes, predicted_classes=predicted_classes)
     confidences = as_shares(confidences, "confidences", (len(images),))
-    shown = np.argsort(-confidences, kind="stable")[:_MAX_MISTAKES]
-    captions = [
-        _caption(
-            f"true: {true_classes[i]}",
-            f"predicted: {predicted_classes[i]}",
-            f"probability: {_percent(confidences[i])}",
-            width=32,
-        )
-        for i in shown
-    ]
+    captions: list[str] = []
+    for true, predicted, share in zip(true_classes, predicted_classes, confidences, strict=True):
+        if true == predicted:
+            raise ValueError(f"image {len(captions)} is no mistake: {true!r} is right")
+        texts = (f"true: {true}", f"predicted: {predicted}", f"probability: {_percent(share)}")
+        captions.append(_caption(*texts, width=32))
+    shown = np.argsort(-confidences, kind="stable")[:12]
+    images, captions = images[shown], [captions[i] for i in shown]
     with _figure(_grid_size(images, captions, 4), title, save_path) as figure:
-        _draw_grid(figure, images[shown], captions, 4)
+        _draw_grid(figure, images, captions, 4)
     return figure
 
 
@@ -497,15 +469,14 @@ def plot_gradcams(
     """
     images = as_uint8(images, "images", ndim=4)
     heatmaps = as_shares(heatmaps, "heatmaps", images.shape[:3])
-    true_classes = _checked_names(true_classes, "true_classes", len(images))
-    predicted_classes = _checked_names(predicted_classes, "predicted_classes", len(images))
+    _check_lengths(images, true_classes=true_classes, predicted_classes=predicted_classes)
     captions = [
         _caption(f"true: {true}", f"predicted: {predicted}" if predicted != true else "", width=42)
         for true, predicted in zip(true_classes, predicted_classes, strict=True)
     ]
     gap = np.full((*images.shape[:2], max(1, images.shape[2] // 30), 3), 255, dtype=np.uint8)
     # Grey images leave the colours of the map as they are on the scale.
-    overlays = blend_heatmaps(images.mean(axis=-1, keepdims=True), heatmaps, _HEATMAP_OPACITY)
+    overlays = blend_heatmaps(images.mean(axis=-1, keepdims=True), heatmaps, opacity=0.5)
     images = np.concatenate([images, gap, overlays], axis=2)
     width, height = _grid_size(images, captions, 3)
     with _figure((width, height + 0.5), title, save_path) as figure:
@@ -518,8 +489,8 @@ def plot_gradcams(
             shrink=2 / width,
             aspect=25,
             pad=0.1 / height,
+            label="Grad-CAM",
         )
-        scale.set_label("Grad-CAM")
         scale.outline.set_visible(False)
     return figure
 
@@ -537,23 +508,17 @@ def plot_model_comparison(
     Raises ValueError when a column is missing or there is no row.
     """
     columns = ["model", *_METRICS, "training_time", "parameters"]
-    names = list(_checked_table(comparison, "comparison", columns)["model"].astype(str))
-    metrics = comparison[list(_METRICS)].astype(float)
-    intervals = {
-        name: comparison[[f"{name}_low", f"{name}_high"]].to_numpy(dtype=float)
-        for name in _METRICS
-        if f"{name}_low" in comparison and f"{name}_high" in comparison
-    }
-    time, unit = _in_readable_unit(comparison["training_time"].astype(float))
-    millions = comparison["parameters"].astype(float) / 1e6
-    size = (6.4 + _longest(names) * _INCHES_PER_CHARACTER, 0.7 * len(names) + 1.0)
+    _checked_table(comparison, "comparison", columns)
+    table = comparison.set_index(comparison["model"].astype(str))
+    time, unit = _in_readable_unit(table["training_time"].astype(float))
+    size = (6.4 + _text_width(table.index), 0.7 * len(table) + 1.0)
     with _figure(size, title, save_path) as figure:
         scores, times, sizes = figure.subplots(1, 3, sharey=True, width_ratios=[3, 1.2, 1.2])
-        _draw_metric_bars(scores, metrics, intervals)
+        _draw_metric_bars(scores, table)
         _draw_dots(times, time, f"Training time ({unit})")
-        _draw_dots(sizes, millions, "Parameters (millions)")
-        _name_rows(scores, names)
-        _put_legend_below(figure, scores.containers, list(_METRICS.values()))
+        _draw_dots(sizes, table["parameters"].astype(float) / 1e6, "Parameters (millions)")
+        names = ["precision", "recall", "F1", "balanced accuracy"]
+        _put_legend_below(figure, scores.containers, names)
     return figure
 
 
@@ -591,9 +556,9 @@ def _mark_best_evaluation(figure: Figure, table: pd.DataFrame) -> None:
     _put_legend_below(figure, [line], [text])
 
 
-def _use_whole_numbers(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+def _use_whole_numbers(axis: Axis, **options: Any) -> None:
+    axis.set_major_locator(MaxNLocator(integer=True, **options))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _use_log_scale(ax: Axes, values: pd.Series) -> None:
@@ -607,38 +572,31 @@ def _use_log_scale(ax: Axes, values: pd.Series) -> None:
         ax.set_ylim(middle / 10, middle * 10)
 
 
-def _checked_confusion(
-    confusion: np.ndarray | Sequence[Sequence[int]], class_names: Sequence[str]
-) -> np.ndarray:
-    confusion = np.asarray(confusion)
-    if confusion.ndim != 2 or len(set(confusion.shape)) != 1 or not confusion.size:
-        raise ValueError(f"confusion has shape {confusion.shape}; it must be (C, C)")
-    if len(class_names) != len(confusion):
+def _checked_confusion(confusion: ArrayLike, num_classes: int) -> np.ndarray:
+    counts = np.nan_to_num(confusion, nan=-1, posinf=-1).astype(np.int64)
+    if counts.shape != (num_classes, num_classes) or num_classes == 0:
         raise ValueError(
-            f"confusion has {len(confusion)} classes, class_names has {len(class_names)}"
+            f"confusion has shape {counts.shape}; for the {num_classes} names in class_names it "
+            f"must be {(num_classes, num_classes)}, and not empty"
         )
-    with np.errstate(invalid="ignore"):  # what NaN becomes is no longer equal to it
-        counts = confusion.astype(np.int64)
-    if (counts != confusion).any() or (counts < 0).any():
+    if (counts != confusion).any() or counts.min() < 0:
         raise ValueError("confusion must hold counts: whole numbers from 0")
     return counts
 
 
 def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
     totals = confusion.sum(axis=1, keepdims=True)
-    shares = np.ma.masked_array(confusion / np.maximum(totals, 1))
-    shares[totals[:, 0] == 0] = np.ma.masked
+    shares = np.ma.divide(confusion, totals)  # masked where there are no images
     image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ax.set_facecolor(_LIGHT_GREY)
     digits = len(f"{confusion.max():,}")
     fontsize = min(9.0, 15 * cell, 72 * 0.9 * cell / (0.65 * digits))
-    for (row, column), count in np.ndenumerate(confusion):
-        if totals[row]:
-            share = shares[row, column]
-            colour = "white" if share > 0.65 else "black" if count else "0.6"
-            text = f"{count:,}\n{_percent(share)}"
-            ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize)
-    for row in np.flatnonzero(totals == 0):
+    for (row, column), share in np.ma.ndenumerate(shares):
+        count = confusion[row, column]
+        colour = "white" if share > 0.65 else "black" if count else "0.6"
+        text = f"{count:,}\n{_percent(share)}"
+        ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize)
+    for row in np.flatnonzero(totals == 0).tolist():
         middle = (len(confusion) - 1) / 2
         ax.text(middle, row, "no images", ha="center", va="center", color=_DARK_GREY)
     edges = np.arange(len(confusion) + 1) - 0.5
@@ -646,9 +604,9 @@ def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
     ax.vlines(edges, edges[0], edges[-1], color="white", linewidth=1)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    scale = ax.figure.colorbar(image, cax=ax.inset_axes([1.03, 0, 0.035, 1]))
-    scale.set_label("Share of the true class")
-    scale.ax.yaxis.set_major_formatter(PercentFormatter(1))
+    place = ax.inset_axes((1.03, 0, 0.035, 1))
+    percent = PercentFormatter(1)
+    scale = ax.figure.colorbar(image, cax=place, label="Share of the true class", format=percent)
     scale.outline.set_visible(False)
 
 
@@ -660,24 +618,21 @@ def _percent(share: float) -> str:
     return f"{share:.0%}"
 
 
-def _line_style(label: int) -> dict[str, Any]:
-    """That of a class, the same in every figure; no two alike among the first 81."""
-    count = len(_LINE_COLOURS)
-    return {
-        "color": _LINE_COLOURS[label % count],
-        "linestyle": _DASHES[(label + label // count) % count],
-    }
-
-
 def _draw_curves(
     ax: Axes, curves: Mapping[int, Curve], names: Sequence[str], heading: str, **style: Any
 ) -> None:
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+    """Draws the curve of each class, whose line is the same in every figure.
+
+    No two lines are alike among those of the first 81 classes.
+    """
+    ax.set(xlim=_UNIT_RANGE, ylim=_UNIT_RANGE, box_aspect=1)
     if not curves:
         ax.text(0.5, 0.5, "all images are of one class", ha="center", va="center")
         return
     for label, curve in curves.items():
-        ax.plot(curve.x, curve.y, **_line_style(label), **style)
+        colour = _LINE_COLOURS[label % len(_LINE_COLOURS)]
+        dashes = _DASHES[(label + label // len(_DASHES)) % len(_DASHES)]
+        ax.plot(curve.x, curve.y, color=colour, linestyle=dashes, **style)
     texts = [f"{curve.area:.3f}  {names[label]}" for label, curve in curves.items()]
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "handlelength": 4}
     _put_legend(ax, ax.lines, texts, **place, title=heading)
@@ -692,52 +647,31 @@ def _counts_by_class_and_split(metadata: pd.DataFrame) -> pd.DataFrame:
     lacking = int(table.isna().any(axis=1).sum())
     if lacking:
         raise ValueError(f"metadata has {lacking} rows without a class or split")
-    classes, splits = table["class"].astype(str), table["split"].astype(str)
-    usual = ["train", "valid", "test"]
-    order = sorted(splits.unique(), key=lambda s: usual.index(s) if s in usual else len(usual))
-    counts = pd.crosstab(classes, splits)[order]
+    table = table.astype(str)
+    order = dict.fromkeys(["train", "valid", "test", *table["split"]])
+    counts = pd.crosstab(table["class"], table["split"])
+    counts = counts[[split for split in order if split in counts]]
     largest_first = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index
     return counts.loc[largest_first]
 
 
-def _checked_labels(
-    labels: np.ndarray | Sequence[int], name: str, num_images: int, num_classes: int
-) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{name} are {labels.dtype} {labels.shape}; for {num_images} images they must be "
-            f"whole numbers ({num_images},)"
-        )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"{name} go from {labels.min()} to {labels.max()}; those of {num_classes} classes "
-            f"go from 0 to {num_classes - 1}"
-        )
-    return labels
+def _check_lengths(images: np.ndarray, **names: Sequence[str]) -> None:
+    for argument, given in names.items():
+        if len(given) != len(images):
+            raise ValueError(f"{argument} has {len(given)} names for {len(images)} images")
 
 
-def _checked_names(names: Sequence[str], name: str, num_images: int) -> list[str]:
-    if len(names) != num_images:
-        raise ValueError(f"{name} has {len(names)} names for {num_images} images")
-    return list(names)
-
-
-def _draw_montage(ax: Axes, rows: Sequence[np.ndarray], columns: int) -> list[float]:
+def _draw_montage(ax: Axes, rows: Sequence[np.ndarray]) -> np.ndarray:
     """Draws rows of images (n, H, W, 3) on one white canvas; gives the height of their middles."""
     height, width = rows[0].shape[1:3]
     gap = max(1, round(0.04 * width))
-    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    canvas = np.full(shape, 255, dtype=np.uint8)
-    for index, row in enumerate(rows):
-        for column, image in enumerate(row):
-            top, left = index * (height + gap), column * (width + gap)
-            canvas[top : top + height, left : left + width] = image
-    ax.imshow(canvas, extent=(0, shape[1], shape[0], 0))
-    ax.set_xticks([])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    return [index * (height + gap) + height / 2 for index in range(len(rows))]
+    shape = (len(rows), max(map(len, rows)), height + gap, width + gap, 3)
+    tiles = np.full(shape, 255, dtype=np.uint8)
+    for row, images in zip(tiles, rows, strict=True):
+        row[: len(images), :height, :width] = images
+    canvas = np.vstack([np.hstack(row) for row in tiles])[:-gap, :-gap]
+    ax.imshow(canvas, extent=(0, canvas.shape[1], canvas.shape[0], 0))
+    return np.arange(len(rows)) * (height + gap) + height / 2
 
 
 def _caption(*texts: str, width: int = 30) -> str:
@@ -749,38 +683,35 @@ def _caption(*texts: str, width: int = 30) -> str:
 
 
 def _draw_captioned_image(ax: Axes, image: np.ndarray, caption: str) -> None:
-    ax.set_axis_on()
     ax.imshow(image)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
     ax.set_xlabel(caption, parse_math=False, fontsize=6.5)
 
 
 def _grid_size(images: np.ndarray, captions: Sequence[str], columns: int) -> tuple[float, float]:
     """The inches that captioned images take, in rows of `columns` on a page 7.2 inches wide."""
-    num_rows = math.ceil(len(captions) / columns)
-    num_lines = max(caption.count("\n") + 1 for caption in captions)
     cell = 7.2 / columns
-    height = cell * images.shape[1] / images.shape[2] + 0.12 * num_lines + 0.12
-    return cell * min(columns, len(captions)), num_rows * height + 0.2
+    height = cell * images.shape[1] / images.shape[2] + _captions_height(captions) + 0.12
+    return cell * min(columns, len(images)), math.ceil(len(images) / columns) * height + 0.2
 
 
 def _draw_grid(figure: Figure, images: np.ndarray, captions: Sequence[str], columns: int) -> None:
     columns = min(columns, len(images))
-    axes = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
+    num_rows = math.ceil(len(images) / columns)
+    axes = figure.subplots(num_rows, columns, squeeze=False, subplot_kw=_NO_FRAME)
     for ax, image, caption in zip(axes.flat, images, captions, strict=False):
         _draw_captioned_image(ax, image, caption)
+
+
+def _check_has(values: Container[str], name: str, keys: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
 
 
 def _checked_table(
     values: pd.DataFrame | Mapping[str, Any], name: str, columns: Sequence[str]
 ) -> pd.DataFrame:
-    missing = [column for column in columns if column not in values]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    _check_has(values, name, columns)
     try:
         table = pd.DataFrame({column: values[column] for column in columns})
     except ValueError as error:  # lengths differ
@@ -791,31 +722,45 @@ def _checked_table(
 
 
 def _in_readable_unit(seconds: pd.Series) -> tuple[pd.Series, str]:
-    longest = seconds.max()
-    if longest >= 2 * 3600:
-        return seconds / 3600, "hours"
-    if longest >= 2 * 60:
-        return seconds / 60, "minutes"
+    for unit, length in {"hours": 3600, "minutes": 60}.items():
+        if seconds.max() >= 2 * length:
+            return seconds / length, unit
     return seconds, "seconds"
 
 
-def _draw_metric_bars(ax: Axes, metrics: pd.DataFrame, intervals: Mapping[str, np.ndarray]) -> None:
-    bar = 0.8 / len(_METRICS)
-    for index, name in enumerate(_METRICS):
-        rows = np.arange(len(metrics)) + (index - (len(_METRICS) - 1) / 2) * bar
-        values = metrics[name].to_numpy()
-        ax.barh(rows, np.nan_to_num(values), height=bar, color=_COLOURS[index])
-        ends = intervals.get(name, np.full((len(values), 2), np.nan))
+def _draw_bars(ax: Axes, table: pd.DataFrame) -> dict[Any, BarContainer]:
+    """Draws each row of a table as bars, one a column, and returns the bars of each column."""
+    height = 0.8 / table.shape[1]
+    bars = {}
+    for index, name in enumerate(table):
+        rows = np.arange(len(table)) + (index - (table.shape[1] - 1) / 2) * height
+        colour = _COLOURS[index % len(_COLOURS)]
+        bars[name] = ax.barh(rows, table[name], height=height, color=colour)
+    _name_rows(ax, list(table.index))
+    return bars
+
+
+def _draw_metric_bars(ax: Axes, table: pd.DataFrame) -> None:
+    metrics = table[_METRICS].astype(float)
+    for name, bars in _draw_bars(ax, metrics.fillna(0)).items():
+        rows, values = np.array([bar.get_center()[1] for bar in bars]), metrics[name].to_numpy()
+        ends = table.reindex(columns=[f"{name}_low", f"{name}_high"]).to_numpy(dtype=float)
         _draw_intervals(ax, rows, values, ends, "black")
-        for row, value, high in zip(rows, values, ends[:, 1], strict=True):
-            text = "n/a" if math.isnan(value) else f"{value:.3f}"
-            end = 0 if math.isnan(value) else np.fmax(value, high)
-            ax.annotate(
-                text, (end, row), (2, 0), textcoords="offset points", va="center", fontsize=6.5
-            )
+        tips = np.where(np.isnan(values), 0, np.fmax(values, ends[:, 1]))
+        _write_values(ax, values, ".3f", np.column_stack([tips, rows]), (2, 0), va="center")
+    has_intervals = any(lines.get_paths() for lines in ax.collections)
     ax.set_xlim(0, 1.1)
     ax.set_xticks(np.linspace(0, 1, 6))
-    ax.set_xlabel("Score, with its 95% interval" if intervals else "Score")
+    ax.set_xlabel("Score, with its 95% interval" if has_intervals else "Score")
+
+
+def _write_values(
+    ax: Axes, values: np.ndarray, form: str, points: np.ndarray, offset: Any, **options: Any
+) -> None:
+    """Writes each value, or n/a for NaN, beside its point (N, 2)."""
+    for value, (x, y) in zip(values, points, strict=True):
+        text = "n/a" if math.isnan(value) else f"{value:{form}}"
+        ax.annotate(text, (x, y), offset, textcoords="offset points", fontsize=6.5, **options)
 
 
 def _draw_intervals(
@@ -843,12 +788,8 @@ def _draw_dots(ax: Axes, values: pd.Series, label: str) -> None:
         ax.set_xlim(-0.15 * high, 1.25 * high)  # room for the number over a dot at the edge
     else:
         ax.set_xticks([])
-    middle = sum(ax.get_xlim()) / 2
-    for row, value in zip(rows, values.fillna(middle), strict=True):
-        text = "n/a" if values.isna().iloc[row] else f"{value:.3g}"
-        ax.annotate(
-            text, (value, row), (0, 5), textcoords="offset points", ha="center", fontsize=6.5
-        )
+    points = np.column_stack([values.fillna(sum(ax.get_xlim()) / 2), rows])
+    _write_values(ax, values.to_numpy(), ".3g", points, (0, 5), ha="center")
 
 
 def _name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -879,5 +820,11 @@ def _put_legend(
         text.set_text(name)  # given at once, a name with a leading underscore would be left out
 
 
-def _longest(names: Sequence[str]) -> int:
-    return max(len(name) for name in names)
+def _captions_height(captions: Iterable[str]) -> float:
+    """Returns about how many inches the highest of these captions takes."""
+    return 0.12 * (1 + max(caption.count("\n") for caption in captions))
+
+
+def _text_width(names: Iterable[str]) -> float:
+    """Returns about how many inches the longest of these names takes."""
+    return max(map(len, names)) * _INCHES_PER_CHARACTER

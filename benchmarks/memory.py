@@ -68,7 +68,7 @@ def main() -> None:
         return
     from experiment.results import environment
 
-    print(f"precision {environment()['precision']}")
+    print(f"precision {environment('cpu')['precision']}")
     for count in arguments.images:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "images.npy"

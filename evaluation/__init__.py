@@ -81,9 +81,7 @@ def evaluate_predictions(
     targets, excluded = screening_targets(*kinds), screening_targets(*kinds, positive=None)
     scores = screening_scores(y_true, calibrated, *kinds)
     scores = {name: scores[name] for name in scores if name in thresholds}
-    subgroups = {}
-    if columns is not None:
-        subgroups = compute_subgroups(y_true, y_pred, columns, groups, targets=scores, seed=seed)
+    columns = pd.DataFrame() if columns is None else columns
     return {
         "test": compute_metrics(y_true, calibrated, class_names, y_pred),
         "test_intervals": compute_intervals(
@@ -104,7 +102,7 @@ def evaluate_predictions(
             | screen(*scores[name], thresholds[name], groups, seed=seed)
             for name in scores
         },
-        "subgroups": subgroups,
+        "subgroups": compute_subgroups(y_true, y_pred, columns, groups, targets=scores, seed=seed),
     }
 
 

@@ -1,15 +1,14 @@
 """Confidence intervals: the bootstrap over groups, and Wilson's score interval of proportions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from scipy.stats import norm
 
-from evaluation.metrics import HEADLINES, check_predictions, headline_metrics
+from evaluation.metrics import HEADLINES, check_labels, check_predictions, headline_metrics
 
 NUM_RESAMPLES = 2000
 MAX_COUNTS_AT_ONCE = 4_000_000  # of the bootstrap in memory: 32 MB
@@ -64,16 +63,15 @@ def compare(
     which A is better, ties counted half. Two models that agree on 20 images may differ on others:
     the unseen groups of a resample are right in one model alone.
     """
-    y_true, *predicted = (np.asarray(labels) for labels in (y_true, y_pred_a, y_pred_b))
-    highest = max(labels.max(initial=0) for labels in (y_true, *predicted))
+    labels = {"y_true": y_true, "y_pred_a": y_pred_a, "y_pred_b": y_pred_b}
+    highest = max(np.max(values, initial=0) for values in labels.values())
     num_classes = max(int(highest) + 1, 2)  # with one class there is no wrong prediction to add
-    for y_pred in predicted:
-        check_predictions(y_true, np.zeros((len(y_pred), num_classes)), num_classes)
-    group = number_groups(groups, len(y_true))
-    both = np.stack(predicted, axis=1)
-    resampled = bootstrap(
-        np.stack([y_true, y_true], axis=1), both, num_classes, group, seed, are_opposed=True
+    y_true, *both = (
+        check_labels(values, name, np.size(y_true), num_classes) for name, values in labels.items()
     )
+    group = number_groups(groups, len(y_true))
+    y_pred = np.stack(both, axis=1)
+    resampled = bootstrap(y_true[:, None], y_pred, num_classes, group, seed, are_opposed=True)
     compared = {}
     for name in HEADLINES:
         difference = resampled[name].part(0) - resampled[name].part(1)
@@ -130,8 +128,7 @@ def number_groups(groups: ArrayLike | None, num_images: int) -> np.ndarray:
     return np.unique(groups, return_inverse=True)[1]
 
 
-@dataclass(frozen=True)
-class Resampled:
+class Resampled(NamedTuple):
     """A metric of each of P parts of the predictions, as observed and in R resamples.
 
     Each `smoothed` resample is the `drawn` one with a few unseen groups added.
@@ -143,14 +140,10 @@ class Resampled:
 
     def part(self, index: int) -> "Resampled":
         """Returns the metric of one part alone, with shapes (), (R,) and (R,)."""
-        return Resampled(self.observed[index], self.drawn[:, index], self.smoothed[:, index])
+        return Resampled(*(values[..., index] for values in self))
 
     def __sub__(self, other: "Resampled") -> "Resampled":
-        return Resampled(
-            self.observed - other.observed,
-            self.drawn - other.drawn,
-            self.smoothed - other.smoothed,
-        )
+        return Resampled(*(a - b for a, b in zip(self, other, strict=True)))
 
     def interval(self, sample_size: float, *, lowest: float = 0.0, z: float = Z) -> list[float]:
         """Returns the 95 % interval of the metric of one part, [low, high]; NaN are left out.

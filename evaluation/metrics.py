@@ -1,18 +1,17 @@
 """Metrics of predictions for imbalanced classes, and which images to look at."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from sklearn.metrics import (
-    accuracy_score,
     auc,
     cohen_kappa_score,
     confusion_matrix,
     matthews_corrcoef,
     precision_recall_curve,
-    precision_recall_fscore_support,
     roc_curve,
 )
 
@@ -58,54 +57,62 @@ def compute_metrics(
     y_true, y_prob, y_pred = check_predictions(y_true, y_prob, len(class_names), y_pred)
     confusion = confusion_matrix(y_true, y_pred, labels=np.arange(len(class_names)))
     support = confusion.sum(axis=1)
-    per_class = _metrics_per_class(y_true, y_prob, y_pred, confusion)
-    metrics: dict[str, Any] = {
-        "accuracy": float(accuracy_score(y_true, y_pred)),
-        "balanced_accuracy": float(per_class["recall"][support > 0].mean()),
-        "top_2_accuracy": float(_is_among_top_2(y_true, y_prob, y_pred).mean()),
-        "cohen_kappa": _or_0(cohen_kappa_score, y_true, y_pred),
-        "matthews_corrcoef": _or_0(matthews_corrcoef, y_true, y_pred),
-    } | proper_scores(y_true, y_prob)
-    for name in ("precision", "recall", "f1"):
-        metrics[name] = float(np.average(per_class[name], weights=support))
-    is_known = {name: (support > 0) & np.isfinite(per_class[name]) for name in per_class}
+    per_class = _metrics_per_class(y_true, y_prob, confusion)
+    macro: dict[str, float | None] = {}
     for name in ("precision", "recall", "f1", "roc_auc", "average_precision"):
-        known = per_class[name][is_known[name]]
-        metrics[f"macro_{name}"] = float(known.mean()) if len(known) else None
-    metrics["per_class"] = {
-        class_name: {
-            name: float(values[label]) if is_known[name][label] else None
-            for name, values in per_class.items()
-        }
-        | {"support": int(support[label])}
-        for label, class_name in enumerate(class_names)
+        known = per_class[name][np.isfinite(per_class[name])]
+        macro[f"macro_{name}"] = float(known.mean()) if len(known) else None
+    # Agreement beyond chance is not defined where all is one class.
+    is_one_class = np.ptp([y_true, y_pred]) == 0
+    columns = {
+        name: np.where(np.isfinite(values), values, np.array(None))
+        for name, values in per_class.items()
     }
-    metrics["confusion_matrix"] = confusion.tolist()
-    return metrics
+    table = pd.DataFrame(columns | {"support": support}, index=list(class_names), dtype=object)
+    return {
+        "accuracy": float((y_true == y_pred).mean()),
+        "balanced_accuracy": macro["macro_recall"],
+        "top_2_accuracy": float(_is_among_top_2(y_true, y_prob, y_pred).mean()),
+        "cohen_kappa": 0.0 if is_one_class else float(cohen_kappa_score(y_true, y_pred)),
+        "matthews_corrcoef": 0.0 if is_one_class else float(matthews_corrcoef(y_true, y_pred)),
+        **proper_scores(y_true, y_prob),
+        **{
+            name: float(np.average(np.nan_to_num(per_class[name]), weights=support))
+            for name in ("precision", "recall", "f1")
+        },
+        **macro,
+        "per_class": table.to_dict("index"),
+        "confusion_matrix": confusion.tolist(),
+    }
 
 
 def _metrics_per_class(
-    y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray, confusion: np.ndarray
+    y_true: np.ndarray, y_prob: np.ndarray, confusion: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Returns each metric of all classes (C,); NaN where it is not defined."""
-    labels = np.arange(len(confusion))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        y_true, y_pred, labels=labels, zero_division=0
-    )
+    support, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
     others = len(y_true) - support
-    false_positives = confusion.sum(axis=0) - np.diag(confusion)
-    areas = np.full((2, len(labels)), np.nan)
+    true_negatives = others - predicted + np.diag(confusion)
+    areas = np.full((2, len(confusion)), np.nan)
     for label in np.flatnonzero((support > 0) & (others > 0)):
         binary = y_true == label, y_prob[:, label]
         areas[0, label] = compute_roc_curve(*binary).area
         areas[1, label] = compute_precision_recall_curve(*binary).area
+    metrics = _precision_recall_f1(confusion)
+    metrics["specificity"] = safe_ratio(true_negatives, others, np.nan)
+    metrics["f1"] = metrics.pop("f1")
+    metrics["roc_auc"], metrics["average_precision"] = areas
+    return {name: np.where(support > 0, values, np.nan) for name, values in metrics.items()}
+
+
+def _precision_recall_f1(confusions: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns those of each class (..., C), from confusion matrices (..., C, C); 0 of nothing."""
+    hits = np.diagonal(confusions, axis1=-2, axis2=-1)
+    support, predicted = confusions.sum(axis=-1), confusions.sum(axis=-2)
     return {
-        "precision": precision,
-        "recall": recall,
-        "specificity": safe_ratio(others - false_positives, others, np.nan),
-        "f1": f1,
-        "roc_auc": areas[0],
-        "average_precision": areas[1],
+        "precision": safe_ratio(hits, predicted, 0),
+        "recall": safe_ratio(hits, support, 0),
+        "f1": safe_ratio(2 * hits, support + predicted, 0),
     }
 
 
@@ -176,16 +183,11 @@ def typical_examples(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray)
 
 def headline_metrics(confusions: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the headline metrics of confusion matrices (..., C, C), each (...,); NaN if empty."""
-    hits = np.diagonal(confusions, axis1=-2, axis2=-1)
-    support, predicted = confusions.sum(axis=-1), confusions.sum(axis=-2)
-    per_class = {
-        "precision": safe_ratio(hits, predicted, 0),
-        "recall": safe_ratio(hits, support, 0),
-        "f1": safe_ratio(2 * hits, support + predicted, 0),
-    }
+    support = confusions.sum(axis=-1)
     total, present = support.sum(axis=-1), support > 0
-    headlines = {"accuracy": safe_ratio(hits.sum(axis=-1), total, np.nan)}
-    for name, values in per_class.items():
+    hits = np.trace(confusions, axis1=-2, axis2=-1)
+    headlines = {"accuracy": safe_ratio(hits, total, np.nan)}
+    for name, values in _precision_recall_f1(confusions).items():
         headlines[name] = safe_ratio((values * support).sum(axis=-1), total, np.nan)
         headlines[f"macro_{name}"] = safe_ratio(
             (values * present).sum(axis=-1), present.sum(axis=-1), np.nan
@@ -220,27 +222,35 @@ def check_predictions(
     By default the latter are those of the highest probability. Raises ValueError for shapes that
     do not fit, labels out of range, and probabilities that are not finite.
     """
-    y_true, y_prob = np.asarray(y_true), np.asarray(y_prob, dtype=np.float64)
-    if y_true.ndim != 1 or len(y_true) == 0:
-        raise ValueError(f"y_true has shape {y_true.shape}; it must be (N,) with N of 1 or more")
-    if y_prob.shape != (len(y_true), num_classes):
+    y_prob, shape = np.asarray(y_prob, dtype=np.float64), (np.size(y_true), num_classes)
+    if y_prob.shape != shape:
         raise ValueError(
-            f"y_prob has shape {y_prob.shape}; for {len(y_true)} labels and {num_classes} classes "
-            f"it must be {(len(y_true), num_classes)}"
+            f"y_prob has shape {y_prob.shape}; for {shape[0]} labels and {num_classes} classes "
+            f"it must be {shape}"
         )
-    if not np.isin(y_true, np.arange(num_classes)).all():
-        raise ValueError(
-            f"y_true goes from {y_true.min()} to {y_true.max()}; labels of {num_classes} classes "
-            f"are whole numbers from 0 to {num_classes - 1}"
-        )
+    y_true = check_labels(y_true, "y_true", len(y_prob), num_classes)
     if not np.isfinite(y_prob).all():
         raise ValueError("y_prob holds values that are not finite")
-    y_pred = y_prob.argmax(axis=1) if y_pred is None else np.asarray(y_pred)
-    if y_pred.shape != y_true.shape or not np.isin(y_pred, np.arange(num_classes)).all():
+    y_pred = y_prob.argmax(axis=1) if y_pred is None else y_pred
+    return y_true, y_prob, check_labels(y_pred, "y_pred", len(y_true), num_classes)
+
+
+def check_labels(labels: ArrayLike, name: str, num_images: int, num_classes: int) -> np.ndarray:
+    """Returns the labels of images as int64 (N,).
+
+    Raises ValueError, with this name, for another shape, no images, and labels out of range.
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (num_images,) or num_images == 0:
         raise ValueError(
-            f"y_pred must have shape {y_true.shape} and labels from 0 to {num_classes - 1}"
+            f"{name} has shape {labels.shape}; it must be ({num_images},), and not empty"
         )
-    return y_true.astype(np.int64), y_prob, y_pred
+    if not np.isin(labels, np.arange(num_classes)).all():
+        raise ValueError(
+            f"{name} goes from {labels.min()} to {labels.max()}; labels of {num_classes} classes "
+            f"are whole numbers from 0 to {num_classes - 1}"
+        )
+    return labels.astype(np.int64)
 
 
 def _is_among_top_2(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) -> np.ndarray:
@@ -249,9 +259,3 @@ def _is_among_top_2(y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray) 
     others = y_prob.copy()
     others[images, y_pred] = -np.inf
     return (y_pred == y_true) | (others.argmax(axis=1) == y_true)
-
-
-def _or_0(score: Callable[..., float], y_true: np.ndarray, y_pred: np.ndarray) -> float:
-    """Returns an agreement beyond chance; 0 where all is one class, for which it is undefined."""
-    is_one_class = len(np.unique(np.concatenate([y_true, y_pred]))) == 1
-    return 0.0 if is_one_class else float(score(y_true, y_pred))

@@ -74,22 +74,30 @@ def group_by_malignancy(
     match them count as malignant and all others as benign. Classes in `unknown` always count as
     unknown. Raises ValueError for a name in `malignant` that matches no class.
     """
-    counted = _count_as_malignant(class_names, malignant, unknown)
-    truths = {"malignant": True, "benign": False, "unknown": None}
+    truths = _truths_by_target(class_names, malignant, unknown)["malignant"]
+    names = np.array(class_names, dtype=object)
     return {
-        kind: [name for name in class_names if counted[name] is truth]
-        for kind, truth in truths.items()
+        "malignant": names[truths == 1].tolist(),
+        "benign": names[truths == 0].tolist(),
+        "unknown": names[np.isnan(truths)].tolist(),
     }
 
 
-def _count_as_malignant(
+def _truths_by_target(
     class_names: Sequence[str], malignant: Sequence[str], unknown: Sequence[str] | None
-) -> dict[str, bool | None]:
-    counted = {name: is_malignant(name) for name in class_names}
+) -> dict[str, np.ndarray]:
+    """Returns by target whether each class (C,) is positive: 1, 0, or NaN if that is unknown."""
+    counted = [is_malignant(name) for name in class_names]
     if tuple(malignant) != MALIGNANT:
         labels = match_classes(class_names, malignant)
-        counted = {name: label in labels for label, name in enumerate(class_names)}
-    return counted | dict.fromkeys(unknown or ())
+        counted = [label in labels for label in range(len(class_names))]
+    melanoma = [is_melanoma(name) for name in class_names]
+    for label, name in enumerate(class_names):
+        if name in (unknown or ()):
+            counted[label] = None
+        if counted[label] is False:  # no melanoma either, unless the name says so
+            melanoma[label] = bool(melanoma[label])
+    return {"malignant": np.array(counted, float), "melanoma": np.array(melanoma, float)}
 
 
 def screening_targets(
@@ -105,19 +113,10 @@ def screening_targets(
     images are left out. `malignant` and `unknown` are as in `group_by_malignancy`; `melanoma` has
     in-situ and metastatic ones too. Each target has positive and negative classes, or is left out.
     """
-    counted = _count_as_malignant(class_names, malignant, unknown)
-    is_positive = {
-        "malignant": [counted[name] for name in class_names],
-        # A class that counts as benign is no melanoma, unless its name says so.
-        "melanoma": [
-            is_melanoma(name) or (False if counted[name] is False else is_melanoma(name))
-            for name in class_names
-        ],
-    }
     return {
-        name: [label for label, truth in enumerate(truths) if truth is positive]
-        for name, truths in is_positive.items()
-        if True in truths and False in truths
+        name: np.flatnonzero(np.isnan(truths) if positive is None else truths == positive).tolist()
+        for name, truths in _truths_by_target(class_names, malignant, unknown).items()
+        if {0, 1} <= set(truths)
     }
 
 
@@ -139,14 +138,11 @@ def screening_scores(
 
     They are the sums of the probabilities of the positive classes.
     """
-    excluded = screening_targets(class_names, malignant, unknown, positive=None)
-    scores = {}
-    for name, labels in screening_targets(class_names, malignant, unknown).items():
-        is_known = ~np.isin(y_true, excluded[name])
-        is_positive = np.where(is_known, np.isin(y_true, labels), np.nan)
-        if np.isin([0, 1], is_positive).all():
-            scores[name] = ScreeningScores(is_positive, y_prob[:, labels].sum(axis=1))
-    return scores
+    return {
+        name: ScreeningScores(truths[y_true], y_prob[:, truths == 1].sum(axis=1))
+        for name, truths in _truths_by_target(class_names, malignant, unknown).items()
+        if np.isin([0, 1], truths[y_true]).all()
+    }
 
 
 def screening_unavailable_reason(counted: Mapping[str, Sequence[str]]) -> str | None:
@@ -266,7 +262,10 @@ def select_known(is_positive: np.ndarray, *others: np.ndarray) -> tuple[np.ndarr
     is_known = ~np.isnan(is_positive)
     is_positive = is_positive[is_known].astype(bool)
     if is_positive.all() or not is_positive.any():
-        raise ValueError("screening needs positive and negative images; these are all of one kind")
+        kind = "positive" if is_positive.any() else "negative"
+        raise ValueError(
+            f"screening needs positive and negative images, and all of these are {kind}"
+        )
     return is_positive, *(np.asarray(values)[is_known] for values in others)
 
 

@@ -104,9 +104,9 @@ def _z_of_widest_gap(values: np.ndarray, resampled: np.ndarray) -> float:
         return Z
     errors = np.nan_to_num(resampled - np.nanmean(resampled, axis=0))
     variances, spread = errors.var(axis=0), values.var(ddof=1)
-    kept = max(0.0, 1 - 2 * variances.mean() / spread) if spread > 0 else 0.0
-    seen = values.mean() + kept * (values - values.mean()) + errors
-    row, highest, lowest = np.arange(len(seen)), seen.argmax(axis=1), seen.argmin(axis=1)
+    shrinkage = max(0.0, 1 - 2 * variances.mean() / spread) if spread > 0 else 0.0
+    drawn = values.mean() + shrinkage * (values - values.mean()) + errors
+    row, highest, lowest = np.arange(len(drawn)), drawn.argmax(axis=1), drawn.argmin(axis=1)
     error = errors[row, highest] - errors[row, lowest]
     scores = safe_ratio(np.abs(error), np.sqrt(variances[highest] + variances[lowest]), 0.0)
     return max(Z, float(np.quantile(scores, 0.95)))
@@ -144,7 +144,7 @@ def _subgroup_names(values: pd.Series) -> np.ndarray:
             names = pd.cut(numbers, ends, right=False, labels=list(AGE_BANDS))
         else:
             names = pd.qcut(numbers, 4, duplicates="drop").map(
-                lambda band: f"{band.left:g} to {band.right:g}"
+                lambda band: f"{band.left:g} to {band.right:g}", na_action="ignore"
             )
         names = names.astype(object)
     names = names.where(names.notna() & (names != ""), "unknown")

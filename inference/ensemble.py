@@ -30,7 +30,7 @@ from evaluation import match_classes
 from imaging.lesions import is_melanoma, normalize_name
 from inference.explain import gradcam, overlay_name, save_overlay
 from inference.options import Paths, PredictionOptions, as_list
-from learning.hardware import autocast, choose_device, memory_format_for, resolve_precision
+from learning.hardware import choose_device, compute_logits, memory_format_for, resolve_precision
 from models import LesionClassifier, ModelInfo, load_model
 from storage.files import name_column, printable, write_atomically, write_csv
 
@@ -72,9 +72,8 @@ def predict_batches(
             table = _table(read, labels, calibrated, ensemble.classes, flags)
             write_rows(table)
             if chosen.gradcam is not None and read:
-                for path, image, heatmap in zip(
-                    read, pixels, ensemble.heatmaps(pixels, labels), strict=True
-                ):
+                heatmaps = ensemble.heatmaps(pixels, labels)
+                for path, image, heatmap in zip(read, pixels, heatmaps, strict=True):
                     save_overlay(Path(chosen.gradcam) / overlay_name(path), image, heatmap)
             bar.update(len(read) + len(unreadable))
             yield table, unreadable
@@ -124,21 +123,18 @@ class Ensemble:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> None:
-
         paths = as_list(paths)
         if not paths:
             raise ValueError("no model is given; name one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        self.memory_format = memory_format_for(self.device, self.dtype)
         models, infos = zip(*map(load_model, paths), strict=True)
         info_of = dict(zip(paths, infos, strict=True))
         check_alike(info_of, ("classes", "image_size", "preprocessors", "malignant_classes"))
         for path, info in info_of.items():
             _check_preprocessors(path, info, preprocessors)
-        self.models: list[LesionClassifier] = [
-            model.to(self.device, memory_format=self.memory_format) for model in models
-        ]
+        layout = memory_format_for(self.device, self.dtype)
+        self.models = [model.to(self.device, memory_format=layout) for model in models]
         self.calibrations = [info.calibration for info in infos]
         self.classes: list[str] = infos[0].classes
         self.image_size: int = infos[0].image_size
@@ -169,14 +165,12 @@ class Ensemble:
     def _raw_probabilities(
         self, model: LesionClassifier, inputs: Mapping[str, Tensor], tta: int
     ) -> np.ndarray:
-        logits = []
         with torch.inference_mode():
-            for view in islice(_views(inputs["images"]), tta):
-                view = view.contiguous(memory_format=self.memory_format)
-                with autocast(self.device, self.dtype):
-                    given = view if len(inputs) == 1 else {**inputs, "images": view}
-                    logits.append(model(given).float())
-            return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
+            logits = [
+                compute_logits(model, {**inputs, "images": view}, self.device, self.dtype)
+                for view in islice(_views(inputs["images"]), tta)
+            ]
+        return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
 
     def heatmaps(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Returns the mean of the models' `gradcam` of images uint8 `(N, H, W, 3)`.
@@ -258,10 +252,8 @@ def _table(
     classes: Sequence[str],
     flags: Mapping[str, tuple[list[int], float]],
 ) -> pd.DataFrame:
-    columns: dict[str, Any] = {"path": name_column(paths)}
-    columns["class"] = [classes[label] for label in labels]
-    for label, name in enumerate(classes):
-        columns[f"prob_{name}"] = probabilities[:, label]
+    columns = {"path": name_column(paths), "class": [classes[label] for label in labels]}
+    columns |= {f"prob_{name}": probabilities[:, label] for label, name in enumerate(classes)}
     for name, (added_up, threshold) in flags.items():
         columns[f"flag_{name}"] = probabilities[:, added_up].sum(axis=1) >= threshold
     return pd.DataFrame(columns)
@@ -340,16 +332,13 @@ def _check_preprocessors(path: str, info: ModelInfo, preprocessors: Sequence[Pre
 
 def _mean_thresholds(infos: Sequence[ModelInfo]) -> dict[str, float]:
     """Returns the mean of the thresholds that all models have."""
-    stored = [
+    stored = pd.DataFrame(
         {name: aims[DEFAULT_AIM] for name, aims in info.thresholds.items() if DEFAULT_AIM in aims}
         for info in infos
-    ]
-    return {
-        # A sum of probabilities, from which a threshold is taken, can be a little above 1.
-        name: min(sum(thresholds[name] for thresholds in stored) / len(stored), 1.0)
-        for name in stored[0]
-        if all(name in thresholds for thresholds in stored)
-    }
+    )
+    # A sum of probabilities, from which a threshold is taken, can be a little above 1.
+    means = stored.dropna(axis=1).mean().clip(upper=1.0)
+    return dict(zip(means.index, means.tolist(), strict=True))
 
 
 def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> None:

@@ -2,13 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from learning.hardware import choose_device
 from learning.processes import default_signals, get_rank, get_world_size, torchrun_variable
@@ -16,16 +17,16 @@ from learning.processes import default_signals, get_rank, get_world_size, torchr
 SECONDS_BETWEEN_EXCHANGES = 0.5
 
 
-def is_progress_hidden() -> bool | None:
-    """What tqdm's `disable` is to be: no bars but those of the first process, on a terminal."""
-    return True if get_rank() > 0 else None
+def progress_bar(batches: Iterable | None = None, **options: Any) -> tqdm:
+    """Returns a bar that the first process alone shows, on a terminal, and removes at the end."""
+    return tqdm(batches, disable=True if get_rank() > 0 else None, leave=False, **options)
 
 
 def gradient_exchange(forward: Callable, is_due: bool) -> contextlib.AbstractContextManager:
-    """Processes exchange their gradients once a step, not after each of its batches."""
-    if is_due or not isinstance(forward, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return forward.no_sync()
+    """Returns the context of a backward pass, in which processes exchange gradients if due."""
+    if isinstance(forward, DistributedDataParallel) and not is_due:
+        return forward.no_sync()
+    return contextlib.nullcontext()
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -52,12 +53,12 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if get_world_size() > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if get_world_size() > 1 else None
         self._steps_left = self._steps = 1
         self._asked = time.monotonic()
 
     def largest(self, *numbers: int) -> list[int]:
-        """The largest of each number over the processes; zeros after a step without asking."""
+        """Returns each number's maximum over the processes; zeros after a step without asking."""
         if self._group is None:
             return list(numbers)
         self._steps_left -= 1
@@ -77,12 +78,11 @@ class Agreement:
             dist.barrier(group=self._group)
 
 
-def gather_batches(logits: list[Tensor], labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The batches of all processes, in the order of their ranks."""
-    own = ([batch.cpu() for batch in logits], [batch.cpu() for batch in labels])
+def gather_batches(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Returns the logits and labels of all processes, on the CPU, in the order of their ranks."""
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return [b for part in parts for b in part[0]], [b for part in parts for b in part[1]]
+    dist.all_gather_object(parts, [(logits.cpu(), labels.cpu()) for logits, labels in batches])
+    return [batch for part in parts for batch in part]
 
 
 def choose_own_device(name: str) -> torch.device:

@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of this name, once it has been seen to work; "auto" is CUDA where there is one.
+    """Returns the device of this name, after trying it; "auto" is CUDA where there is one.
 
     Raises ValueError for a device that torch does not know or cannot use.
     """
@@ -30,7 +29,7 @@ def choose_device(name: torch.device | str | None = None) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions and products run in on this device.
+    """Returns the dtype that convolutions and products run in on this device.
 
     "auto" is bfloat16 where the hardware computes in it (CUDA from compute capability 8.0, CPUs
     with AVX-512 bf16 or AMX), and float32 elsewhere. Raises ValueError for anything but "auto",
@@ -62,15 +61,10 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def memory_format_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Channels last is the fast way for convolutions, but for those of CUDA in float32."""
+    """Returns the fastest layout for convolutions: channels last, but for CUDA in float32."""
     if device.type == "cpu" or dtype is not torch.float32:
         return torch.channels_last
     return torch.contiguous_format
-
-
-def move_images(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the images on the device, in the memory layout of `memory_format_for`."""
-    return images.to(device, memory_format=memory_format_for(device, dtype), non_blocking=True)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -93,7 +87,8 @@ def compute_logits(
     compiled form.
     """
     others = dict(inputs) if isinstance(inputs, Mapping) else {"images": inputs}
-    images = move_images(others.pop("images"), device, dtype)
+    layout = memory_format_for(device, dtype)
+    images = others.pop("images").to(device, memory_format=layout, non_blocking=True)
     if others:
         parameters = inspect.signature(model.forward).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -104,11 +99,6 @@ def compute_logits(
         }
     with autocast(device, dtype):
         return (model if forward is None else forward)(images, **others).float()
-
-
-def own_random_state(device: torch.device) -> Any:
-    """A context after which the random state of the CPU and this device is what it was before."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextlib.contextmanager

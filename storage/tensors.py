@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from storage.files import is_utf8, write_atomically
 
 # What torch.save names when it writes tensors and plain values. torch.load takes more, of which
@@ -31,8 +33,6 @@ def save_tensors(path: str | Path, contents: dict[str, Any]) -> None:
 
     Raises OSError, which says how many bytes are needed, when the disk does not take them.
     """
-    import torch
-
     with write_atomically(path) as temporary:
         try:
             with open(temporary, "wb") as file:
@@ -55,8 +55,6 @@ def load_tensors(path: str | Path) -> Any:
     Raises FileNotFoundError when there is no such file, and ValueError when it is not a file of
     tensors, is damaged, or holds anything but tensors and plain values.
     """
-    import torch
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
@@ -83,10 +81,16 @@ def check_alike(found: Any, expected: Any, name: str) -> None:
     floating-point or not as `expected` is, and be finite; a number must be a number, and finite if
     `expected` is. Anything can take the place of None.
     """
-    import torch
-
     if isinstance(expected, torch.Tensor):
-        _check_tensor_alike(found, expected, name)
+        if not isinstance(found, torch.Tensor):
+            raise ValueError(f"{name} is not a tensor")
+        if found.shape != expected.shape:
+            raise ValueError(f"{name} is {tuple(found.shape)}, not {tuple(expected.shape)}")
+        if found.is_floating_point() != expected.is_floating_point():
+            raise ValueError(f"{name} is {found.dtype}, not {expected.dtype}")
+        # As it will be used: what float64 holds can be too large for float32.
+        if not found.to(expected.dtype).isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
     elif isinstance(expected, Mapping):
         if not isinstance(found, Mapping):
             raise ValueError(f"{name} is not a dict")
@@ -113,20 +117,6 @@ def is_number(value: Any) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**63
     return isinstance(value, float) and not math.isnan(value)
-
-
-def _check_tensor_alike(found: Any, expected: Any, name: str) -> None:
-    import torch
-
-    if not isinstance(found, torch.Tensor):
-        raise ValueError(f"{name} is not a tensor")
-    if found.shape != expected.shape:
-        raise ValueError(f"{name} is {tuple(found.shape)}, not {tuple(expected.shape)}")
-    if found.is_floating_point() != expected.is_floating_point():
-        raise ValueError(f"{name} is {found.dtype}, not {expected.dtype}")
-    # As it will be used: what float64 holds can be too large for float32.
-    if not found.to(expected.dtype).isfinite().all():
-        raise ValueError(f"{name} has numbers that are not finite")
 
 
 def _read_pickle(path: Path) -> bytes:
@@ -170,8 +160,6 @@ def _check_values(contents: Any, max_bytes: int) -> None:
 
     A value that holds others many times over, or itself, counts as many values, or as too deep.
     """
-    import torch
-
     waiting, number = [(contents, 0)], 0
     while waiting:
         value, depth = waiting.pop()

@@ -48,7 +48,7 @@ def test_decisions_are_the_models_own_and_probabilities_the_calibrated_ones():
 
 @settings(deadline=None, max_examples=50)
 @given(predictions(), st.data())
-def test_with_any_calibration_the_figures_of_decisions_agree_with_each_other(case, data):
+def test_with_any_calibration_the_metrics_of_decisions_agree_with_each_other(case, data):
     y_true, y_prob, names = case
     y_prob = (y_prob + 0.01) / (y_prob + 0.01).sum(axis=1, keepdims=True)
     bias = [data.draw(st.floats(-5, 5)) for _ in names]
@@ -74,7 +74,7 @@ def test_with_any_calibration_the_figures_of_decisions_agree_with_each_other(cas
 
 @settings(deadline=None, max_examples=2)
 @given(st.integers(0, 2**32 - 1))
-def test_images_of_unknown_classes_change_no_figure_of_screening(seed):
+def test_images_of_unknown_classes_change_no_metric_of_screening(seed):
     rng = np.random.default_rng(seed)
     y_true = np.arange(90) % 4
     y_prob = softmax(rng.normal(size=(90, 4)) + np.eye(4)[y_true], axis=1)

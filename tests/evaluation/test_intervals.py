@@ -1,4 +1,4 @@
-"""Confidence intervals hold their figure and, in simulations, the true value."""
+"""Confidence intervals hold their metric and, in simulations, the true value."""
 
 import json
 
@@ -22,7 +22,7 @@ from evaluation import (
 from tests.evaluation.cases import copied, one_hot, predictions, simulated
 
 
-def test_an_interval_lies_about_its_figure_and_narrows_with_more_images():
+def test_an_interval_lies_about_its_metric_and_narrows_with_more_images():
     widths = []
     for num_images in (50, 800):
         y_true, y_prob = simulated(num_images, 0.7, seed=0)
@@ -34,9 +34,9 @@ def test_an_interval_lies_about_its_figure_and_narrows_with_more_images():
             low, high = intervals[name]
             assert 0 <= low <= metrics[name] <= high <= 1
         for name in names:
-            for figure in ("precision", "recall"):
-                low, high = intervals["per_class"][name][figure]
-                assert low < metrics["per_class"][name][figure] < high
+            for metric in ("precision", "recall"):
+                low, high = intervals["per_class"][name][metric]
+                assert low < metrics["per_class"][name][metric] < high
         low, high = intervals["accuracy"]
         widths.append(high - low)
         error = np.sqrt(metrics["accuracy"] * (1 - metrics["accuracy"]) / num_images)
@@ -141,7 +141,7 @@ def test_20_right_of_20_give_about_wilsons_interval():
 
 @settings(deadline=None, max_examples=25)
 @given(predictions(), st.data())
-def test_every_interval_holds_its_figure_and_has_a_width(case, data):
+def test_every_interval_holds_its_metric_and_has_a_width(case, data):
     y_true, _, names = case
     groups = data.draw(arrays(np.int64, len(y_true), elements=st.integers(0, 9)))
     metrics = compute_metrics(*case)
@@ -152,9 +152,9 @@ def test_every_interval_holds_its_figure_and_has_a_width(case, data):
         low, high = found[name]
         assert 0 <= low <= metrics[name] <= high <= 1 and low < high
     for name in names:
-        for figure in ("precision", "recall"):
-            interval = found["per_class"][name][figure]
-            value = metrics["per_class"][name][figure]
+        for metric in ("precision", "recall"):
+            interval = found["per_class"][name][metric]
+            value = metrics["per_class"][name][metric]
             assert value is None or interval is None or interval[0] <= value <= interval[1]
             assert interval is None or interval[0] < interval[1]
 
@@ -189,8 +189,8 @@ def test_copies_and_images_of_one_lesion_narrow_no_interval_of_a_class():
     groups, y_true, y_prob = copied(np.arange(60), y_true, y_prob)
     thrice = compute_intervals(y_true, y_prob, names, groups)["per_class"]
     for name in names:
-        for figure in ("precision", "recall"):
-            assert thrice[name][figure] == pytest.approx(once[name][figure])
+        for metric in ("precision", "recall"):
+            assert thrice[name][metric] == pytest.approx(once[name][metric])
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40))
@@ -211,3 +211,9 @@ def test_unequal_groups_are_worth_less_than_their_number():
 def test_groups_of_another_number_are_refused():
     with pytest.raises(ValueError, match="groups"):
         compute_intervals([0, 1], np.eye(2), ["a", "b"], groups=[0])
+
+
+@pytest.mark.parametrize("labels", [[0], [0, -1], [0, 0.5]])
+def test_models_are_compared_on_labels_of_the_same_images_alone(labels):
+    with pytest.raises(ValueError, match="y_pred_b (has|goes)"):
+        compare([0, 1], [0, 1], labels)

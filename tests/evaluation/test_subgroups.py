@@ -17,7 +17,7 @@ from evaluation import (
 from tests.evaluation.cases import simulated
 
 
-def test_subgroups_have_the_figures_of_their_images_alone():
+def test_subgroups_have_the_metrics_of_their_images_alone():
     y_true, y_prob = simulated(400, 0.8, seed=5)
     y_pred = y_prob.argmax(axis=1)
     is_female = np.arange(400) % 2 == 0
@@ -32,9 +32,9 @@ def test_subgroups_have_the_figures_of_their_images_alone():
         assert group["accuracy"] == pytest.approx(accuracy_score(y_true[part], y_pred[part]))
         expected = balanced_accuracy_score(y_true[part], y_pred[part])
         assert group["balanced_accuracy"] == pytest.approx(expected)
-        for figure in ("accuracy", "balanced_accuracy"):
-            low, high = group[f"{figure}_interval"]
-            assert low < group[figure] < high
+        for metric in ("accuracy", "balanced_accuracy"):
+            low, high = group[f"{metric}_interval"]
+            assert low < group[metric] < high
     gap = found["sex"]["widest_gap"]
     groups = found["sex"]["groups"]
     assert (gap["highest"], gap["lowest"]) == ("male", "female")
@@ -170,3 +170,10 @@ def test_other_numbers_come_in_quarters():
     assert [g["images"] for g in found["diameter"]["groups"].values()] == [10] * 4
     assert set(found["twice"]["groups"]) == {"0", "1"}
     assert "flat" not in found
+
+
+def test_images_without_a_number_are_apart_from_the_quarters():
+    columns = pd.DataFrame({"diameter": [*np.arange(40) / 2, np.nan]})
+    found = compute_subgroups(np.arange(41) % 3, np.arange(41) % 3, columns)["diameter"]
+    assert [group["images"] for group in found["groups"].values()] == [10] * 4 + [1]
+    assert found["groups"]["unknown"]["images"] == 1

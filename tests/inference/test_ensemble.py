@@ -133,11 +133,11 @@ def test_a_model_that_gives_no_numbers_is_an_error(images, save_model):
 
 
 class TakesAges(nn.Module):
-    """Logits from the mean of the image and an age; what it is given beside them is not known."""
+    """Logits from the mean of the image and an age; it knows no other inputs."""
 
-    def forward(self, inputs):
-        ages = inputs["ages"][:, None] / 100
-        means = inputs["images"].mean(dim=(2, 3))
+    def forward(self, images, ages):
+        ages = ages[:, None] / 100
+        means = images.mean(dim=(2, 3))
         return torch.cat([means[:, :2], ages], dim=1)
 
 
