@@ -22,15 +22,15 @@ class Answer:
 
 
 def judge(run: Run) -> list[Answer]:
-    """Returns the answers about the model of the highest balanced accuracy and about the data."""
+    """Returns the answers about the data and about the model of the highest balanced accuracy."""
     model = run.models[0]
     return [
+        *_are_data_sound(run),
+        *_is_test_split_large_enough(model),
         *_is_one_the_best(run),
         *_is_better_than_chance(model),
         *_is_melanoma_found(model),
         *_are_thresholds_reached(model),
-        *_are_data_sound(run),
-        *_is_test_split_large_enough(model),
         *_did_calibration_help(model),
     ]
 
@@ -80,7 +80,7 @@ def _is_melanoma_found(model: Model) -> Iterator[Answer]:
         elif interval is not None:
             text = (
                 f"{round(recall * count)} of {count}: sensitivity {recall:.2f} "
-                f"({interval[0]:.2f} to {interval[1]:.2f})"
+                f"({interval[0]:.2f} to {interval[1]:.2f}), precision {found['precision']:.2f}"
             )
             yield Answer(f"Is {name} found?", text, recall >= 0.95)
 
