@@ -174,8 +174,8 @@ def compare_models(
 ) -> pd.DataFrame:
     """Writes `comparison.csv` and `comparison.png` from what `save_results` wrote for each model.
 
-    `dataset` has the images that all of them were measured on. Beside each model's metrics the
-    table has the gap from its balanced accuracy to that of the best model, by paired bootstrap.
+    `dataset` has the images that all of them were measured on. The highest balanced accuracy comes
+    first. Beside each model's metrics the table has the gap from its balanced accuracy to that of the best model, by paired bootstrap.
     """
     files = [save_dir / name / "metrics.json" for name in models]
     rows = [_comparison_row(json.loads(path.read_text(encoding="utf-8"))) for path in files]
@@ -194,6 +194,7 @@ def compare_models(
             gap = compare(dataset.labels, *pair, groups, seed=seed)["balanced_accuracy"]
         row["gap_to_best"] = gap["difference"]
         row["gap_to_best_low"], row["gap_to_best_high"] = gap["interval"]
+    rows.sort(key=lambda row: -row["balanced_accuracy"])
     comparison = pd.DataFrame(rows)
     write_csv(comparison, save_dir / "comparison.csv")
     visualizations.plot_model_comparison(comparison, save_path=save_dir / "comparison.png")

@@ -272,7 +272,7 @@ def test_other_models_of_the_same_data_stay_in_the_report_with_their_settings(
     models = ["resnet_scratch", "simple_cnn"]
     for name, of_model in {"num_steps": "32", "layers": ["18", "50"]}.items():
         row = table[0].partition(f">{name}<")[2].partition("</tr")[0]
-        cells = [cell.partition("</td")[0] for cell in row.split("<td>")[1:]]
+        cells = [cell.partition(">")[2].partition("</td")[0] for cell in row.split("<td")[1:]]
         order = [table[0].index(f">{model}<") for model in models]
         assert (cells if order[0] < order[1] else cells[::-1]) == list(of_model)
     assert "seed" not in table[0]

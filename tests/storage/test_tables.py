@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset import DatasetBuilder
-from experiment.report import read_findings
+from experiment.run_files import read_findings
 from predict import main as predict_main
 from storage.files import join_names, open_csv, read_csv, split_names, write_csv, write_json
 from train_models import main as train_main
