@@ -95,7 +95,8 @@ def _are_thresholds_reached(model: Model) -> Iterator[Answer]:
                 f"aimed at 95 % sensitivity, reached {_percent(reached)} ({_percent(low)} to "
                 f"{_percent(high)}); specificity {_percent(point['specificity'])}"
             )
-            yield Answer(f"Does the threshold for {target} hold?", text, reached >= 0.95)
+            is_reached = round(reached, 2) >= 0.95  # as it is shown
+            yield Answer(f"Does the threshold for {target} hold?", text, is_reached)
 
 
 def _are_data_sound(run: Run) -> Iterator[Answer]:
