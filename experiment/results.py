@@ -174,8 +174,8 @@ def compare_models(
 ) -> pd.DataFrame:
     """Writes `comparison.csv` and `comparison.png` from what `save_results` wrote for each model.
 
-    `dataset` has the images that all of them were measured on. The highest balanced accuracy comes
-    first. Beside each model's metrics the table has the gap from its balanced accuracy to that of the best model, by paired bootstrap.
+    `dataset` has the images that all of them were measured on. The table has the highest balanced
+    accuracy first, and beside each model's metrics its gap to that, by paired bootstrap.
     """
     files = [save_dir / name / "metrics.json" for name in models]
     rows = [_comparison_row(json.loads(path.read_text(encoding="utf-8"))) for path in files]
