@@ -324,7 +324,7 @@ def test_a_class_has_its_figures_with_intervals_and_a_dash_where_there_is_none(p
 def test_screening_calibration_and_subgroups_of_each_model_are_shown(page):
     assert page.text("h2")[2:4] == ["cnn", "net"]
     rows, captions = page.text("tr"), page.text("caption")
-    assert rows.count("sensitivity 95% 0.0742 0.90 (0.70 to 0.97) 0.41 (0.25 to 0.59)") == 2
+    assert rows.count("sensitivity 95 % 0.0742 0.90 (0.70 to 0.97) 0.41 (0.25 to 0.59)") == 2
     screening = "cnn: malignant (melanoma, nevus) against the rest, 20 against 33 test images, "
     assert screening + "ROC AUC 0.80 (0.70 to 0.90)" in captions
     assert "Expected calibration error 0.123 0.057" in rows
