@@ -153,10 +153,10 @@ def example_views(generator: torch.Generator, num_combined: int = 2) -> tuple[li
     names = {
         "hflip": "flipped left to right",
         "vflip": "flipped top to bottom",
-        "angle": f"rotated by {abs(degrees):.0f}° {'counter' if degrees > 0 else ''}clockwise",
-        "brightness": f"brightness × {strongest['brightness']:.2f}",
-        "contrast": f"contrast × {strongest['contrast']:.2f}",
-        "noise_std": f"noise of deviation {strongest['noise_std']:.2f}",
+        "angle": f"rotated by {abs(degrees):.0f}° {'anti' if degrees > 0 else ''}clockwise",
+        "brightness": f"brightness ×\u00a0{strongest['brightness']:.2f}",
+        "contrast": f"contrast ×\u00a0{strongest['contrast']:.2f}",
+        "noise_std": f"noise of standard deviation {strongest['noise_std']:.2f}",
     }
     singles = {"noise_start": drawn.noise_start[: len(names)]}
     for index, name in enumerate(names):

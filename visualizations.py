@@ -9,6 +9,7 @@ FileNotFoundError.
 
 import io
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -20,13 +21,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 from evaluation import best_evaluation
@@ -36,6 +37,7 @@ from evaluation.metrics import (
     check_predictions,
     compute_precision_recall_curve,
     compute_roc_curve,
+    format_percent,
 )
 from imaging.decode import as_shares, as_uint8
 from imaging.heatmaps import HEATMAP_COLOURS, blend_heatmaps
@@ -391,7 +393,7 @@ def plot_augmentations(
     if num_images == 1 and view_names is None:
         num_columns = math.ceil(math.sqrt(num_columns))
         rows = [images[0, n : n + num_columns] for n in range(0, len(images[0]), num_columns)]
-    headings = [_caption(name, width=15) for name in ["original", *(view_names or [])]]
+    headings = [_caption(name, width=14) for name in ["original", *(view_names or [])]]
     cell = 1.4 if view_names is None else 1.0  # inches
     size = (
         cell * num_columns + _text_width(image_names or [""]) + 0.2,
@@ -400,12 +402,10 @@ def plot_augmentations(
     with _figure(size, title, save_path) as figure:
         ax = figure.add_subplot(**_NO_FRAME)
         ys, xs = _draw_montage(ax, rows)
-        above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
         for x, heading in zip(xs, headings, strict=False):
-            ax.annotate(heading, (x, 0), (0, 4), parse_math=False, **above)
+            ax.text(x, -0.04 * height, heading, ha="center", va="bottom", parse_math=False)
         for y in ys[:num_images]:
-            corner = (0, y - height / 2)
-            frame = Rectangle(corner, width, height, fill=False, edgecolor=_ORANGE, linewidth=2)
+            frame = Rectangle((0, y - height / 2), width, height, fill=False, ec=_ORANGE, lw=2)
             ax.add_patch(frame).set_clip_on(False)
         if image_names is not None:
             ax.set_yticks(ys, image_names, parse_math=False)
@@ -481,7 +481,11 @@ def plot_mistakes(
     for true, predicted, share, name in zip(*classes.values(), confidences, names, strict=True):
         if true == predicted:
             raise ValueError(f"image {len(captions)} is no mistake: {true!r} is right")
-        texts = (f"true: {true}", f"predicted: {predicted}", f"probability: {_percent(share)}")
+        texts = (
+            f"true: {true}",
+            f"predicted: {predicted}",
+            f"probability: {format_percent(share)}",
+        )
         captions.append(_caption(*texts, name, width=32))
     shown = np.argsort(-confidences, kind="stable")[:12]
     images, captions = images[shown], [captions[i] for i in shown]
@@ -600,8 +604,8 @@ def _mark_best_evaluation(figure: Figure, table: pd.DataFrame) -> None:
 
 
 def _use_whole_numbers(axis: Axis, **options: Any) -> None:
-    axis.set_major_locator(MaxNLocator(integer=True, **options))
-    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_major_locator(ticker.MaxNLocator(integer=True, **options))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
 
 
 def _use_log_scale(ax: Axes, values: pd.Series) -> None:
@@ -609,8 +613,10 @@ def _use_log_scale(ax: Axes, values: pd.Series) -> None:
     if positive.empty:
         return
     ax.set_yscale("log")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    if positive.max() < 10 * positive.min():  # only powers of ten are named: have two in sight
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:.0e}"))
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if positive.max() < 10 * positive.min():  # have two numbers in sight
         middle = math.sqrt(positive.min() * positive.max())
         ax.set_ylim(middle / 10, middle * 10)
 
@@ -637,7 +643,7 @@ def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
     for row, column in np.argwhere(confusion):
         share = shares[row, column]
         colour = "white" if share > 0.65 else "black"
-        text = f"{confusion[row, column]:,}\n{_percent(share)}"
+        text = f"{confusion[row, column]:,}\n{format_percent(share)}"
         ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize)
     for row in np.flatnonzero(totals == 0).tolist():
         middle = (len(confusion) - 1) / 2
@@ -648,17 +654,9 @@ def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     place = ax.inset_axes((1.03, 0, 0.035, 1))
-    percent = PercentFormatter(1, symbol=" %")
+    percent = ticker.PercentFormatter(1, symbol=" %")
     scale = ax.figure.colorbar(image, cax=place, label="Share of the true class", format=percent)
     scale.outline.set_visible(False)
-
-
-def _percent(share: float) -> str:
-    if 0 < share < 0.005:
-        return "<1 %"
-    if 0.995 <= share < 1:
-        return ">99 %"
-    return f"{100 * share:.0f} %"
 
 
 def _line_widths(class_names: Sequence[str], malignant: Sequence[str] | None) -> np.ndarray:
@@ -666,7 +664,7 @@ def _line_widths(class_names: Sequence[str], malignant: Sequence[str] | None) ->
     malignant = list(filter(is_malignant, class_names)) if malignant is None else malignant
     if not malignant:
         return np.full(len(class_names), _STYLE["lines.linewidth"])
-    widths = [(2.4 if is_melanoma(n) else 1.6) if n in malignant else 0.8 for n in class_names]
+    widths = [(2.2 if is_melanoma(n) else 1.5) if n in malignant else 0.8 for n in class_names]
     return np.array(widths)
 
 
@@ -743,9 +741,9 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.
 
 
 def _caption(*texts: str, width: int = 30) -> str:
-    # Paths break between folders rather than within a name.
-    spaced = (textwrap.wrap(text.replace("/", "/ "), width) for text in texts)
-    lines = [line.replace("/ ", "/") for wrapped in spaced for line in wrapped]
+    wrapper = textwrap.TextWrapper(width, break_on_hyphens=False)
+    wrapper.wordsep_simple_re = re.compile(r"(\s+|(?<=[/_-]))")  # paths break there, not in a word
+    lines = [line for text in texts for line in wrapper.wrap(text)]
     # A file may be called anything.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
@@ -850,8 +848,8 @@ def _draw_dots(ax: Axes, values: pd.Series, label: str) -> None:
     if low > 0 and high > 20 * low:
         ax.set_xscale("log")
         ax.set_xlim(low / 3, high * 3)
-        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     elif high > 0:
         ax.set_xlim(-0.15 * high, 1.25 * high)  # room for the number over a dot at the edge
     else:

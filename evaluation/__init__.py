@@ -30,6 +30,7 @@ from evaluation.metrics import (
     best_evaluation,
     check_predictions,
     compute_metrics,
+    format_percent,
     most_confident_mistakes,
     proper_scores,
     typical_examples,

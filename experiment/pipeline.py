@@ -445,7 +445,7 @@ def _learning_rates(
     steps = range(int(history["step"][-1]))
     if scheduler is None:
         return [settings.learning_rate for _ in steps]
-    return [scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step) for step in steps]
+    return [float(scheduler.base_lrs[0]) * scheduler.lr_lambdas[0](step) for step in steps]
 
 
 def _training_time(history: dict[str, list[float]], settings: Settings) -> float:

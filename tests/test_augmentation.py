@@ -385,12 +385,12 @@ def test_the_examples_show_each_augmentation_alone_and_then_all_together():
     shown = apply_views(image.expand(9, -1, -1, -1), views)
     torch.testing.assert_close(shown[0], image[0].flip(2))
     torch.testing.assert_close(shown[1], image[0].flip(1))
-    brightness, contrast = (float(name.split(" × ")[1]) for name in names[3:5])
+    brightness, contrast = (float(name.split(" ×\u00a0")[1]) for name in names[3:5])
     torch.testing.assert_close(shown[3], (image[0] * brightness).clamp(0, 1), atol=0.006, rtol=0)
     mean = image[0].mean()
     expected = (mean + (image[0] - mean) * contrast).clamp(0, 1)
     torch.testing.assert_close(shown[4], expected, atol=0.004, rtol=0)
-    deviation = float(names[5].removeprefix("noise of deviation "))
+    deviation = float(names[5].removeprefix("noise of standard deviation "))
     assert deviation == pytest.approx(views.noise_std[5].item(), abs=0.005) and deviation > 0
     for alone in (views.angle[[0, 1, 3, 4, 5]].abs(), views.noise_std[:5], views.angle[2:3] == 0):
         assert not alone.any()

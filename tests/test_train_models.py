@@ -214,6 +214,19 @@ def test_a_model_alone_is_the_same_as_among_others(arguments, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in first.state_dict().items())
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rates_drawn_are_those_trained_with(arguments, schedule, monkeypatch):
+    drawn = []
+    plot = "experiment.pipeline.plot_learning_curves"
+    monkeypatch.setattr(plot, lambda history, **options: drawn.append((history, options)))
+    chosen = ["--models", "simple_cnn", "--eval_every", "1", "--schedule", schedule]
+    assert main([*arguments, *chosen]) == 0
+    ((history, options),) = drawn
+    assert history["step"] == [1, 2, 3, 4]
+    assert options["learning_rates"] == history["learning_rate"]
+    assert len(set(options["learning_rates"])) == (1 if schedule == "constant" else 4)
+
+
 def test_resume_passes_over_what_is_finished_and_finishes_the_rest(arguments, tmp_path, capfd):
     chosen = ["--models", "simple_cnn", "resnet_scratch"]
     main([*arguments, *chosen])

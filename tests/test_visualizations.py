@@ -815,13 +815,13 @@ def test_several_images_have_a_row_each_and_their_views_are_named_above_the_colu
             np.testing.assert_array_equal(canvas[top : top + 8, left : left + 8], image)
     assert [patch.get_bbox().bounds for patch in ax.patches] == [(0, 0, 8, 8), (0, 9, 8, 8)]
     assert [text.replace("\n", " ") for text in texts(figure)] == ["original", *columns]
-    assert [text.xy[0] for text in ax.texts] == [4, 13, 22, 31]
+    assert [text.get_position()[0] for text in ax.texts] == [4, 13, 22, 31]
     assert not any(text.get_parse_math() for text in ax.texts)
     assert row_names(figure) == ["a", "b"]
 
 
 def test_the_names_of_views_are_whole_and_clear_of_one_another():
-    names = ["rotated by 10° counterclockwise", "noise of deviation 0.03", "contrast × 0.83"]
+    names = ["rotated by 10° anticlockwise", "noise of standard deviation 0.03", "contrast × 0.83"]
     originals, views = colour_tiles("red", "blue"), np.zeros((2, 3, 8, 8, 3), np.uint8)
     figure = plot_augmentations(originals, views, view_names=names, title="a title")
     boxes = [text.get_window_extent() for text in [figure.texts[0], *figure.axes[0].texts]]
@@ -911,6 +911,13 @@ def test_the_file_of_a_mistake_and_of_a_heatmap_is_named_below_it():
     assert [caption.split("\n")[-1] for caption in captions(figure)] == ["b/2.jpg", "a/_$1$.jpg"]
     figure = plot_gradcams(images, np.zeros((2, 8, 8)), ["a", "b"], ["a", "c"], names=paths)
     assert captions(figure) == ["true: a\na/_$1$.jpg", "true: b\npredicted: c\nb/2.jpg"]
+    long = ["Train/seborrheic keratosis/seborrheic_keratosis_train_0005.jpg", "b/2.jpg"]
+    figure = plot_mistakes(images, ["a", "b"], ["b", "a"], [0.75, 0.5], names=long)
+    assert captions(figure)[0].split("\n")[3:] == [
+        "Train/seborrheic keratosis/",
+        "seborrheic_keratosis_train_",
+        "0005.jpg",
+    ]
     with pytest.raises(ValueError, match="names has 1 names for 2 images"):
         plot_mistakes(images, ["a", "b"], ["b", "a"], [0.5, 0.75], names=paths[:1])
     with pytest.raises(ValueError, match="names has 1 names for 2 images"):
