@@ -122,9 +122,9 @@ def plot_learning_curves(
                 if column == "learning_rate" and learning_rates is not None:
                     values = pd.Series(np.asarray(learning_rates, dtype=float))
                     values.index += 1
-                # Small dots still show a value between two gaps.
-                size = 5 if len(values) <= 50 else 2
-                ax.plot(values, color=colour, label=label, marker=".", markersize=size)
+                # Dots as wide as the line still show a value between two gaps.
+                dots = {"markeredgewidth": 0, "markersize": 7.0 if len(values) <= 50 else 2.4}
+                ax.plot(values, color=colour, label=label, marker=".", **dots)
             ax.set_ylabel(name)
             if name.startswith("Validation"):
                 ax.set_ylim(_UNIT_RANGE)  # the same in every figure, so that models compare
@@ -741,9 +741,11 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.
 
 
 def _caption(*texts: str, width: int = 30) -> str:
+    # Paths that are too long break before the file's name, and then there rather than in a word.
     wrapper = textwrap.TextWrapper(width, break_on_hyphens=False)
-    wrapper.wordsep_simple_re = re.compile(r"(\s+|(?<=[/_-]))")  # paths break there, not in a word
-    lines = [line for text in texts for line in wrapper.wrap(text)]
+    wrapper.wordsep_simple_re = re.compile(r"( +|(?<=[/_-]))")
+    parts = (re.split("(?<=/)(?=[^/]*$)", t) if len(t) > width else [t] for t in texts)
+    lines = [line for split in parts for part in split for line in wrapper.wrap(part)]
     # A file may be called anything.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 

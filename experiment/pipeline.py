@@ -464,6 +464,7 @@ def _print_verdict(run: Run) -> None:
 
 
 def _print_comparison(comparison: pd.DataFrame) -> None:
+    comparison = comparison.sort_values("balanced_accuracy", ascending=False, kind="stable")
     shown = comparison[["model"]].copy()
     for heading, name in {
         "precision": "precision",
