@@ -30,6 +30,7 @@ from evaluation.metrics import (
     best_evaluation,
     check_predictions,
     compute_metrics,
+    format_percent,
     most_confident_mistakes,
     proper_scores,
     typical_examples,
@@ -90,8 +91,9 @@ def evaluate_predictions(
         "calibration": {
             "temperature": calibration.temperature,
             "bias": dict(zip(class_names, calibration.bias, strict=True)),
-            "before": reliability(y_true, y_prob, y_pred) | proper_scores(y_true, y_prob),
-            "after": reliability(y_true, calibrated, y_pred) | proper_scores(y_true, calibrated),
+            "before": reliability(y_true, y_prob, y_pred, groups) | proper_scores(y_true, y_prob),
+            "after": reliability(y_true, calibrated, y_pred, groups)
+            | proper_scores(y_true, calibrated),
         },
         "counted_as": group_by_malignancy(*kinds),
         "screening": {

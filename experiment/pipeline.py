@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset import (
@@ -398,7 +399,12 @@ def _train_one(name: str, settings: Settings, data: Data, device: torch.device) 
     evaluation = evaluate(model, test, device=device, precision=settings.precision)
     if not is_first_process():
         return
-    plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
+    plot_learning_curves(
+        history,
+        learning_rates=_learning_rates(scheduler, history, settings),
+        title=name,
+        save_path=folder / "learning_curves.png",
+    )
     _, info = load_model(folder / "model.pth")
     results.save_results(
         folder,
@@ -432,6 +438,16 @@ def _class_weights(settings: Settings, dataset: LesionDataset) -> list[float] | 
     return compute_class_weight("balanced", classes=labels, y=dataset.labels).tolist()
 
 
+def _learning_rates(
+    scheduler: LambdaLR | None, history: dict[str, list[float]], settings: Settings
+) -> list[float]:
+    """Returns the learning rate of each step, of which the history has those of evaluations."""
+    steps = range(int(history["step"][-1]))
+    if scheduler is None:
+        return [settings.learning_rate for _ in steps]
+    return [float(scheduler.base_lrs[0]) * scheduler.lr_lambdas[0](step) for step in steps]
+
+
 def _training_time(history: dict[str, list[float]], settings: Settings) -> float:
     """Returns the seconds of all training steps, resumed runs included, without evaluations."""
     images_a_step = settings.batch_size * settings.accumulate * get_world_size()
@@ -448,6 +464,7 @@ def _print_verdict(run: Run) -> None:
 
 
 def _print_comparison(comparison: pd.DataFrame) -> None:
+    comparison = comparison.sort_values("balanced_accuracy", ascending=False, kind="stable")
     shown = comparison[["model"]].copy()
     for heading, name in {
         "precision": "precision",

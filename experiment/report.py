@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from evaluation import screening_unavailable_reason
+from evaluation import format_percent, screening_unavailable_reason
 from experiment.console import format_duration
 from experiment.run_files import Model, Run
 from experiment.verdict import judge
@@ -179,6 +179,7 @@ _PAGES = Environment(
 _PAGES.filters |= _by_name(
     *(_count, _embed, _estimate, _one_line, _rounded, _setting, _whole, _with_interval, _worded),
     format_duration,
+    format_percent,
 )
 _PAGES.globals |= {"DASH": DASH, "MIN_DISTINCT_IMAGES": MIN_DISTINCT_IMAGES, "zip": zip} | _by_name(
     *(_comparison_columns, _confusion_in_words, _headline, _of_class, _range_over_classes),

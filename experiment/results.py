@@ -23,7 +23,7 @@ import torch
 import torchvision
 
 import visualizations
-from augmentation import augment_batch
+from augmentation import apply_views, example_views
 from dataset import (
     METADATA_COLUMNS,
     DatasetBuilder,
@@ -52,6 +52,8 @@ from inference.explain import gradcam
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from storage.files import join_names, name_column, read_csv, write_csv, write_json
 from training import Evaluation, choose_device, evaluate, name_of_precision, resolve_precision
+
+MAX_CLASSES_AUGMENTED = 4  # in the figure
 
 
 def save_results(
@@ -128,7 +130,12 @@ def plot_metrics(
         per_class, intervals, title=name, save_path=folder / "class_metrics.png"
     )
     visualizations.plot_roc_pr_curves(
-        y_true, calibrated, classes, title=name, save_path=folder / "roc_pr_curves.png"
+        y_true,
+        calibrated,
+        classes,
+        malignant=metrics["counted_as"]["malignant"],
+        title=name,
+        save_path=folder / "roc_pr_curves.png",
     )
     before, after = metrics["calibration"]["before"], metrics["calibration"]["after"]
     visualizations.plot_reliability(before, after, title=name, save_path=folder / "reliability.png")
@@ -143,7 +150,7 @@ def plot_examples(
 ) -> None:
     """Plots into a model's folder its most confident mistakes and Grad-CAMs of right and wrong."""
     y_true, y_pred = evaluation.labels, evaluation.probabilities.argmax(axis=1)
-    names = np.array(dataset.classes, dtype=object)
+    names, paths = np.array(dataset.classes, dtype=object), dataset.metadata["path"].to_numpy()
     true, predicted = names[y_true], names[y_pred]
     mistakes = most_confident_mistakes(y_true, calibrated, y_pred)
     (folder / "mistakes.png").unlink(missing_ok=True)
@@ -153,6 +160,7 @@ def plot_examples(
             true[mistakes],
             predicted[mistakes],
             calibrated[mistakes, y_pred[mistakes]],
+            names=paths[mistakes],
             title=folder.name,
             save_path=folder / "mistakes.png",
         )
@@ -164,6 +172,7 @@ def plot_examples(
         gradcam(model, pixels, y_pred[examples]),
         true[examples],
         predicted[examples],
+        names=paths[examples],
         title=folder.name,
         save_path=folder / "gradcam.png",
     )
@@ -246,14 +255,25 @@ def plot_data(
         save_path=save_dir / "samples.png",
     )
     if with_augmentations:
-        original = dataset.gather([0])
-        generator = torch.Generator().manual_seed(seed)
-        views = augment_batch(to_float(torch.from_numpy(original)).repeat(11, 1, 1, 1), generator)
-        visualizations.plot_augmentations(
-            original[0],
-            views.permute(0, 2, 3, 1).numpy(),
-            save_path=save_dir / "augmentations.png",
-        )
+        plot_augmentations(save_dir, dataset, seed=seed)
+
+
+def plot_augmentations(save_dir: Path, dataset: LesionDataset, *, seed: int) -> None:
+    """Plots an image of each of the first classes with each augmentation alone, and with all."""
+    labels = np.unique(dataset.labels)[:MAX_CLASSES_AUGMENTED]
+    originals = dataset.gather([np.flatnonzero(dataset.labels == label)[0] for label in labels])
+    names, views = example_views(torch.Generator().manual_seed(seed))
+    augmented = [
+        apply_views(pixels.expand(len(names), -1, -1, -1), views)
+        for pixels in to_float(torch.from_numpy(originals))
+    ]
+    visualizations.plot_augmentations(
+        originals,
+        torch.stack(augmented).permute(0, 1, 3, 4, 2).numpy(),
+        view_names=names,
+        image_names=[dataset.classes[label] for label in labels],
+        save_path=save_dir / "augmentations.png",
+    )
 
 
 def environment(

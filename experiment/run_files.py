@@ -80,6 +80,23 @@ class Model:
         return self.metrics.get("counted_as") or group_by_malignancy(self.classes)
 
     @property
+    def mistakes(self) -> pd.DataFrame:
+        """The most confident mistakes: `path`, `true_class`, `predicted_class`, `probability`."""
+        path, columns = self.folder / "predictions.csv", ["path", "true_class", "predicted_class"]
+        table = _read_table(path)
+        if not set(columns) <= set(table):
+            return pd.DataFrame()
+        wrong = table[table["true_class"] != table["predicted_class"]]
+        try:
+            confidence = [
+                float(row[f"prob_{row['predicted_class']}"]) for _, row in wrong.iterrows()
+            ]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not a table of predictions ({error})") from error
+        found = wrong[columns].assign(probability=confidence)
+        return found.sort_values("probability", ascending=False, kind="stable").head(12)
+
+    @property
     def best_step(self) -> dict[str, float] | None:
         """The best evaluation on the validation images, and the last step."""
         history = _read_numbers(self.folder / "history.csv")

@@ -7,6 +7,7 @@ console and the top of the report show these answers first.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from evaluation import format_percent
 from experiment.run_files import Model, Run
 
 MAX_HALF_WIDTH = 0.05  # of the interval of balanced accuracy in a test split that is large enough
@@ -90,12 +91,13 @@ def _are_thresholds_reached(model: Model) -> Iterator[Answer]:
         for point in found.get("points", []):
             if point["aim"] != "sensitivity 95%":  # that of the flags of predict.py
                 continue
-            reached, (low, high) = point["sensitivity"], point["sensitivity_interval"]
+            shares = [point["sensitivity"], *point["sensitivity_interval"], point["specificity"]]
+            reached, low, high, specificity = map(format_percent, shares)
             text = (
-                f"aimed at 95 % sensitivity, reached {_percent(reached)} ({_percent(low)} to "
-                f"{_percent(high)}); specificity {_percent(point['specificity'])}"
+                f"aimed at 95 % sensitivity, reached {reached} ({low} to {high}); specificity "
+                f"{specificity}"
             )
-            is_reached = round(reached, 2) >= 0.95  # as it is shown
+            is_reached = round(point["sensitivity"], 2) >= 0.95  # as it is shown
             yield Answer(f"Does the threshold for {target} hold?", text, is_reached)
 
 
@@ -138,7 +140,3 @@ def _did_calibration_help(model: Model) -> Iterator[Answer]:
     if before is not None and after is not None and after > before:
         text = f"no: it raised the expected calibration error from {before:.3f} to {after:.3f}"
         yield Answer("Did calibration help?", text, False)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

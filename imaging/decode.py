@@ -118,7 +118,7 @@ def as_uint8(images: ArrayLike, name: str, ndim: int = 3) -> np.ndarray:
     """
     images = np.asarray(images)
     if images.ndim != ndim or images.shape[-1] != 3 or not images.size:
-        expected = "(N, H, W, 3)" if ndim == 4 else "(H, W, 3)"
+        expected = {3: "(H, W, 3)", 4: "(N, H, W, 3)", 5: "(R, N, H, W, 3)"}[ndim]
         raise ValueError(f"{name} has shape {images.shape}; it must be {expected}, and not empty")
     if images.dtype == np.uint8:
         return np.ascontiguousarray(images)

@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from torchvision.models import resnet50
 
+import visualizations
 from dataset import DatasetBuilder, create_dataloaders
 from evaluation import Calibration
 from imaging.cache import ArrayCache
@@ -212,6 +213,48 @@ def test_a_model_alone_is_the_same_as_among_others(arguments, tmp_path):
     alone, _ = load_model(tmp_path / "alone/resnet_scratch/model.pth")
     expected = alone.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in first.state_dict().items())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rates_drawn_are_those_trained_with(arguments, schedule, monkeypatch):
+    drawn = []
+    plot = "experiment.pipeline.plot_learning_curves"
+    monkeypatch.setattr(plot, lambda history, **options: drawn.append((history, options)))
+    chosen = ["--models", "simple_cnn", "--eval_every", "1", "--schedule", schedule]
+    assert main([*arguments, *chosen]) == 0
+    ((history, options),) = drawn
+    assert history["step"] == [1, 2, 3, 4]
+    assert options["learning_rates"] == history["learning_rate"]
+    assert len(set(options["learning_rates"])) == (1 if schedule == "constant" else 4)
+
+
+def test_figures_name_their_files_and_have_the_best_model_on_top(
+    arguments, tmp_path, monkeypatch, quick_figures
+):
+    shown = {}
+
+    def watch(name):
+        plot = getattr(visualizations, name)
+
+        def watched(*data, **options):
+            shown.setdefault(name, []).append((data, options))
+            return plot(*data, **options)
+
+        monkeypatch.setattr(visualizations, name, watched)
+
+    for name in ("plot_mistakes", "plot_gradcams", "plot_model_comparison"):
+        watch(name)
+    assert main([*arguments, "--models", "simple_cnn", "resnet_scratch"]) == 0
+    assert len(shown["plot_gradcams"]) == 2
+    for (_, *columns), options in shown["plot_mistakes"] + shown["plot_gradcams"]:
+        table = pd.read_csv(tmp_path / "out" / options["title"] / "predictions.csv")
+        rows = table.set_index("path").loc[options["names"]]
+        true, predicted = [column for column in columns if np.ndim(column) == 1][:2]
+        assert rows["true_class"].tolist() == list(true)
+        assert rows["predicted_class"].tolist() == list(predicted)
+    ((ranked,), _) = shown["plot_model_comparison"][0]
+    assert ranked["balanced_accuracy"].is_monotonic_decreasing
+    assert sorted(ranked["model"]) == ["resnet_scratch", "simple_cnn"]
 
 
 def test_resume_passes_over_what_is_finished_and_finishes_the_rest(arguments, tmp_path, capfd):

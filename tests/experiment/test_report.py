@@ -316,6 +316,24 @@ def test_images_left_out_for_their_labels_are_not_held_against_the_models(save_d
     assert "misclassify" not in point
 
 
+def test_the_files_of_the_mistakes_are_named_the_most_confident_first(page, tmp_path):
+    assert "cnn: the most confident mistakes" not in page.text("caption")  # no predictions.csv
+    save_dir = make_run(tmp_path / "out")
+    lines = ["path,true_class,predicted_class,prob_melanoma,prob_nevus,prob_wart"]
+    lines += ["a/1.png,melanoma,nevus,0.3,0.6,0.1", "a/2.png,nevus,nevus,0,1,0"]
+    lines += ["a/<3>.png,melanoma,wart,0,0.001,0.999"]
+    lines += [f"b/{n}.png,wart,nevus,0.45,0.5,0.05" for n in range(20)]
+    write(save_dir / "cnn/predictions.csv", "\n".join(lines) + "\n")
+    rows = Page(write_report(save_dir)).text("tr")
+    first = rows.index("a/<3>.png melanoma predicted as wart, probability >99 %")
+    assert rows[first + 1] == "a/1.png melanoma predicted as nevus, probability 60 %"
+    shown = [row for row in rows if " predicted as " in row]
+    assert len(shown) == 12 and shown[-1] == "b/9.png wart predicted as nevus, probability 50 %"
+    write(save_dir / "cnn/predictions.csv", "\n".join(lines[:2]).replace("0.6", "high"))
+    with pytest.raises(ValueError, match=r"predictions\.csv: not a table of predictions"):
+        write_report(save_dir)
+
+
 def test_a_class_has_its_figures_with_intervals_and_a_dash_where_there_is_none(page):
     row = next(text for text in page.text("tr") if text.startswith("melanoma 20"))
     assert row == "melanoma 20 0.16 (0.08 to 0.29) 0.50 0.900 0.250 0.935 –"
@@ -324,7 +342,7 @@ def test_a_class_has_its_figures_with_intervals_and_a_dash_where_there_is_none(p
 def test_screening_calibration_and_subgroups_of_each_model_are_shown(page):
     assert page.text("h2")[2:4] == ["cnn", "net"]
     rows, captions = page.text("tr"), page.text("caption")
-    assert rows.count("sensitivity 95% 0.0742 0.90 (0.70 to 0.97) 0.41 (0.25 to 0.59)") == 2
+    assert rows.count("sensitivity 95 % 0.0742 0.90 (0.70 to 0.97) 0.41 (0.25 to 0.59)") == 2
     screening = "cnn: malignant (melanoma, nevus) against the rest, 20 against 33 test images, "
     assert screening + "ROC AUC 0.80 (0.70 to 0.90)" in captions
     assert "Expected calibration error 0.123 0.057" in rows
