@@ -73,12 +73,10 @@ def predict(
 ) -> "pd.DataFrame":
     """Returns a table of what trained models predict, a row for each image.
 
-    Its columns are `path`; `class`, that of the highest probability before calibration;
-    `probability`, the calibrated one of that class; `most_probable`, the class of the highest
-    calibrated probability, which can be another; a calibrated `prob_<class>` for each class; and a
-    `flag_<name>` for each threshold. Where a class that counts as malignant is flagged, so is
-    `malignant`, if it has a threshold. A file that cannot be read is named in a warning and has no
-    row.
+    Its columns are `path`; `class`, that of the highest probability before calibration, and its
+    calibrated `probability`; `most_probable`, the class whose calibrated probability is highest;
+    these by class as `prob_<class>`; and a `flag_<name>` for each threshold, where that of a
+    malignant class implies `malignant`. Files that cannot be read have a warning and no row.
 
     Parameters
     ----------

@@ -208,10 +208,9 @@ def choose_screening_thresholds(
     kinds = (class_names, malignant, unknown)
     scores = screening_scores(y_true, y_prob, *kinds)
     thresholds = {name: choose_thresholds(*scores[name]) for name in scores}
-    targets = screening_targets(*kinds)
-    if {"malignant", "melanoma"} <= thresholds.keys():
-        if set(targets["melanoma"]) <= set(targets["malignant"]):
-            _agree(thresholds["malignant"], thresholds["melanoma"])
+    labels = {name: set(labels) for name, labels in screening_targets(*kinds).items()}
+    if len(thresholds) == 2 and labels["melanoma"] <= labels["malignant"]:
+        _agree(thresholds["malignant"], thresholds["melanoma"])
     return thresholds
 
 

@@ -134,12 +134,10 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     if len(text) > MAX_CHARACTERS:
         text = text[: MAX_CHARACTERS - 1] + "…"
     while text:
-        lengths = range(len(text) + 1)
-        fitting = bisect_right(lengths, width, key=lambda n: font.getlength(text[:n])) - 1
-        end = fitting
-        if fitting < len(text):
-            end = text.rfind(" ", 1, fitting + 1)
-            end = max(1, fitting) if end < 0 else end
+        lengths = [font.getlength(text[:end]) for end in range(len(text) + 1)]
+        end = fitting = max(1, bisect_right(lengths, width) - 1)
+        if fitting < len(text) and " " in text[1 : fitting + 1]:
+            end = text.rindex(" ", 1, fitting + 1)
         lines.append(text[:end])
         text = text[end:].lstrip(" ")
     return lines

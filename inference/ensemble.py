@@ -127,13 +127,13 @@ class Ensemble:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> None:
-        paths = [find_model(path) for path in as_list(paths)]
-        if not paths:
+        files = [find_model(path) for path in as_list(paths)]
+        if not files:
             raise ValueError("no model is given; name one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        models, infos = zip(*map(load_model, paths), strict=True)
-        info_of = dict(zip(paths, infos, strict=True))
+        models, infos = zip(*map(load_model, files), strict=True)
+        info_of = dict(zip(files, infos, strict=True))
         check_alike(info_of, ("classes", "image_size", "preprocessors", "malignant_classes"))
         for path, info in info_of.items():
             _check_preprocessors(path, info, preprocessors)
