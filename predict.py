@@ -92,8 +92,8 @@ def predict(
     preprocessors, device, precision, batch_size : as in training; None is CUDA if it is available
     num_workers : threads that decode, None for one a core
 
-    Raises FileNotFoundError for files that do not exist, and ValueError for values out of range,
-    thresholds of no class, and models that do not fit each other or the preprocessors.
+    Raises FileNotFoundError for what does not exist, ValueError for values out of range, thresholds
+    of no class, a folder of several models, models that do not fit together or the preprocessors.
     """
     import pandas as pd
 
@@ -113,8 +113,7 @@ def predict(
         num_workers=num_workers,
     )
     tables, problems = zip(*batches, strict=True)
-    unreadable = [problem for of_batch in problems for problem in of_batch]
-    if unreadable:
+    if unreadable := [problem for of_batch in problems for problem in of_batch]:
         words = f"{len(unreadable)} images cannot be read: {'; '.join(unreadable)}"
         warnings.warn(words, stacklevel=2)
     return pd.concat([t for t in tables if len(t) > 0] or tables[:1], ignore_index=True)

@@ -3,6 +3,7 @@
 import functools
 from bisect import bisect_right
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 import matplotlib
@@ -134,8 +135,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     if len(text) > MAX_CHARACTERS:
         text = text[: MAX_CHARACTERS - 1] + "…"
     while text:
-        lengths = [font.getlength(text[:end]) for end in range(len(text) + 1)]
-        end = fitting = max(1, bisect_right(lengths, width) - 1)
+        ends = range(1, len(text) + 1)
+        num_fitting = bisect_right(ends, width, key=lambda end: ceil(font.getlength(text[:end])))
+        end = fitting = max(1, num_fitting)
         if fitting < len(text) and " " in text[1 : fitting + 1]:
             end = text.rindex(" ", 1, fitting + 1)
         lines.append(text[:end])

@@ -1,6 +1,7 @@
 """The command and the function; what models make of images is in inference/test_ensemble.py."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -54,8 +55,8 @@ def test_a_class_that_is_not_the_most_probable_is_marked_with_a_reason_below_the
     _, *rows, more, _, reason, _, _ = capfd.readouterr().out.rstrip().split("\n")
     assert len(rows) == 20 and more == "... and 5 more"
     for line, (_, row), marked in zip(rows, table.iterrows(), is_marked, strict=False):
-        _, predicted, highest = line.split("  ")[0], *line.split("  ")[1:]
-        assert predicted.strip() == f"{row['class']} {row['probability']:.3f}" + " *" * marked
+        _, predicted, highest = (cell.strip() for cell in re.split("  +", line))
+        assert predicted == f"{row['class']} {row['probability']:.3f}" + " *" * marked
         assert highest.rpartition(" ")[0] == row["most_probable"]
     assert reason.startswith(f"* {sum(is_marked)} of 25 images: another class is more probable")
     assert main(["--model", str(save_model()), *words[2:]]) == 0
