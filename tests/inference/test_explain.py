@@ -174,6 +174,18 @@ def test_an_overlay_shows_the_file_s_own_pixels_beside_the_map_of_the_decided_cl
     assert (changed[is_far_from_zero] == 0).all()
 
 
+def test_an_overlay_shows_what_the_preprocessors_made_of_the_image(images, tmp_path, save_model):
+    def invert(image):
+        return 255 - image
+
+    model = save_model(preprocessors=dataset.fingerprint([invert]))
+    file = images / "a/0001.png"
+    predict(model, file, gradcam=tmp_path / "cam", preprocessors=[invert], device="cpu")
+    (path,) = (tmp_path / "cam").iterdir()
+    shown = dataset.prepare_image(file, FIGURE_SIDE, [invert])
+    assert find_image(np.asarray(Image.open(path)), shown)
+
+
 def find_image(figure, image):
     """The corner at which the figure shows the image."""
     for top, left in np.argwhere((figure == image[0, 0]).all(axis=2)):
