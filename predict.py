@@ -15,13 +15,13 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment import console
 from experiment.console import flag_field
-from inference.options import NUM_VIEWS, Paths, check_file_to_write
+from inference.options import NUM_VIEWS, Paths, check_file_to_write, find_model
 from learning.processes import StopSignals
 from storage.files import printable
 
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 PROGRAM = "predict.py"
 MAX_ROWS_PRINTED = 20  # where there is a file that has them all
+MARK = " *"  # after a predicted class that is not the most probable one
+WHY_MARKED = (
+    "another class is more probable, the first in the last column. Classes are predicted before "
+    "calibration, when a model trained on balanced classes takes all to be equally common."
+)
 MAX_PATH_WIDTH = 60  # characters of the column of paths in the printed table; longer ones stick out
 MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
 # Public names of this module that need torch: imported from these modules when first used.
@@ -68,26 +73,27 @@ def predict(
 ) -> "pd.DataFrame":
     """Returns a table of what trained models predict, a row for each image.
 
-    Its columns are `path`; `class`, that of the highest raw probability; a calibrated
-    `prob_<class>` for each class, of which another can be the highest; and a `flag_<name>` for each
-    threshold. A file that cannot be read is named in a warning and has no row.
+    Its columns are `path`; `class`, that of the highest probability before calibration, and its
+    calibrated `probability`; `most_probable`, the class whose calibrated probability is highest;
+    these by class as `prob_<class>`; and a `flag_<name>` for each threshold, where that of a
+    malignant class implies `malignant`. Files that cannot be read have a warning and no row.
 
     Parameters
     ----------
-    model : a `model.pth`, or several, whose probabilities are averaged
+    model : a `model.pth`, or a folder with one, or several, whose probabilities are averaged
     images : files and folders; of a folder all images below it that are not hidden, sorted
     output : a .csv or .json file for the table as well, written whole or not at all
     tta : how many of the 8 flips and quarter-turns of an image raw probabilities are averaged over;
         1 is the image as it is, 2 adds its mirror image, 4 all flips
-    gradcam : a folder for an overlay of each image's `gradcam` for the predicted class
+    gradcam : a folder for a figure of each image beside its `gradcam` for the predicted class
     thresholds : by name of a class, `malignant` (those counted as such) or `melanoma` (all classes
         of it), the calibrated probability from which an image is flagged. None: those chosen in
         training for a sensitivity of 95 %, with a warning for several models or views
     preprocessors, device, precision, batch_size : as in training; None is CUDA if it is available
     num_workers : threads that decode, None for one a core
 
-    Raises FileNotFoundError for files that do not exist, and ValueError for values out of range,
-    thresholds of no class, and models that do not fit each other or the preprocessors.
+    Raises FileNotFoundError for what does not exist, ValueError for values out of range, thresholds
+    of no class, a folder of several models, models that do not fit together or the preprocessors.
     """
     import pandas as pd
 
@@ -107,8 +113,7 @@ def predict(
         num_workers=num_workers,
     )
     tables, problems = zip(*batches, strict=True)
-    unreadable = [problem for of_batch in problems for problem in of_batch]
-    if unreadable:
+    if unreadable := [problem for of_batch in problems for problem in of_batch]:
         words = f"{len(unreadable)} images cannot be read: {'; '.join(unreadable)}"
         warnings.warn(words, stacklevel=2)
     return pd.concat([t for t in tables if len(t) > 0] or tables[:1], ignore_index=True)
@@ -144,7 +149,7 @@ class Settings:
 
     images: tuple[str, ...] = flag_field((), "what to predict", "IMAGE_OR_FOLDER", nargs="*")
     model: tuple[str, ...] = flag_field(
-        None, "a model.pth; several --model are an ensemble", "FILE",
+        None, "a model.pth or its folder; several --model are an ensemble", "PATH",
         type=_text, action="append", required=True,
     )  # fmt: skip
     output: str | None = _flag(
@@ -154,7 +159,7 @@ class Settings:
     top_k: int = _flag(3, "classes printed with probability", "N", type=_positive, evaluate="")
     tta: int = _flag(1, "flips and turns averaged over, 1 to 8", "N", type=_views, evaluate="")
     gradcam: str | None = _flag(
-        None, "a folder for overlays of what the models looked at", "DIR", type=_text,
+        None, "a folder for figures of where the images speak for the class", "DIR", type=_text,
         evaluate="it draws examples for each class by itself",
     )  # fmt: skip
     threshold: Mapping[str, float] | None = _flag(
@@ -210,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings, command: str = "") -> int:
     """Exports the model, or predicts and prints; returns the exit status."""
+    settings = replace(settings, model=tuple(map(find_model, settings.model)))
     _check_nothing_is_lost(settings)
     if settings.evaluate is not None:
         return _evaluate_and_print(settings, settings.evaluate, command)
@@ -281,7 +287,7 @@ def _predict_and_print(settings: Settings) -> int:
     from learning.hardware import choose_device, name_of_precision, resolve_precision
 
     printer = _Printer(settings.top_k, None if settings.output is None else MAX_ROWS_PRINTED)
-    num_images, num_unreadable = 0, 0
+    num_images, num_unreadable, num_marked = 0, 0, 0
     num_flagged: Counter[Any] = Counter()
     same = ("output", "tta", "gradcam", "device", "precision", "batch_size", "num_workers")
     options = {name: getattr(settings, name) for name in same}
@@ -293,9 +299,12 @@ def _predict_and_print(settings: Settings) -> int:
             printer.print(table, unreadable)
             num_images += len(table)
             num_unreadable += len(unreadable)
+            num_marked += int((table["class"] != table["most_probable"]).sum())
             num_flagged.update(table.filter(regex="^flag_").sum().to_dict())
     if num_images > printer.num_printed:
         print(f"... and {num_images - printer.num_printed:,} more")
+    if num_marked > 0:
+        print(f"\n{MARK.strip()} {num_marked:,} of {num_images:,} images: {WHY_MARKED}")
     summary = [f"{num_images:,} images"]
     if num_flagged:
         counts = (f"{_shown_name(column)} {number:,}" for column, number in num_flagged.items())
@@ -337,13 +346,16 @@ class _Printer:
 
     def _cells(self, row: dict[Any, Any]) -> dict[str, str]:
         """Returns what is printed of an image, by heading."""
-        cells = {"image": printable(row["path"]), "class": printable(row["class"])}
+        predicted = f"{printable(row['class'])} {row['probability']:.3f}"
+        if row["class"] != row["most_probable"]:
+            predicted += MARK
+        cells = {"image": printable(row["path"]), "predicted class": predicted}
         flags = [name for name in row if name.startswith("flag_")]
         if flags:
             cells["flags"] = ", ".join(_shown_name(name) for name in flags if row[name]) or "-"
         ranked = sorted((n for n in row if n.startswith("prob_")), key=lambda name: -row[name])
         probabilities = (f"{_shown_name(name)} {row[name]:.3f}" for name in ranked[: self.top_k])
-        return cells | {"calibrated probabilities": ", ".join(probabilities)}
+        return cells | {"most probable classes": ", ".join(probabilities)}
 
 
 def _shown_name(column: str) -> str:

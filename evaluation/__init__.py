@@ -38,6 +38,7 @@ from evaluation.metrics import (
 from evaluation.screening import (
     MALIGNANT,
     OPERATING_POINTS,
+    choose_screening_thresholds,
     choose_thresholds,
     group_by_malignancy,
     match_classes,
@@ -66,8 +67,8 @@ def evaluate_predictions(
     """Returns all that `metrics.json` says of a model's predictions.
 
     `y_prob` (N, C) are the model's own probabilities: the highest is its prediction. Everything
-    else is computed from the calibrated ones. `thresholds` has for each of `screening_targets` what
-    `choose_thresholds` returned for the validation images; a target without any is left out.
+    else is computed from the calibrated ones. `thresholds` is what `choose_screening_thresholds`
+    returned for the validation images; of `screening_targets`, those without any are left out.
     `malignant` and `unknown` are as in `group_by_malignancy`; `columns` (N rows) divide into
     subgroups.
 

@@ -190,6 +190,38 @@ def choose_thresholds(is_positive: np.ndarray, score: np.ndarray) -> dict[str, f
     }
 
 
+def choose_screening_thresholds(
+    y_true: np.ndarray,
+    y_prob: np.ndarray,
+    class_names: Sequence[str],
+    malignant: Sequence[str] = MALIGNANT,
+    unknown: Sequence[str] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Returns by target of `screening_scores` what `choose_thresholds` does, made to agree.
+
+    No image is positive for melanoma and negative for malignant at the same aim, provided that all
+    classes of melanoma count as malignant: for a sensitivity, the threshold of malignant is at most
+    that of melanoma; for a specificity, the threshold of melanoma is at least that of malignant.
+    Either way what was aimed at is still reached. The arguments are those of `screening_scores`,
+    for the validation images.
+    """
+    kinds = (class_names, malignant, unknown)
+    scores = screening_scores(y_true, y_prob, *kinds)
+    thresholds = {name: choose_thresholds(*scores[name]) for name in scores}
+    labels = {name: set(labels) for name, labels in screening_targets(*kinds).items()}
+    if len(thresholds) == 2 and labels["melanoma"] <= labels["malignant"]:
+        _agree(thresholds["malignant"], thresholds["melanoma"])
+    return thresholds
+
+
+def _agree(malignant: dict[str, float], melanoma: dict[str, float]) -> None:
+    for aim in malignant:
+        if aim.startswith("sensitivity"):
+            malignant[aim] = min(malignant[aim], melanoma[aim])
+        else:
+            melanoma[aim] = max(malignant[aim], melanoma[aim])
+
+
 def screen(
     is_positive: np.ndarray,
     score: np.ndarray,

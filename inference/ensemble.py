@@ -27,9 +27,10 @@ from dataset import (
     to_float,
 )
 from evaluation import match_classes
+from imaging.heatmaps import FIGURE_SIDE
 from imaging.lesions import is_melanoma, normalize_name
 from inference.explain import gradcam, overlay_name, save_overlay
-from inference.options import Paths, PredictionOptions, as_list
+from inference.options import Paths, PredictionOptions, as_list, find_model
 from learning.hardware import choose_device, compute_logits, memory_format_for, resolve_precision
 from models import LesionClassifier, ModelInfo, load_model
 from storage.files import name_column, printable, write_atomically, write_csv
@@ -69,12 +70,13 @@ def predict_batches(
         for read, pixels, unreadable in _prepared_batches(paths, ensemble, chosen):
             raw, calibrated = ensemble.probabilities(pixels, chosen.tta)
             labels = raw.argmax(axis=1)
-            table = _table(read, labels, calibrated, ensemble.classes, flags)
+            flagged = ensemble.flagged(calibrated, flags)
+            table = _table(read, labels, calibrated, ensemble.classes, flagged)
             write_rows(table)
             if chosen.gradcam is not None and read:
-                heatmaps = ensemble.heatmaps(pixels, labels)
-                for path, image, heatmap in zip(read, pixels, heatmaps, strict=True):
-                    save_overlay(Path(chosen.gradcam) / overlay_name(path), image, heatmap)
+                _save_overlays(
+                    Path(chosen.gradcam), table, ensemble.heatmaps(pixels, labels), chosen
+                )
             bar.update(len(read) + len(unreadable))
             yield table, unreadable
 
@@ -105,6 +107,8 @@ def find_files(images: Paths) -> list[str]:
 class Ensemble:
     """One trained model or several, on a device, that give the mean of their probabilities.
 
+    `paths` are those of a `model.pth`, or folders with one, see `inference.options.find_model`.
+
     Attributes: `classes`, the names in label order; `image_size`; `malignant_classes`, the names of
     those counted as malignant; `thresholds`, by name, the mean of those that all models have. These
     were chosen on validation for one model and images as they are; their mean, and more views, need
@@ -123,13 +127,13 @@ class Ensemble:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> None:
-        paths = as_list(paths)
-        if not paths:
+        files = [find_model(path) for path in as_list(paths)]
+        if not files:
             raise ValueError("no model is given; name one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        models, infos = zip(*map(load_model, paths), strict=True)
-        info_of = dict(zip(paths, infos, strict=True))
+        models, infos = zip(*map(load_model, files), strict=True)
+        info_of = dict(zip(files, infos, strict=True))
         check_alike(info_of, ("classes", "image_size", "preprocessors", "malignant_classes"))
         for path, info in info_of.items():
             _check_preprocessors(path, info, preprocessors)
@@ -189,17 +193,39 @@ class Ensemble:
         it, or that of a class as `evaluation.match_classes` finds it. None is `self.thresholds`.
         Raises ValueError for a name of no class or a threshold that is no probability.
         """
-        targets = {
-            "malignant": [self.classes.index(name) for name in self.malignant_classes],
-            "melanoma": [label for label, name in enumerate(self.classes) if is_melanoma(name)],
-        }
-        flags = {}
+        targets, flags = self._targets(), {}
         for name, threshold in (self.thresholds if thresholds is None else thresholds).items():
             if not 0 <= threshold <= 1:
                 raise ValueError(f"the threshold of {name} is {threshold}; it must be from 0 to 1")
             labels = targets.get(normalize_name(name)) or match_classes(self.classes, [name])
             flags[name] = (labels, float(threshold))
         return flags
+
+    def flagged(
+        self, probabilities: np.ndarray, flags: Mapping[str, tuple[list[int], float]]
+    ) -> dict[str, np.ndarray]:
+        """Returns by name of a flag, as `flags` gives them, which images have it, bool `(N,)`.
+
+        `probabilities` are calibrated, `(N, num_classes)`. An image has a flag whose threshold its
+        probabilities reach. What is flagged as melanoma, or as any class that counts as malignant,
+        is flagged as `malignant` too if that is among the flags, whatever its threshold.
+        """
+        found = {
+            name: probabilities[:, labels].sum(axis=1) >= threshold
+            for name, (labels, threshold) in flags.items()
+        }
+        malignant = {label for labels in self._targets().values() for label in labels}
+        implying = [found[name] for name in flags if set(flags[name][0]) <= malignant]
+        for name in flags:
+            if normalize_name(name) == "malignant":
+                found[name] = np.any([found[name], *implying], axis=0)
+        return found
+
+    def _targets(self) -> dict[str, list[int]]:
+        return {
+            "malignant": [self.classes.index(name) for name in self.malignant_classes],
+            "melanoma": [label for label, name in enumerate(self.classes) if is_melanoma(name)],
+        }
 
 
 def _views(images: Tensor) -> Iterator[Tensor]:
@@ -250,13 +276,36 @@ def _table(
     labels: np.ndarray,
     probabilities: np.ndarray,
     classes: Sequence[str],
-    flags: Mapping[str, tuple[list[int], float]],
+    flagged: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
-    columns = {"path": name_column(paths), "class": [classes[label] for label in labels]}
+    own = probabilities[np.arange(len(labels)), labels]
+    # Of equally probable classes it is the predicted one.
+    highest = np.where(own >= probabilities.max(axis=1), labels, probabilities.argmax(axis=1))
+    columns = {
+        "path": name_column(paths),
+        "class": [classes[label] for label in labels],
+        "probability": own,
+        "most_probable": [classes[label] for label in highest],
+    }
     columns |= {f"prob_{name}": probabilities[:, label] for label, name in enumerate(classes)}
-    for name, (added_up, threshold) in flags.items():
-        columns[f"flag_{name}"] = probabilities[:, added_up].sum(axis=1) >= threshold
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns | {f"flag_{name}": flagged[name] for name in flagged})
+
+
+def _save_overlays(
+    folder: Path, table: pd.DataFrame, heatmaps: np.ndarray, options: PredictionOptions
+) -> None:
+    """Writes the figure of each row of a table, drawn by threads from the image's own pixels."""
+
+    def save(row: dict[Any, Any], heatmap: np.ndarray) -> None:
+        image = prepare_image(row["path"], FIGURE_SIDE, options.preprocessors)
+        save_overlay(folder / overlay_name(row["path"]), image, heatmap, row)
+
+    pool = ThreadPoolExecutor(options.num_workers or cpu_count())
+    try:
+        for _ in pool.map(save, table.to_dict("records"), heatmaps):
+            pass  # but raises what a thread has raised
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from storage.files import printable
+
 if TYPE_CHECKING:
     import torch
 
@@ -54,6 +56,29 @@ def check_file_to_write(path: str | Path, suffixes: Sequence[str]) -> None:
         raise ValueError(f"{path} is a folder; name a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+
+
+def find_model(path: str | os.PathLike[str]) -> str:
+    """Returns the file of a model: `path` itself, or the `model.pth` in that folder or below it.
+
+    Raises FileNotFoundError for a folder without a `model.pth`, and ValueError for one that has
+    none itself and several below.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return os.fspath(path)
+    if (folder / "model.pth").is_file():
+        return str(folder / "model.pth")
+    found = sorted(file for file in folder.rglob("model.pth") if file.is_file())
+    if not found:
+        raise FileNotFoundError(f"{printable(folder)}: no model.pth in this folder or below it")
+    if len(found) > 1:
+        names = ", ".join(printable(file.parent) for file in found)
+        raise ValueError(
+            f"{printable(folder)} has {len(found)} models; choose one, or name each for an "
+            f"ensemble: {names}"
+        )
+    return str(found[0])
 
 
 def as_list(paths: Paths) -> list[str]:
