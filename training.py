@@ -165,7 +165,7 @@ def evaluate(
     model.to(device)
     batches = []
     with evaluation_mode(model), torch.inference_mode():
-        for inputs, labels in progress_bar(loader, desc="evaluating"):
+        for inputs, labels in progress_bar(loader, "evaluating", unit="batch"):
             batches.append((compute_logits(model, inputs, device, dtype), labels))
     if isinstance(loader, LesionLoader) and loader.world_size > 1:
         batches = gather_batches(batches)
@@ -244,7 +244,7 @@ def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[st
     window, agreement = _Window(progress), Agreement()
     run.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     bar = progress_bar(
-        desc="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
+        name="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
     )
     run.model.train()
     with (
@@ -259,7 +259,7 @@ def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[st
                 step_batches = itertools.islice(batches, plan.accumulate)
                 window.add(*_train_step(run, forward, step_batches))
                 if bar.update():  # about once a second, as reading a loss waits for the device
-                    bar.set_postfix_str(window.describe())
+                    bar.set_postfix(window.describe())
             if progress.is_evaluation_due(plan):
                 _evaluate_and_keep(run, window, signals)
             if _stop_or_save(run, window, agreement, signals):

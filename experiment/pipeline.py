@@ -28,6 +28,7 @@ from experiment.report import write_report
 from experiment.run_files import Run
 from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
 from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
+from experiment.stages import GUESSES, make_stages
 from experiment.verdict import judge
 from imaging.audit import summarise, unavoidable_errors
 from imaging.synthetic import is_synthetic, make_dataset
@@ -43,6 +44,7 @@ from models import (
     load_model,
 )
 from storage.files import write_csv
+from storage.progress import RunProgress, print_beside_bars
 from training import (
     evaluate,
     make_optimizer,
@@ -339,34 +341,50 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
             )
     # All processes have prepared their images by now, so none waits long for another, and all see
     # the same models as finished, as those of other runs have been removed.
-    with process_group(device):
-        for number, name in enumerate(settings.models, 1):
-            print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
-            if (save_dir / name / "metrics.json").exists():
-                print("already finished")
-            else:
-                with logging_redirect_tqdm():  # or a line of the log would break the bar
-                    _train_one(name, settings, data, device)
-    if is_first_process():
-        # Drawing takes seconds, for which the training should not wait.
-        results.plot_audit(save_dir, data.findings, settings.data_dir)
-        results.plot_data(
-            save_dir,
-            data.metadata,
-            data["train"],
-            with_augmentations=settings.augmentation,
-            seed=settings.seed,
-        )
-        folder = TrainingFolder(save_dir)
-        models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
-        _print_comparison(results.compare_models(save_dir, models, test, seed=settings.seed))
-        _print_verdict(Run(save_dir))
-        write_report(save_dir)
-        print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
+    is_finished = {name: (save_dir / name / "metrics.json").exists() for name in settings.models}
+    num_images = {split: len(data[split]) for split in SPLITS}
+    stages = make_stages(settings, is_finished, num_images, get_world_size())
+    with RunProgress(stages, GUESSES, is_shown=is_first_process()) as progress:
+        with process_group(device), logging_redirect_tqdm():  # or lines of the log break the bars
+            for number, name in enumerate(settings.models, 1):
+                print_beside_bars(f"\n{name} ({number} of {len(settings.models)})")
+                if is_finished[name]:
+                    print_beside_bars("already finished")
+                else:
+                    _train_one(name, settings, data, device, progress)
+        if not is_first_process():
+            return
+        progress.next_stage()
+        comparison = _compare(settings, data)
+    _print_comparison(comparison)
+    _print_verdict(Run(save_dir))
+    print(f"\nEverything is in {save_dir}; start with {save_dir / 'report.html'}.")
 
 
-def _train_one(name: str, settings: Settings, data: Data, device: torch.device) -> None:
+def _compare(settings: Settings, data: Data) -> pd.DataFrame:
+    """Plots the data, compares the models and writes the report; returns the comparison."""
+    save_dir = Path(settings.save_dir)
+    # Drawing takes seconds, for which the training should not wait.
+    results.plot_audit(save_dir, data.findings, settings.data_dir)
+    results.plot_data(
+        save_dir,
+        data.metadata,
+        data["train"],
+        with_augmentations=settings.augmentation,
+        seed=settings.seed,
+    )
+    folder = TrainingFolder(save_dir)
+    models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
+    comparison = results.compare_models(save_dir, models, data["test"], seed=settings.seed)
+    write_report(save_dir)
+    return comparison
+
+
+def _train_one(
+    name: str, settings: Settings, data: Data, device: torch.device, progress: RunProgress
+) -> None:
     """Trains and evaluates a model and writes its folder, `metrics.json` last of all."""
+    progress.next_stage()
     folder, classes = Path(settings.save_dir) / name, data["train"].classes
     model = _make_model(name, len(classes), settings)
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
@@ -394,8 +412,10 @@ def _train_one(name: str, settings: Settings, data: Data, device: torch.device) 
         malignant_classes=settings.malignant_classes or MALIGNANT,
         seed=settings.seed,
     )
+    progress.next_stage()
     test = data.loaders["test"]
     evaluation = evaluate(model, test, device=device, precision=settings.precision)
+    progress.next_stage()
     if not is_first_process():
         return
     plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")

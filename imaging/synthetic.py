@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
-from tqdm import tqdm
 
 from storage.files import lock
+from storage.progress import ProgressBar
 
 Range = Sequence[float]  # two ends, between which a number is drawn uniformly
 Colours = Sequence[str]  # two ends, between which a colour is drawn uniformly
@@ -141,7 +141,7 @@ def is_synthetic(root: str | Path) -> bool:
 
 def _draw_files(root: Path, counts: np.ndarray, seed: int, size: int) -> None:
     images = [(*cell, i) for cell, count in np.ndenumerate(counts) for i in range(count)]
-    for split, label, i in tqdm(images, "drawing", unit="img", disable=None, leave=False):
+    for split, label, i in ProgressBar(images, "drawing images", unit="img"):
         image = draw_lesion(CLASSES[label], np.random.default_rng([seed, split, label, i]), size)
         folder = root / SPLITS[split] / CLASSES[label]
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from joblib import cpu_count
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset import (
     Preprocessor,
@@ -33,6 +32,7 @@ from inference.options import Paths, PredictionOptions, as_list
 from learning.hardware import choose_device, compute_logits, memory_format_for, resolve_precision
 from models import LesionClassifier, ModelInfo, load_model
 from storage.files import name_column, printable, write_atomically, write_csv
+from storage.progress import ProgressBar
 
 DEFAULT_AIM = "sensitivity 95%"  # of the thresholds in a model.pth, the one that sets flags
 AIM = DEFAULT_AIM  # its former name
@@ -64,7 +64,7 @@ def predict_batches(
         Path(chosen.gradcam).mkdir(parents=True, exist_ok=True)
     with (
         _rows_to(chosen.output) as write_rows,
-        tqdm(total=len(paths), desc="predicting", unit="img", disable=None, leave=False) as bar,
+        ProgressBar(name="predicting", total=len(paths), unit="img") as bar,
     ):
         for read, pixels, unreadable in _prepared_batches(paths, ensemble, chosen):
             raw, calibrated = ensemble.probabilities(pixels, chosen.tta)
