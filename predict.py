@@ -250,7 +250,7 @@ def run(settings: Settings, command: str = "") -> int:
     from inference.export import export_onnx
 
     export_onnx(settings.model[0], settings.export)
-    print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
+    print(f"{settings.export}: same logits in onnxruntime as in PyTorch")
     return 0
 
 
@@ -262,10 +262,10 @@ def _check_nothing_is_lost(settings: Settings) -> None:
         check_file_to_write(path, suffixes)
         read = [other for other in (*settings.model, *settings.images) if os.path.exists(other)]
         if os.path.exists(path) and any(os.path.samefile(path, other) for other in read):
-            raise ValueError(f"{path} is to be read as well; choose another name")
+            raise ValueError(f"{path} is also an input; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
             raise ValueError(
-                f"{path} exists and would be lost; --overwrite replaces it, or choose another name"
+                f"{path} already exists; replace it with --overwrite, or choose another name"
             )
     folder = settings.gradcam
     if folder is None or settings.overwrite or not os.path.isdir(folder):
@@ -277,8 +277,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
     overlays = [n for n in map(overlay_name, find_files(settings.images)) if n in existing]
     if overlays:
         raise ValueError(
-            f"{folder} has overlays of {len(overlays)} of these images, such as {overlays[0]}, "
-            "which would be lost; --overwrite replaces them, or choose another folder"
+            f"{folder} already has overlays of {len(overlays)} of these images, such as "
+            f"{overlays[0]}; replace them with --overwrite, or choose another folder"
         )
 
 
@@ -304,7 +304,7 @@ def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
         console.print_message(PROGRAM, "warning", problem)
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
-    print(f"\nEverything is in {save_dir}; begin with {save_dir}/report.html.")
+    print(f"\nEverything is in {save_dir}; start with {save_dir}/report.html.")
     return 1 if unreadable else 0
 
 
@@ -405,25 +405,27 @@ def _check_mode(
     """Ends with status 2 for flags and images that do not go together."""
     images = arguments["images"]
     if {"evaluate", "export"} <= given:
-        parser.error("--evaluate and --export do different things; give one of them at a time")
+        parser.error("--evaluate and --export cannot be combined; give one at a time")
     console.check_flag_fields(parser, Settings, given, arguments)
     if arguments["export"] is not None:
         if images:
-            parser.error("--export takes no images; predict them without it")
+            parser.error("--export takes no images; leave them out, or leave out --export")
         if len(arguments["model"]) > 1:
-            parser.error("--export takes one --model; export each by itself")
+            parser.error("--export takes one --model; export one at a time")
     elif arguments["evaluate"] is not None:
         if len(images) != 1:
             parser.error("--evaluate takes one folder of labelled images")
         if "label_column" in given and "labels_csv" not in given:
-            parser.error("--label_column needs the table that the column is in: --labels_csv")
+            parser.error("--label_column needs the table that has the column: --labels_csv")
     else:
         if not images:
-            parser.error("name the images or folders to predict")
+            parser.error("give the images or folders to predict")
         for name in sorted(given & {"labels_csv", "label_column"}):
             parser.error(f"--{name} has no effect without --evaluate")
         if "overwrite" in given and not given & {"output", "gradcam"}:
-            parser.error("--overwrite has no effect without a file to write, such as --output")
+            parser.error(
+                "--overwrite has no effect without --output, --gradcam, --evaluate or --export"
+            )
     for name, number in Counter(name for name, _ in arguments["threshold"] or ()).items():
         if number > 1:
             parser.error(f"--threshold {name} is given twice")
@@ -440,7 +442,9 @@ def make_parser() -> console.Parser:
     groups = parser.add_groups(GROUPS)
     for each in fields(Settings):
         name = each.name if each.name == "images" else f"--{each.name}"
-        groups[each.metadata["group"]].add_argument(name, default=each.default, **each.metadata["options"])
+        groups[each.metadata["group"]].add_argument(
+            name, default=each.default, **each.metadata["options"]
+        )
     return parser
 
 

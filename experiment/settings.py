@@ -236,7 +236,9 @@ def parse_arguments(
         parser.set_defaults(**asdict(DEMO_SETTINGS))
         arguments = vars(parser.parse_args(argv))
     elif arguments["data_dir"] is None:
-        parser.error("give a folder of images with --data_dir, or try the program on drawn images with --demo")
+        parser.error(
+            "give a folder of images with --data_dir, or try the program without one with --demo"
+        )
     _check_effects(parser, settings_class, console.given_flags(parser, argv), arguments)
     is_demo = arguments.pop("demo")
     arguments["models"] = dict.fromkeys(arguments["models"])

@@ -77,10 +77,10 @@ class CacheIndex:
             summary = f"{len(unreadable)} of {len(self.records)} images cannot be read"
             if not skip_unreadable:
                 raise UnreadableImageError(
-                    f"{summary}: {names}; repair or remove them, or leave them out with "
+                    f"{summary}: {names}; repair or remove them, or skip them with "
                     "--skip_unreadable (skip_unreadable=True)"
                 )
-            warnings.warn(f"{summary} and are left out: {names}", stacklevel=3)
+            warnings.warn(f"{summary} and are skipped: {names}", stacklevel=3)
         return np.array([not record.error for record in self.records])
 
 
@@ -222,8 +222,8 @@ class ArrayCache:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror}; {sum(map(math.prod, shapes)) / 1e6:,.1f} MB are needed, "
-                "elsewhere with --cache_dir (cache_dir)",
+                f"{error.strerror}; {sum(map(math.prod, shapes)) / 1e6:,.1f} MB are needed; "
+                "choose another folder with --cache_dir (cache_dir)",
                 str(self.folder / images),
             ) from error
 

@@ -87,7 +87,7 @@ def draw_lesion(class_name: str, rng: np.random.Generator, size: int = 128) -> I
     if class_name not in LOOKS:
         raise ValueError(f"unknown class {class_name!r}; the classes are {', '.join(CLASSES)}")
     if size < MIN_SIZE:
-        raise ValueError(f"size is {size}; it must be {MIN_SIZE} or more")
+        raise ValueError(f"size must be at least {MIN_SIZE}, not {size}")
     looks = LOOKS[class_name]
     drawing = _Drawing(looks, rng, size)
     brightness = drawing.draw_skin()
@@ -115,7 +115,7 @@ def make_dataset(
     unless `exist_ok` leaves it as it is, and ValueError when `num_images` is below `MIN_IMAGES`.
     """
     if num_images < MIN_IMAGES:
-        raise ValueError(f"num_images is {num_images}; it must be {MIN_IMAGES} or more")
+        raise ValueError(f"num_images must be at least {MIN_IMAGES}, not {num_images}")
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = root.with_name(f".{root.name}.unfinished")
@@ -123,7 +123,7 @@ def make_dataset(
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             if exist_ok and root.is_dir():
                 return root
-            raise FileExistsError(f"{root} already exists; remove it or name another folder")
+            raise FileExistsError(f"{root} already exists; remove it or choose another folder")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
             _draw_files(unfinished, count_images(num_images), seed, size)

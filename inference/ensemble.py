@@ -88,7 +88,7 @@ def find_files(images: Paths) -> list[str]:
     """
     images = as_list(images)
     if not images:
-        raise ValueError("no images are given; name files or folders")
+        raise ValueError("no images given; give files or folders")
     missing = [printable(path) for path in images if not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no such file or folder")
@@ -125,7 +125,7 @@ class Ensemble:
     ) -> None:
         paths = as_list(paths)
         if not paths:
-            raise ValueError("no model is given; name one model.pth or several")
+            raise ValueError("no model given; give one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
         models, infos = zip(*map(load_model, paths), strict=True)
@@ -196,7 +196,7 @@ class Ensemble:
         flags = {}
         for name, threshold in (self.thresholds if thresholds is None else thresholds).items():
             if not 0 <= threshold <= 1:
-                raise ValueError(f"the threshold of {name} is {threshold}; it must be from 0 to 1")
+                raise ValueError(f"the threshold of {name} must be from 0 to 1, not {threshold}")
             labels = targets.get(normalize_name(name)) or match_classes(self.classes, [name])
             flags[name] = (labels, float(threshold))
         return flags
@@ -295,11 +295,13 @@ def _check_folder_of_overlays(
     for path in images:
         if Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(
-                f"{folder} lies in {path}, where the overlays would be taken for images the next "
-                "time; choose a folder elsewhere"
+                f"{folder} is inside {path}, where overlays would be taken for images the next "
+                "time; choose another folder"
             )
     if output is not None and folder.resolve().is_relative_to(Path(output).resolve()):
-        raise ValueError(f"{folder} is to be a folder, and {output} a file; choose another")
+        raise ValueError(
+            f"{folder} cannot be a folder, as {output} is a file; choose another folder"
+        )
 
 
 def check_alike(infos: Mapping[str, ModelInfo], attributes: Sequence[str]) -> None:
@@ -310,7 +312,7 @@ def check_alike(infos: Mapping[str, ModelInfo], attributes: Sequence[str]) -> No
             own, other = info[attribute], first[attribute]
             if own != other:
                 raise ValueError(
-                    f"{name} and {first_name} do not fit each other: {attribute} differ, "
+                    f"{name} and {first_name} cannot be combined: {attribute} differ, "
                     f"{own or 'none'} and {other or 'none'}"
                 )
 
@@ -321,12 +323,12 @@ def _check_preprocessors(path: str, info: ModelInfo, preprocessors: Sequence[Pre
         return
     if given == "none":
         raise ValueError(
-            f"{path} was trained with custom preprocessors, which the command does not know; use "
+            f"{path} was trained with custom preprocessors, which the command does not have; use "
             "predict(..., preprocessors=[...]) in Python"
         )
     raise ValueError(
-        f"{path} was trained with other preprocessors than those given; their fingerprint is "
-        f"{trained_with}, not {given}"
+        f"{path} was trained with preprocessors other than those given (fingerprint "
+        f"{trained_with}, not {given})"
     )
 
 
@@ -347,7 +349,7 @@ def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> 
     if flags and used_for:
         warnings.warn(
             f"the thresholds of {', '.join(flags)} were chosen for one model and one view; with "
-            f"{' and '.join(used_for)} they need not find 95 % of such lesions. Give others with "
-            "--threshold NAME=P (in Python thresholds={NAME: P})",
+            f"{' and '.join(used_for)} they may not find 95 % of such lesions. Set others with "
+            "--threshold NAME=P (in Python, thresholds={NAME: P})",
             stacklevel=3,
         )

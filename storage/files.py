@@ -104,9 +104,9 @@ def read_csv(path: str | Path) -> "pd.DataFrame":
                 encoding_errors="surrogateescape",
             )
         if not isinstance(table.index, pd.RangeIndex):
-            raise ValueError("its rows have more cells than its header has names")
+            raise ValueError("some rows have more cells than the header")
     except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
-        raise ValueError(f"{printable(path)}: not a table in CSV ({error})") from error
+        raise ValueError(f"{printable(path)}: not a valid CSV table ({error})") from error
     return table
 
 
@@ -166,7 +166,9 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, max_names: int
     if not close:
         return otherwise
     likeness = [difflib.SequenceMatcher(None, each, name).ratio() for each in close]
-    alike = [each for each, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - 0.05]
+    alike = [
+        each for each, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - 0.05
+    ]
     *others, last = alike
     return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"
 
