@@ -125,7 +125,7 @@ def number_groups(groups: ArrayLike | None, num_images: int) -> np.ndarray:
         return np.arange(num_images)
     groups = np.asarray(groups)
     if groups.shape != (num_images,):
-        raise ValueError(f"groups must have shape {(num_images,)}, not {groups.shape}")
+        raise ValueError(f"groups has shape {groups.shape}; it must be {(num_images,)}")
     return np.unique(groups, return_inverse=True)[1]
 
 

@@ -225,12 +225,12 @@ def check_predictions(
     y_prob, shape = np.asarray(y_prob, dtype=np.float64), (np.size(y_true), num_classes)
     if y_prob.shape != shape:
         raise ValueError(
-            f"y_prob must have shape {shape} for {shape[0]} labels and {num_classes} classes, not "
-            f"{y_prob.shape}"
+            f"y_prob has shape {y_prob.shape}; for {shape[0]} labels and {num_classes} classes "
+            f"it must be {shape}"
         )
     y_true = check_labels(y_true, "y_true", len(y_prob), num_classes)
     if not np.isfinite(y_prob).all():
-        raise ValueError("y_prob contains NaN or infinity")
+        raise ValueError("y_prob holds values that are not finite")
     y_pred = y_prob.argmax(axis=1) if y_pred is None else y_pred
     return y_true, y_prob, check_labels(y_pred, "y_pred", len(y_true), num_classes)
 
@@ -243,12 +243,12 @@ def check_labels(labels: ArrayLike, name: str, num_images: int, num_classes: int
     labels = np.asarray(labels)
     if labels.shape != (num_images,) or num_images == 0:
         raise ValueError(
-            f"{name} must have shape ({num_images},) and not be empty; its shape is {labels.shape}"
+            f"{name} has shape {labels.shape}; it must be ({num_images},), and not empty"
         )
     if not np.isin(labels, np.arange(num_classes)).all():
         raise ValueError(
-            f"{name} must be whole numbers from 0 to {num_classes - 1}; they range from "
-            f"{labels.min()} to {labels.max()}"
+            f"{name} goes from {labels.min()} to {labels.max()}; labels of {num_classes} classes "
+            f"are whole numbers from 0 to {num_classes - 1}"
         )
     return labels.astype(np.int64)
 

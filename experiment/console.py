@@ -64,13 +64,14 @@ def number_type(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Cal
     """
 
     def parse(text: str) -> Any:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
         try:
             value = kind(text)
         except ValueError:
             wanted_kind = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {wanted_kind}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {wanted_kind}, not {shown!r}") from None
         if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {shown}")
         return value
 
     return parse

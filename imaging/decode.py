@@ -121,19 +121,15 @@ def as_uint8(images: ArrayLike, name: str, ndim: int = 3) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim != ndim or images.shape[-1] != 3 or not images.size:
         expected = "(N, H, W, 3)" if ndim == 4 else "(H, W, 3)"
-        raise ValueError(
-            f"{name} must have shape {expected} and not be empty; its shape is {images.shape}"
-        )
+        raise ValueError(f"{name} has shape {images.shape}; it must be {expected}, and not empty")
     if images.dtype == np.uint8:
         return np.ascontiguousarray(images)
     if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"{name} must be uint8, or float in [0, 1], not {images.dtype}")
+        raise ValueError(f"{name} is {images.dtype}; it must be uint8, or float in [0, 1]")
     # Interpolation may leave [0, 1] by a rounding error; anything beyond that is another range.
     low, high = images.min(), images.max()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(
-            f"{name} must be in [0, 1] if float; its values range from {low} to {high}"
-        )
+        raise ValueError(f"{name} has values from {low} to {high}; floats must be in [0, 1]")
     return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -144,12 +140,10 @@ def as_shares(values: ArrayLike, name: str, shape: tuple[int, ...]) -> np.ndarra
     """
     values = np.asarray(values, dtype=float)
     if values.shape != shape or not values.size:
-        raise ValueError(
-            f"{name} must have shape {shape} and not be empty; its shape is {values.shape}"
-        )
+        raise ValueError(f"{name} has shape {values.shape}; it must be {shape}, and not empty")
     low, high = values.min(), values.max()
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # so written, it refuses NaN
-        raise ValueError(f"{name} must be in [0, 1]; its values range from {low} to {high}")
+        raise ValueError(f"{name} goes from {low} to {high}; it must be in [0, 1]")
     return values
 
 

@@ -147,7 +147,7 @@ def test_a_validation_folder_is_taken_as_it_is(make_images):
     splits, metadata = build(root, split_by="folders")
     assert {name: len(split) for name, split in splits.items()} == dict.fromkeys(splits, 6)
     assert (metadata["split"] == metadata["source_split"].str.lower().replace("val", "valid")).all()
-    with pytest.raises(ValueError, match="is in no folder named Train"):
+    with pytest.raises(ValueError, match="is not in a folder named Train"):
         build(make_images({"a": 3, "b": 3}, name="plain"), split_by="folders")
     untested = make_images({"Train/a": 3, "Train/b": 3}, name="untested")
     with pytest.raises(ValueError, match="no folder for the test split"):
@@ -311,7 +311,7 @@ def test_only_the_training_split_is_augmented(splits):
 
 
 def test_a_split_without_images_is_named(make_images):
-    with pytest.warns(UserWarning, match="not every split"):
+    with pytest.warns(UserWarning, match="some splits lack a class"):
         splits, _ = build(make_images({"a": 1, "b": 1}))
     with pytest.raises(ValueError, match="no images are left for valid, test"):
         create_dataloaders(splits)

@@ -126,7 +126,7 @@ def test_a_run_is_never_gone_on_with_in_another_precision(arguments, tmp_path, m
     monkeypatch.setattr("learning.hardware.computes_in_bfloat16", lambda device: False)
     before = snapshot(tmp_path / "out")
     assert main([*words, "--resume"]) == 2
-    assert "precision was bf16, is fp32" in capfd.readouterr().err
+    assert "precision is fp32, but was bf16" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
     assert main([*words, "--resume", "--precision", "bf16"]) == 0
 
@@ -233,7 +233,7 @@ def test_resume_with_other_settings_is_refused(arguments, tmp_path, capfd):
     main([*arguments, "--models", "simple_cnn"])
     before = snapshot(tmp_path / "out")
     assert main([*arguments, "--models", "simple_cnn", "--resume", "--num_steps", "6"]) == 2
-    assert "num_steps was 4, is 6" in capfd.readouterr().err
+    assert "num_steps is 6, but was 4" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
 
 
@@ -243,7 +243,7 @@ def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, cap
     main([*arguments, "--models", "resnet_scratch", "--num_steps", "3"])
     both = [*arguments, "--models", "simple_cnn", "resnet_scratch", "--resume", "--num_steps", "3"]
     assert main(both) == 2
-    assert "simple_cnn belongs to another run: num_steps was 4, is 3" in capfd.readouterr().err
+    assert "simple_cnn belongs to another run: num_steps is 3, but was 4" in capfd.readouterr().err
     assert main([*simple, "--resume", "--save_dir", str(tmp_path / "out")]) == 0
     (Path(arguments[1]) / "Train/melanoma/0000.png").unlink()
     before = snapshot(tmp_path / "out")
@@ -266,7 +266,7 @@ def test_the_demo_leaves_a_real_run_alone(arguments, tmp_path, monkeypatch, capf
     before = snapshot(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert main(["--demo", "--device", "cpu", "--save_dir", "out"]) == 2
-    assert "out holds what this run would replace: simple_cnn" in capfd.readouterr().err
+    assert "out contains results of another run: simple_cnn" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
 
 
@@ -303,7 +303,7 @@ def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd
     root = make_images({"a": 12, "b": 12, "lonely": 1}, name="lonely")
     options = ["--data_dir", str(root), "--models", "simple_cnn", "--class_weights", "balanced"]
     assert main([*arguments, *options]) == 0
-    assert "warning: not every split has every class: lonely" in capfd.readouterr().err
+    assert "warning: some splits lack a class: lonely" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------- screening
@@ -364,7 +364,7 @@ def test_a_malignant_class_that_there_is_not_is_named_with_the_nearest_before_an
     wanted = ["--malignant_classes", "melanoma", "bsal cell carcinoma"]
     assert main([*quick(root), *wanted]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "matches bsal cell carcinoma; did you mean basal cell carcinoma" in line
+    assert "unknown class bsal cell carcinoma; did you mean basal cell carcinoma" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -486,7 +486,7 @@ def test_when_one_process_is_to_stop_both_do_after_the_same_step(
     wait_for(last, both[0], lambda: both[0].communicate()[1])
     both[1].send_signal(signal.SIGTERM)
     assert [each.wait(timeout=60) for each in both] == [143, -signal.SIGTERM]
-    said = "stopped by SIGTERM; to go on: torchrun --nproc_per_node=2 train_models.py"
+    said = "stopped by SIGTERM; continue with: torchrun --nproc_per_node=2 train_models.py"
     assert said in both[0].communicate()[1]
     assert not last.with_name("metrics.json").exists()
 
@@ -535,11 +535,11 @@ def mistakes(make_images, tmp_path):
         (["--data_dir", str(single)], ["one class, a"]),
         (["--data_dir", str(broken)], ["a/cut.jpg (", "b/text.jpg (", "--skip_unreadable"]),
         (["--data_dir", str(tiny), "--batch_size", "2"], ["no images are left for valid, test"]),
-        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in"]),
-        (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
+        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["is inside"]),
+        (["--batch_size", "0"], ["--batch_size: must be at least 1"]),
         (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
         (["--learning_rate", "nan"], ["--learning_rate: nan"]),
-        (["--models", "nonsense"], ["no model is named 'nonsense'", "resnet"]),
+        (["--models", "nonsense"], ["unknown model 'nonsense'", "resnet"]),
         (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 sums to 0.9"]),
         (["--weights", "imagenet"], ["resnet18-f37072fd.pth", "--weights none"]),
         (["--weights", str(tmp_path / "gone.pth")], ["gone.pth: no such file"]),

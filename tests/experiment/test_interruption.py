@@ -221,7 +221,7 @@ def arguments(make_images, tmp_path):
 
 def said_command(line):
     """The arguments of the command that a line says how to go on with."""
-    words = shlex.split(line.partition("to go on: ")[2])
+    words = shlex.split(line.partition("continue with: ")[2])
     assert words[:2] == ["python", "train_models.py"]
     return words[2:]
 
@@ -583,5 +583,7 @@ def test_resuming_with_another_torch_or_machine_is_a_warning(loaders, tmp_path, 
     assert contents["environment"].keys() == {"torch", "threads", "device"}
     contents["environment"] |= {"torch": "1.0", "device": "an abacus"}
     torch.save(contents, tmp_path / "last.pth")
-    with pytest.warns(UserWarning, match=r"device was an abacus, is cpu.*; torch was 1.0, is "):
+    with pytest.warns(
+        UserWarning, match=r"device is cpu.*, but was an abacus; torch is .*, but was 1.0"
+    ):
         assert run(loaders, tmp_path, resume=True)[1]["step"] == [3, 6, 9, 10]

@@ -135,7 +135,7 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
     contents = torch.load(model, weights_only=True)
     (tmp_path / "twin").mkdir()
     torch.save(contents | {"preprocessors": "abc"}, tmp_path / "twin/model.pth")
-    with pytest.raises(ValueError, match="twin was trained with preprocessors of its own"):
+    with pytest.raises(ValueError, match="twin was trained with custom preprocessors"):
         evaluate_folder([model, tmp_path / "twin/model.pth"], root, tmp_path / "found")
     shutil.copytree(model.parent, tmp_path / "again/simple_cnn")
     comparison, _ = evaluate_folder(

@@ -166,7 +166,7 @@ def test_an_overlay_shows_the_decided_class_and_keeps_the_rest_of_the_image(
 
 
 def test_overlays_do_not_go_where_they_would_be_taken_for_images(images, tmp_path, save_model):
-    with pytest.raises(ValueError, match="lies in .*; choose a folder elsewhere"):
+    with pytest.raises(ValueError, match="is inside .*; choose another folder"):
         predict(save_model(), images, gradcam=images / "cam")
     assert not (images / "cam").exists()
     with pytest.raises(ValueError, match="model.pth is a file"):
