@@ -96,7 +96,7 @@ def decode(contents: bytes, shorter_side: int | None = None) -> tuple[Image.Imag
     are refused before memory is taken for them.
     """
     if not contents:
-        raise UnreadableImageError("an empty file")
+        raise UnreadableImageError("empty file")
     try:
         file, orientation = _open(contents)
         width, height = file.size

@@ -87,8 +87,9 @@ def k_fold_splits(
     Warns of classes of fewer groups than k. Raises ValueError unless k is from 2 to the number of
     groups.
     """
-    if k < 2 or metadata["group"].nunique() < k:
-        raise ValueError(f"k must be from 2 to the number of groups, not {k}")
+    num_groups = metadata["group"].nunique()
+    if not 2 <= k <= num_groups:
+        raise ValueError(f"k must be from 2 to {num_groups}, the number of groups, not {k}")
     _warn_of_classes_with_few_groups(metadata, k)
     labels = pd.factorize(metadata["label"], sort=True)[0]
     fractions, groups = np.full(k, 1 / k), metadata["group"].to_numpy()

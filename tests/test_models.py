@@ -563,7 +563,7 @@ def test_weights_of_a_backbone_in_the_table_come_from_a_file_without_its_classif
     save_tensors(tmp_path / "toy.pth", weights | {"fc.weight": torch.zeros(2, 6)})
     model = get_model("toy_finetuned", 3, weights=tmp_path / "toy.pth")
     assert is_same(backbone_of(model), weights)
-    with pytest.raises(ValueError, match=r"not a state dict of resnet18 \("):
+    with pytest.raises(ValueError, match=r"not the weights of a resnet18 \("):
         get_model("resnet18_finetuned", 3, weights=tmp_path / "toy.pth")
     with pytest.raises(FileNotFoundError, match="toy has no default weights"):
         get_model("toy_finetuned", 3)
@@ -604,12 +604,12 @@ def test_a_model_without_feature_maps_says_so_when_asked_for_them(toy, monkeypat
         ({"name": "resnet_scratched"}, "'resnet_scratched'; did you mean resnet_scratch"),
         ({"name": "resnet51_head"}, "unknown model 'resnet51_head'.* resnet50_head"),
         ({"name": "resnet18_frozen"}, "unknown model 'resnet18_frozen'"),
-        ({"num_classes": 1}, "two classes"),
-        ({"num_classes": 0}, "two classes"),
+        ({"num_classes": 1}, "at least 2, not 1"),
+        ({"num_classes": 0}, "at least 2, not 0"),
         ({"layers": 101}, "18, 34 or 50"),
-        ({"dropout_rate": 1.0}, "dropout_rate is 1.0"),
-        ({"dropout_rate": -0.1}, "dropout_rate is -0.1"),
-        ({"dropout_rate": float("nan")}, "dropout_rate is nan"),
+        ({"dropout_rate": 1.0}, "dropout_rate must be .*, not 1.0"),
+        ({"dropout_rate": -0.1}, "dropout_rate must be .*, not -0.1"),
+        ({"dropout_rate": float("nan")}, "dropout_rate must be .*, not nan"),
     ],
     ids=str,
 )

@@ -110,7 +110,7 @@ def test_exit_statuses_are_0_for_all_read_1_for_some_and_2_for_a_mistake(
     ("words", "error"),
     [
         (["a.png"], "--model"),
-        (["--model", "m.pth"], "name the images"),
+        (["--model", "m.pth"], "give the images"),
         (
             ["--model", "m.pth", "a.png", "--threshold", "nevus"],
             "must be of the form NAME=0.2, not 'nevus'",

@@ -299,10 +299,10 @@ def test_a_value_out_of_range_is_refused_before_anything_is_read(
     ("words", "error"),
     [
         (["--threshold", "nevus=0.2", "--threshold", "nevus=0.3"], "--threshold nevus is given tw"),
-        (["--overwrite"], "--overwrite has no effect without a file to write"),
+        (["--overwrite"], "--overwrite has no effect without --output"),
         (["--label_column", "dx", "--evaluate", "out"], "--label_column needs the table"),
         (["--evaluate", "out", "more"], "--evaluate takes one folder of labelled images"),
-        (["--evaluate", "out", "--export", "m.onnx"], "give one of them at a time"),
+        (["--evaluate", "out", "--export", "m.onnx"], "give one at a time"),
         (["--export", "m.onnx"], "has no effect with --export"),
     ],
 )
@@ -371,7 +371,7 @@ def test_what_is_read_is_not_written_over(here, capfd, more):
         ["--model", "m/model.pth", "--output", "image.csv", "images/nevus/0000.png"],
     ):
         assert main([*words, *more]) == 2
-        assert "is to be read as well; choose another name" in capfd.readouterr().err
+        assert "is also an input; choose another name" in capfd.readouterr().err
     assert files(here) == before
 
 
@@ -384,7 +384,7 @@ def test_overlays_of_the_same_images_are_not_replaced_and_other_files_stay(here,
     other = ["--model", "n/model.pth", *words[2:]]
     assert main([*other, "images/melanoma", "images/nevus/0001.png"]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert "overlays has overlays of 1 of these images, such as 0001-" in error
+    assert "overlays already has overlays of 1 of these images, such as 0001-" in error
     assert "--overwrite replaces them, or choose another folder" in error
     assert files(here) == before
     assert main([*other, "images/melanoma"]) == 0
@@ -398,5 +398,5 @@ def test_overlays_of_the_same_images_are_not_replaced_and_other_files_stay(here,
 def test_a_table_and_a_folder_do_not_get_the_same_name(here, capfd, output, folder):
     words = ["--output", output, "--gradcam", folder]
     assert main([*BASES["predict"], *words]) == 2
-    assert "is to be a folder, and a.csv a file" in capfd.readouterr().err
+    assert "cannot be a folder, as a.csv is a file" in capfd.readouterr().err
     assert not (here / "a.csv").exists()

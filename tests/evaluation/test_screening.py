@@ -183,5 +183,5 @@ def test_thresholds_reach_their_aim_on_validation_and_no_better_one_does(seed, h
 def test_screening_without_one_of_the_kinds_is_refused():
     with pytest.raises(ValueError, match="but all of these are positive"):
         screen([1, 1], [0.1, 0.9], {"sensitivity 95%": 0.5})
-    with pytest.raises(ValueError, match="and all of these are negative"):
+    with pytest.raises(ValueError, match="but all of these are negative"):
         choose_thresholds([0, 0], [0.5, 0.6])

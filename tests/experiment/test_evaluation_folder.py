@@ -294,7 +294,7 @@ def test_other_models_measured_on_the_same_images_stay_in_the_comparison(
     assert config(out)["runs"]["one"]["precision"] == "float32"
     assert config(out)["runs"]["two"]["precision"] == "bfloat16"
     assert all(f">{name}<" in (out / "report.html").read_text() for name in ("one", "two"))
-    with pytest.warns(UserWarning, match="out: one measured"):
+    with pytest.warns(UserWarning, match="out: skipped one"):
         comparison, _ = evaluate_folder([one], images, out, EvaluationSettings(precision="fp32"))
     assert comparison["model"].tolist() == ["one", "two"] and measured == ["one", "two"]
 
@@ -383,7 +383,7 @@ def test_an_evaluation_from_before_there_was_a_record_is_not_lost_either(
     evaluate_folder([model], images, out)
     old = {"command": "predict", "settings": {"data_dir": str(images)}}
     (out / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="with no record of its images, which would"):
+    with pytest.raises(ValueError, match="with no record of its images; replace it"):
         evaluate_folder([model], images, out)
     evaluate_folder([model], images, out, overwrite=True)
     assert config(out)["kind"] == "evaluation"

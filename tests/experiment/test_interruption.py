@@ -525,7 +525,7 @@ def test_a_loss_that_is_not_finite_names_what_is_kept(loaders, tmp_path):
             self.calls += self.training
             return self.inner(images) * (float("nan") if self.calls >= 8 else 1)
 
-    message = r"nan at step 8 \(learning rate .*m/last.pth is that of step 6, .*of step [36]"
+    message = r"nan at step 8 \(learning rate .*m/last.pth is from step 6, .*from step [36]"
     with pytest.raises(NonFiniteLossError, match=message):
         run(loaders, tmp_path / "m", model=Breaks())
     assert (tmp_path / "m/model.pth").exists()
@@ -550,7 +550,7 @@ def test_weights_that_are_not_finite_are_never_saved(loaders, tmp_path, at_step,
 def test_before_the_first_checkpoint_there_is_none_to_name(loaders, tmp_path, at_step):
     model = get_model("simple_cnn", 3, image_size=32, seed=0)
     at_step(1, lambda: model.head[-1].bias.detach().fill_(torch.nan))
-    with pytest.raises(NonFiniteLossError, match="no checkpoint had been written before"):
+    with pytest.raises(NonFiniteLossError, match="no checkpoint was written before"):
         run(loaders, tmp_path, model=model)
 
 

@@ -533,7 +533,7 @@ def test_melanoma_without_test_images_is_said(save_dir):
 def test_a_folder_without_a_finished_model_is_an_error_that_says_so(save_dir):
     for model in ("cnn", "net"):
         (save_dir / model / "metrics.json").unlink()
-    with pytest.raises(ValueError, match="no model in it has a metrics.json"):
+    with pytest.raises(ValueError, match="no model has a metrics.json"):
         write_report(save_dir)
     assert not (save_dir / "report.html").exists()
 

@@ -268,7 +268,7 @@ def png_damaged_inside():
 
 REFUSED = {
     "empty.jpg": (b"", "empty file"),
-    "text.jpg": (b"a lesion on the left arm\n", "not an image of a known format"),
+    "text.jpg": (b"a lesion on the left arm\n", "not an image, or of an unknown"),
     "signature_alone.png": (PNG[:8], "truncated"),
     "no_end.jpg": (JPEG[:-2], "truncated"),
     "zeros_for_the_second_half.jpg": (JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), "truncated"),

@@ -232,7 +232,7 @@ def test_tables_add_to_and_correct_what_a_reader_gives(indexed, tmp_path):
     write(table, {"image_id": names, "lesion": range(12)})
     with pytest.raises(ValueError, match=r"t\.csv: two columns would be called lesion"):
         build(indexed, metadata_csv=table)
-    with pytest.raises(ValueError, match="group_by needs metadata_csv: the folder has no patient"):
+    with pytest.raises(ValueError, match="group_by: no column patient; give its table"):
         build(indexed, group_by=["patient"])
 
 

@@ -378,7 +378,7 @@ def test_what_is_not_there_is_named_all_at_once(images, tmp_path, save_model):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="nothing: no images"):
         predict(save_model(), tmp_path / "nothing")
-    with pytest.raises(ValueError, match="no images are given"):
+    with pytest.raises(ValueError, match="no images given"):
         predict(save_model(), [])
     with pytest.raises(FileNotFoundError, match="gone.pth"):
         predict(tmp_path / "gone.pth", images)
@@ -477,11 +477,11 @@ def test_an_output_that_cannot_be_written_is_an_error_before_the_work(
     ("options", "words"),
     [
         ({"tta": 0}, "tta must be from 1 to 8, not 0"),
-        ({"tta": 9}, "tta is 9"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"num_workers": 0}, "num_workers is 0"),
+        ({"tta": 9}, "tta must be from 1 to 8, not 9"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"num_workers": 0}, "num_workers must be at least 1, not 0"),
         ({"device": "gpu"}, "device gpu cannot be used"),
-        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"precision": "fp8"}, "precision must be .*, not 'fp8'"),
     ],
 )
 def test_arguments_out_of_range_are_errors(images, save_model, options, words):

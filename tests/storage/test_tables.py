@@ -79,7 +79,7 @@ def test_tables_of_other_programs_are_read(tmp_path):
 @pytest.mark.parametrize("contents", [b"a,b\n1,2,3\n", b"a,b\n1,2\n1,2,3\n", b'a,b\n"1,2\n', b""])
 def test_a_table_whose_cells_cannot_be_told_apart_is_refused(tmp_path, contents):
     (tmp_path / "t.csv").write_bytes(contents)
-    with pytest.raises(ValueError, match=r"t\.csv: not a table in CSV \("):
+    with pytest.raises(ValueError, match=r"t\.csv: not a valid CSV table \("):
         read_csv(tmp_path / "t.csv")
 
 
