@@ -443,7 +443,9 @@ def create_dataloaders(
     larger = 1 if device.type == "cpu" else EVALUATION_BATCHES
     empty = [name for name, dataset in dataset_splits.items() if len(dataset) == 0]
     if empty:
-        raise ValueError(f"too few images: none are left for {', '.join(empty)}")
+        raise ValueError(
+            f"too few images, or groups of images: none are left for {', '.join(empty)}"
+        )
     return {
         name: LesionLoader(
             dataset,

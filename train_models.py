@@ -56,8 +56,8 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         return 0  # one process is enough, and torchrun would stop it when another one ends with 1
     data_dir = Path(settings.data_dir)
     if not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
-        reason = "is a file, not a folder" if data_dir.exists() else "no such folder"
-        raise FileNotFoundError(f"--data_dir {data_dir}: {reason}")
+        what = " is a file, not a folder" if data_dir.exists() else ": no such folder"
+        raise FileNotFoundError(f"--data_dir {data_dir}{what}")
     check_save_dir(settings.save_dir, data_dir)
     if is_first_process():
         check_unclaimed(settings.save_dir)  # now, not after the images are prepared

@@ -28,7 +28,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {in_one_line(message)}\n")
+        message = in_one_line(message).removeprefix(
+            "argument "
+        )  # argparse's "argument --seed: ..."
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def check_flags(self, words: Sequence[str]) -> None:
         """Ends with status 2 for a flag that the parser does not have, and suggests another.

@@ -108,6 +108,8 @@ def check_save_dir(save_dir: str | Path, data_dir: str | Path) -> None:
     if not existing.is_dir():
         where = "is" if existing == folder else f"is in {existing}, which is"
         raise ValueError(f"{save_dir} {where} a file; choose another folder")
+    if folder == Path(data_dir).resolve():
+        raise ValueError(f"{save_dir} is the folder of the images; choose another for the results")
     if folder.is_relative_to(Path(data_dir).resolve()):
         raise ValueError(
             f"{save_dir} is inside {data_dir}, where figures would be taken for images of lesions; "

@@ -70,7 +70,8 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"{printable(data_dir)}: {why_no_folder(data_dir)}")
+        what = " is a file, not a folder" if data_dir.exists() else ": no such folder"
+        raise FileNotFoundError(f"{printable(data_dir)}{what}")
     paths = sorted(path.relative_to(data_dir).as_posix() for path in _walk(data_dir, frozenset()))
     if not paths:
         raise ValueError(
@@ -87,11 +88,6 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     return images
 
 
-def why_no_folder(path: str | Path) -> str:
-    """Returns what is wrong with a path that is not a folder, for a message."""
-    return "is a file, not a folder" if Path(path).exists() else "no such folder"
-
-
 def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> list[str]:
     folder = printable(data_dir)
     if not all(parents):
@@ -106,7 +102,8 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
             )
     if len(set(classes)) < 2:
         raise ValueError(
-            f"{folder}: all images are of one class, {printable(classes[0])}; two are needed"
+            f"{folder}: all images are of one class, {printable(classes[0])}; at least two classes "
+            "are needed"
         )
     return classes
 
@@ -139,8 +136,8 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     if there is no such file, and ValueError if it is no such table or lacks one of `columns`.
     """
     if not Path(path).is_file():
-        reason = "is a folder, not a table" if Path(path).is_dir() else "no such file"
-        raise FileNotFoundError(f"{printable(path)}: {reason}")
+        what = " is a folder, not a table" if Path(path).is_dir() else ": no such file"
+        raise FileNotFoundError(f"{printable(path)}{what}")
     table = read_csv(path)
     missing = [name for name in columns if name not in table]
     if missing:
@@ -206,7 +203,9 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
         labels = labels.fillna(images["class"])
     check_complete(labels, images["path"], name)
     if labels.nunique() < 2:
-        raise ValueError(f"{printable(name)}: all images are of one class; two are needed")
+        raise ValueError(
+            f"{printable(name)}: all images are of one class; at least two classes are needed"
+        )
     return images.assign(**{"class": labels})
 
 

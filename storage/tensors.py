@@ -57,8 +57,8 @@ def load_tensors(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        reason = "not a file" if path.exists() else "no such file"
-        raise FileNotFoundError(f"{path}: {'is a folder' if path.is_dir() else reason}")
+        what = " is a folder, not a model file" if path.is_dir() else ": no such file"
+        raise FileNotFoundError(f"{path}{what}")
     with path.open("rb") as file:  # here a file without permission to read is an OSError
         start = file.read(MAX_PICKLED_BYTES)
     is_zip = start.startswith(b"PK\x03\x04")

@@ -182,13 +182,15 @@ def test_other_files_in_the_folder_stay(tmp_path, images, save_model):
 @pytest.mark.parametrize("out", ["images", "images/nevus", "images/new", "link/new"])
 def test_a_folder_among_the_images_is_refused(tmp_path, images, out):
     (tmp_path / "link").symlink_to(images)
-    with pytest.raises(ValueError, match=r"is inside .*; choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"is (inside .*|the folder of the images); choose another"
+    ):
         evaluate_folder([tmp_path / "none.pth"], images, tmp_path / out)
 
 
 def test_the_folder_of_a_model_that_would_lie_among_the_images_is_refused(tmp_path, make_images):
     images = make_images(dict.fromkeys(CLASSES, 2), name="out/cnn")
-    with pytest.raises(ValueError, match=r"cnn is inside .*cnn, where"):
+    with pytest.raises(ValueError, match="cnn is the folder of the images"):
         evaluate_folder([tmp_path / "models/cnn/model.pth"], images, tmp_path / "out")
 
 
