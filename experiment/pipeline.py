@@ -227,7 +227,8 @@ def _check_given_splits(names: set[str], settings: Settings) -> None:
     missing = [name for name in SPLITS if name not in names]
     if settings.splits_csv is not None and missing:
         raise ValueError(
-            f"--splits_csv {settings.splits_csv}: no image is in {' or '.join(missing)}"
+            f"--splits_csv {settings.splits_csv}: no images in {', '.join(missing)}; the column "
+            f"split must name {', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
         )
 
 

@@ -162,7 +162,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, max_names: int
     Names that are clearly less alike than the closest one are left out.
     """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=max_names)
+    close = difflib.get_close_matches(name, known, n=max_names, cutoff=0.75)
     if not close:
         return otherwise
     likeness = [difflib.SequenceMatcher(None, each, name).ratio() for each in close]
