@@ -226,11 +226,12 @@ class RunProgress:
             return
         if not self._bar.disable:
             left, fraction = self.seconds_left(), self.fraction()
-            known = "" if left is None else f"| about {format_time_left(left)} left for the run"
-            percent = "   " if fraction is None else f"{100 * fraction:3.0f}"
-            stage = str(self.stages[self._number]).replace("{", "{{").replace("}", "}}")
+            text = str(self.stages[self._number]).replace("{", "{{").replace("}", "}}")
+            if left is not None and fraction is not None:
+                text += f" {100 * fraction:3.0f}%|{{bar:20}}| about {format_time_left(left)} left"
+                text += " for the run"
             self._bar.n = fraction or 0.0
-            self._bar.bar_format = f"{stage} {percent}%|{{bar:20}}{known}"
+            self._bar.bar_format = text
             self._bar.refresh()
         elif self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = self._clock()

@@ -248,7 +248,7 @@ def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, cap
     (Path(arguments[1]) / "Train/melanoma/0000.png").unlink()
     before = snapshot(tmp_path / "out")
     assert main([*simple, "--resume"]) == 2
-    assert "images and splits was" in capfd.readouterr().err
+    assert "images or splits differ" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
 
 
@@ -376,7 +376,7 @@ def test_splits_of_a_table_that_are_not_used_are_said(quick, make_images, tmp_pa
     table.to_csv(tmp_path / "splits.csv", index=False)
     more = ["--splits_csv", str(tmp_path / "splits.csv"), "--save_dir", str(tmp_path / "again")]
     assert main([*quick(root), *more]) == 0
-    said = "2 images are in splits that are not train, valid, test and are not used: trian"
+    said = "2 images are not used, as their split is trian, not train, valid or test"
     assert said in capfd.readouterr().err
 
 
@@ -397,7 +397,7 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(
     main([*arguments, *options, "--batch_size", "8", "--save_dir", str(tmp_path / "one")])
     (printed, errors), (printed_by_second, _) = (each.communicate(timeout=240) for each in both)
     assert [each.returncode for each in both] == [0, 0], errors
-    assert "2 processes, together with batches of 8 images" in printed
+    assert "2 processes with batches of 8 images in all" in printed
     assert printed.count("Everything is in") == 1 and printed_by_second == ""
     assert names(tmp_path / "out/simple_cnn") - {"mistakes.png"} == MODEL_FILES
 
@@ -597,7 +597,7 @@ def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
     result = subprocess.run(words, env=os.environ | env, capture_output=True, text=True)
     (line,) = errors(result.stderr)
     assert result.returncode == 2
-    assert "--compile does not work here (" in line and "run without it" in line
+    assert "--compile does not work here (" in line and "leave it out" in line
 
 
 def test_a_warning_and_an_error_have_no_traceback_in_a_real_process(tmp_path):

@@ -111,9 +111,9 @@ def config_of_another_program(folder):
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (training_run, "another kind of run (training)"),
-        (training_run_of_today, "another kind of run (training)"),
-        (audit, "another kind of run (audit)"),
+        (training_run, "contains a training run"),
+        (training_run_of_today, "contains a training run"),
+        (audit, "contains an audit"),
         (config_of_another_program, "config.json was not written by this program"),
     ],
 )
@@ -137,7 +137,7 @@ def test_the_folder_of_a_model_in_a_training_run_is_refused(tmp_path, images, ca
     before = contents(tmp_path)
     assert command(tmp_path / "no model is read.pth", images, tmp_path / "out" / name) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "of a model in the training run" in line
+    assert "to a model of the training run" in line
     assert contents(tmp_path) == before
 
 
@@ -267,7 +267,7 @@ def test_another_evaluation_is_refused_and_says_what_would_be_lost(
     assert command(model, images, out, *more) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert f"{out} contains an evaluation of cnn with {words}; replace it" in line
-    assert "--overwrite replaces it, or choose another folder" in line
+    assert "replace it with --overwrite, or choose another folder" in line
     assert contents(out) == before
     assert command(model, images, out, *more, "--overwrite") == 0
     assert contents(out) != before

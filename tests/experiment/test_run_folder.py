@@ -70,7 +70,7 @@ def make_folder(root, models):
         ("finished", OTHER_SETTINGS, "num_steps is 2, but was 60"),
         ("finished", OTHER_DATA, "images or splits differ"),
         ("finished", RUN | {METADATA: "a"}, "columns of metadata_csv differ"),
-        ("finished", None, "its settings are not known"),
+        ("finished", None, "its settings are unknown"),
         ("unfinished", RUN, "Continue with --resume, start over with --overwrite, or choose"),
         (
             "unfinished",
@@ -80,7 +80,7 @@ def make_folder(root, models):
         ("unfinished", None, "its settings are unknown. Start over with --overwrite, or"),
         ("begun", RUN, None),
         ("begun", OTHER_SETTINGS, "num_steps is 2, but was 60"),
-        ("begun", None, "its settings are not known"),  # a model.pth that someone put there
+        ("begun", None, "its settings are unknown"),  # a model.pth that someone put there
         ("nothing", OTHER_DATA, None),
     ],
 )
@@ -295,7 +295,7 @@ def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd):
     assert "out contains models of other images or splits" in message and "simple_cnn (2" in message
     assert snapshot(out) == before
     (Path(arguments[1]) / "nevus/0000.png").unlink()
-    assert "images and splits was" in refusal(arguments, capfd)
+    assert "images or splits differ" in refusal(arguments, capfd)
     assert snapshot(out) == before
     assert main([*other, "--overwrite"]) == 0
     assert [path.name for path in (out / "simple_cnn").iterdir()] == ["notes.txt"]
@@ -428,7 +428,7 @@ def no_image_is_read(monkeypatch):
 
 # A mistake of each kind and what is said of it, in the order in which they are looked for.
 MISTAKES = {
-    "flags": (["--splits", "0.5", "0.2", "0.2"], "sums to 0.9"),
+    "flags": (["--splits", "0.5", "0.2", "0.2"], "adds up to 0.9"),
     "folder": (["--data_dir", "nowhere"], "nowhere: no such folder"),
     "no images": (["--data_dir", "empty"], "empty: no images"),
     "table": (["--labels_csv", "other.csv"], "other.csv: no row matches an image"),
@@ -470,10 +470,10 @@ def test_of_two_mistakes_the_one_that_is_cheaper_to_see_is_said(
         (["--metadata_csv", "t.csv", "--label_column", "dx"], "t.csv: no column dx"),
         (["--metadata_csv", "gone.csv"], "gone.csv: no such file"),
         (["--splits_csv", "t.csv"], "t.csv: no column split"),
-        (["--splits_csv", "s.csv"], "s.csv: has no split valid, test"),
+        (["--splits_csv", "s.csv"], "s.csv: no images in valid, test"),
         (["--split_by", "folders"], "is not in a folder named Train, Valid or Test"),
         (["--save_dir", "t.csv/out"], "t.csv, which is a file"),
-        (["--batch_size", "35"], "--batch_size 35 is more than the 34 images in all"),
+        (["--batch_size", "35"], "--batch_size 35 is larger than the 34 images"),
         (["--device", "meta"], "device meta"),
     ],
 )
@@ -506,7 +506,7 @@ def test_the_demo_draws_nothing_before_it_is_checked(
 
 def test_the_batch_size_is_held_against_the_training_images(arguments, tmp_path, capfd):
     message = refusal([*arguments, "--batch_size", "30"], capfd)  # of 34 images 24 are for training
-    assert "--batch_size 30 is more than the 24 training images" in message
+    assert "--batch_size 30 is larger than the 24 training images" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -515,7 +515,7 @@ def test_of_several_processes_the_batches_count_together(arguments, monkeypatch,
     for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     message = refusal([*arguments, "--batch_size", "9"], capfd)
-    assert "--batch_size 9 in 4 processes, 36 together, is more than the 34 images" in message
+    assert "--batch_size 9 in 4 processes, 36 in all, is larger than the 34 images" in message
 
 
 def test_finished_models_need_no_weights(arguments, tmp_path, capfd):
