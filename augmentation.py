@@ -96,7 +96,7 @@ def resolve_policy(augmentation: bool | str | Policy) -> Policy:
         return augmentation
     if augmentation not in POLICIES:
         names = ", ".join(POLICIES)
-        raise ValueError(f"augmentation is {augmentation!r}; the policies are {names}")
+        raise ValueError(f"unknown augmentation {augmentation!r}; the policies are {names}")
     return POLICIES[augmentation]
 
 

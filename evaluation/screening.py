@@ -37,15 +37,15 @@ def match_classes(class_names: Sequence[str], wanted: Sequence[str]) -> list[int
     missing = [name for name in found if not found[name]]
     if missing:
         plain = {normalize_name(name): name for name in reversed(class_names)}
-        closest = dict.fromkeys(
+        closest = [
             plain[match]
             for name in missing
-            for match in difflib.get_close_matches(normalize_name(name), plain, 1, cutoff=0)
-        )
-        raise ValueError(
-            f"none of the classes {', '.join(class_names)} matches {', '.join(missing)}; "
-            f"did you mean {', '.join(closest)}?"
-        )
+            for match in difflib.get_close_matches(normalize_name(name), plain, 1)
+        ]
+        unknown = f"unknown class{'es' if len(missing) > 1 else ''} {', '.join(missing)}"
+        if closest:
+            unknown += f"; did you mean {', '.join(dict.fromkeys(closest))}?"
+        raise ValueError(f"{unknown} (the classes are {', '.join(class_names)})")
     return sorted({label for labels in found.values() for label in labels})
 
 
@@ -296,7 +296,7 @@ def select_known(is_positive: np.ndarray, *others: np.ndarray) -> tuple[np.ndarr
     if is_positive.all() or not is_positive.any():
         kind = "positive" if is_positive.any() else "negative"
         raise ValueError(
-            f"screening needs positive and negative images, and all of these are {kind}"
+            f"screening needs positive and negative images, but all of these are {kind}"
         )
     return is_positive, *(np.asarray(values)[is_known] for values in others)
 

@@ -328,7 +328,7 @@ def evaluate_folder(
     models', by name or by diagnosis. Writes into `save_dir` what training does, and returns the
     comparison and the files that cannot be read.
 
-    A model that has been measured there on the same images already is passed over, and others that
+    A model that has been measured there on the same images already is skipped, and others that
     have been stay in the comparison. With `overwrite` it is measured again, and the results of an
     evaluation of other images in `save_dir` are removed.
 
@@ -416,13 +416,13 @@ def find_label(name: str, classes: Sequence[str]) -> int:
         labels = match_classes(classes, [name])
     except ValueError as error:
         raise ValueError(
-            f"the images have a class {name}, the model only {', '.join(classes)}"
+            f"the model does not know the class {name}, only {', '.join(classes)}"
         ) from error
     if len(labels) > 1:
         candidates = ", ".join(classes[label] for label in labels)
         raise ValueError(
-            f"the images have a class {name}, which may be several of the model: {candidates}; "
-            "name it like one of them"
+            f"the class {name} could be any of the model's classes {candidates}; rename it to one "
+            "of them"
         )
     return labels[0]
 
@@ -445,8 +445,8 @@ def _measure(
 def _warn_of_measured(save_dir: Path, names: Sequence[str]) -> None:
     if names:
         warnings.warn(
-            f"{save_dir}: {', '.join(names)} measured on these images already and passed over; "
-            "--overwrite measures again",
+            f"{save_dir}: skipped {', '.join(names)}, already evaluated on these images; "
+            "--overwrite evaluates again",
             stacklevel=3,
         )
 
@@ -468,7 +468,7 @@ def _load_models(named: Mapping[str, Path]) -> dict[str, tuple[LesionClassifier,
     for name, info in infos.items():
         if info.preprocessors:
             raise ValueError(
-                f"{name} was trained with preprocessors of its own, which are not known here"
+                f"{name} was trained with custom preprocessors, which this command does not have"
             )
     check_alike(infos, ("classes", "image_size"))
     return loaded

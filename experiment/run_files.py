@@ -120,7 +120,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         found = [Model(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
         if not found:
-            raise ValueError(f"{folder}: no model in it has a metrics.json; train one first")
+            raise ValueError(f"{folder}: no model has a metrics.json; train one first")
         table = _read_numbers(folder / "comparison.csv")
         rows = {row["model"]: row for row in table.to_dict("records")}
         for model in found:
@@ -250,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+        raise ValueError(f"{path}: not a valid JSON file ({error})") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: not a JSON object")
     return contents

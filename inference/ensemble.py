@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from joblib import cpu_count
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset import (
     Preprocessor,
@@ -34,6 +33,7 @@ from inference.options import Paths, PredictionOptions, as_list, find_model
 from learning.hardware import choose_device, compute_logits, memory_format_for, resolve_precision
 from models import LesionClassifier, ModelInfo, load_model
 from storage.files import name_column, printable, write_atomically, write_csv
+from storage.progress import ProgressBar
 
 DEFAULT_AIM = "sensitivity 95%"  # of the thresholds in a model.pth, the one that sets flags
 AIM = DEFAULT_AIM  # its former name
@@ -65,7 +65,7 @@ def predict_batches(
         Path(chosen.gradcam).mkdir(parents=True, exist_ok=True)
     with (
         _rows_to(chosen.output) as write_rows,
-        tqdm(total=len(paths), desc="predicting", unit="img", disable=None, leave=False) as bar,
+        ProgressBar(name="predicting", total=len(paths), unit="img") as bar,
     ):
         for read, pixels, unreadable in _prepared_batches(paths, ensemble, chosen):
             raw, calibrated = ensemble.probabilities(pixels, chosen.tta)
@@ -90,7 +90,7 @@ def find_files(images: Paths) -> list[str]:
     """
     images = as_list(images)
     if not images:
-        raise ValueError("no images are given; name files or folders")
+        raise ValueError("no images given; give files or folders")
     missing = [printable(path) for path in images if not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no such file or folder")
@@ -129,7 +129,7 @@ class Ensemble:
     ) -> None:
         files = [find_model(path) for path in as_list(paths)]
         if not files:
-            raise ValueError("no model is given; name one model.pth or several")
+            raise ValueError("no model given; give one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
         models, infos = zip(*map(load_model, files), strict=True)
@@ -196,7 +196,7 @@ class Ensemble:
         targets, flags = self._targets(), {}
         for name, threshold in (self.thresholds if thresholds is None else thresholds).items():
             if not 0 <= threshold <= 1:
-                raise ValueError(f"the threshold of {name} is {threshold}; it must be from 0 to 1")
+                raise ValueError(f"the threshold of {name} must be from 0 to 1, not {threshold}")
             labels = targets.get(normalize_name(name)) or match_classes(self.classes, [name])
             flags[name] = (labels, float(threshold))
         return flags
@@ -344,11 +344,13 @@ def _check_folder_of_overlays(
     for path in images:
         if Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(
-                f"{folder} lies in {path}, where the overlays would be taken for images the next "
-                "time; choose a folder elsewhere"
+                f"{folder} is inside {path}, where overlays would be taken for images the next "
+                "time; choose another folder"
             )
     if output is not None and folder.resolve().is_relative_to(Path(output).resolve()):
-        raise ValueError(f"{folder} is to be a folder, and {output} a file; choose another")
+        raise ValueError(
+            f"{folder} cannot be a folder, as {output} is a file; choose another folder"
+        )
 
 
 def check_alike(infos: Mapping[str, ModelInfo], attributes: Sequence[str]) -> None:
@@ -359,7 +361,7 @@ def check_alike(infos: Mapping[str, ModelInfo], attributes: Sequence[str]) -> No
             own, other = info[attribute], first[attribute]
             if own != other:
                 raise ValueError(
-                    f"{name} and {first_name} do not fit each other: {attribute} differ, "
+                    f"{name} and {first_name} cannot be combined: {attribute} differ, "
                     f"{own or 'none'} and {other or 'none'}"
                 )
 
@@ -370,12 +372,12 @@ def _check_preprocessors(path: str, info: ModelInfo, preprocessors: Sequence[Pre
         return
     if given == "none":
         raise ValueError(
-            f"{path} was trained with custom preprocessors, which the command does not know; use "
+            f"{path} was trained with custom preprocessors, which the command does not have; use "
             "predict(..., preprocessors=[...]) in Python"
         )
     raise ValueError(
-        f"{path} was trained with other preprocessors than those given; their fingerprint is "
-        f"{trained_with}, not {given}"
+        f"{path} was trained with preprocessors other than those given (fingerprint "
+        f"{trained_with}, not {given})"
     )
 
 
@@ -396,7 +398,7 @@ def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> 
     if flags and used_for:
         warnings.warn(
             f"the thresholds of {', '.join(flags)} were chosen for one model and one view; with "
-            f"{' and '.join(used_for)} they need not find 95 % of such lesions. Give others with "
-            "--threshold NAME=P (in Python thresholds={NAME: P})",
+            f"{' and '.join(used_for)} they may not find 95 % of such lesions. Set others with "
+            "--threshold NAME=P (in Python, thresholds={NAME: P})",
             stacklevel=3,
         )

@@ -38,11 +38,11 @@ class PredictionOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.tta <= NUM_VIEWS:
-            raise ValueError(f"tta is {self.tta}; it must be from 1 to {NUM_VIEWS}")
+            raise ValueError(f"tta must be from 1 to {NUM_VIEWS}, not {self.tta}")
         for name in ("batch_size", "num_workers"):
             number = getattr(self, name)
             if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}; it must be 1 or more")
+                raise ValueError(f"{name} must be at least 1, not {number}")
         if self.output is not None:
             check_file_to_write(self.output, (".csv", ".json"))
 
@@ -51,11 +51,11 @@ def check_file_to_write(path: str | Path, suffixes: Sequence[str]) -> None:
     """Raises ValueError or FileNotFoundError for a file that could not be written at the end."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{path}: a file to write must end in {' or '.join(suffixes)}")
+        raise ValueError(f"{path}: the file name must end in {' or '.join(suffixes)}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file")
+        raise ValueError(f"{path} is a folder, not a file")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        raise FileNotFoundError(f"{path}: no folder {path.parent}")
 
 
 def find_model(path: str | os.PathLike[str]) -> str:

@@ -155,14 +155,20 @@ def test_exit_statuses_are_0_for_all_read_1_for_some_and_2_for_a_mistake(
     ("words", "error"),
     [
         (["a.png"], "--model"),
-        (["--model", "m.pth"], "name the images"),
-        (["--model", "m.pth", "a.png", "--threshold", "nevus"], "'nevus' is not of the form"),
+        (["--model", "m.pth"], "give the images"),
+        (
+            ["--model", "m.pth", "a.png", "--threshold", "nevus"],
+            "must be of the form NAME=0.2, not 'nevus'",
+        ),
         (
             ["--model", "m.pth", "a.png", "--threshold", "nevus=x"],
-            "--threshold: 'x' is not a number",
+            "--threshold: must be a number, not 'x'",
         ),
-        (["--model", "m.pth", "a.png", "--tta", "x"], "--tta: 'x' is not a whole number"),
-        (["--model", "m.pth", "a.png", "--top_k", "0"], "--top_k: 0 is not 1 or more"),
+        (["--model", "m.pth", "a.png", "--tta", "x"], "--tta: must be a whole number, not 'x'"),
+        (
+            ["--model", "m.pth", "a.png", "--top_k", "0"],
+            "--top_k: must be at least 1",
+        ),
         (["--model", "m.pth", "a.png", "--export", "m.onnx"], "--export takes no images"),
         (["--model", "m", "--model", "n", "--export", "m.onnx"], "--export takes one --model"),
         (["--model", "m.pth", "--export", "m.onx"], "must end in .onnx"),

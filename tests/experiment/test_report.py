@@ -551,7 +551,7 @@ def test_melanoma_without_test_images_is_said(save_dir):
 def test_a_folder_without_a_finished_model_is_an_error_that_says_so(save_dir):
     for model in ("cnn", "net"):
         (save_dir / model / "metrics.json").unlink()
-    with pytest.raises(ValueError, match="no model in it has a metrics.json"):
+    with pytest.raises(ValueError, match="no model has a metrics.json"):
         write_report(save_dir)
     assert not (save_dir / "report.html").exists()
 
@@ -559,7 +559,7 @@ def test_a_folder_without_a_finished_model_is_an_error_that_says_so(save_dir):
 def test_a_damaged_file_is_named_and_the_report_before_stays(save_dir):
     before = write_report(save_dir).read_bytes()
     (save_dir / "net/metrics.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match="net/metrics.json: not a readable JSON file"):
+    with pytest.raises(ValueError, match="net/metrics.json: not a valid JSON file"):
         write_report(save_dir)
     make_run(save_dir)
     for name, contents in {

@@ -236,7 +236,7 @@ def test_overlays_of_an_ensemble_are_drawn_where_one_model_finds_nothing(
 
 
 def test_overlays_do_not_go_where_they_would_be_taken_for_images(images, tmp_path, save_model):
-    with pytest.raises(ValueError, match="lies in .*; choose a folder elsewhere"):
+    with pytest.raises(ValueError, match="is inside .*; choose another folder"):
         predict(save_model(), images, gradcam=images / "cam")
     assert not (images / "cam").exists()
     with pytest.raises(ValueError, match="model.pth is a file"):
