@@ -91,7 +91,7 @@ def check_alike(found: Any, expected: Any, name: str) -> None:
             raise ValueError(f"{name} is {found.dtype}, not {expected.dtype}")
         # As it will be used: what float64 holds can be too large for float32.
         if not found.to(expected.dtype).isfinite().all():
-            raise ValueError(f"{name} contains NaN or infinity")
+            raise ValueError(f"{name} has numbers that are not finite")
     elif isinstance(expected, Mapping):
         if not isinstance(found, Mapping):
             raise ValueError(f"{name} is not a dict")

@@ -470,4 +470,4 @@ def test_loading_takes_no_more_memory_than_the_file_needs_whatever_it_claims(tmp
         message = refusal(load_model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-    assert "backbone.7.weight is (256, 64), not (256, 16000000)" in message
+    assert "backbone.7.weight has shape (256, 64), not (256, 16000000)" in message
