@@ -152,7 +152,7 @@ def _check_names(pickled: io.BytesIO) -> None:
             if opcode.name == "STACK_GLOBAL":
                 raise ValueError("it uses a pickle format that torch.save does not")
             if opcode.name in ("GLOBAL", "INST") and argument not in KNOWN_NAMES:
-                shown = ascii(str(argument).replace(" ", "."))[1:81]
+                shown = ascii(str(argument).replace(" ", "."))[1:-1][:80]
                 raise ValueError(f"it refers to {shown}, which no model needs")
 
 
