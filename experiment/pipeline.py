@@ -30,7 +30,7 @@ from experiment.run_files import Run
 from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
 from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
 from experiment.stages import GUESSES, make_stages
-from experiment.verdict import judge
+from experiment.verdict import format_verdict
 from imaging.audit import summarise, unavoidable_errors
 from imaging.synthetic import is_synthetic, make_dataset
 from learning.distributed import choose_own_device, process_group
@@ -361,7 +361,7 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
         progress.next_stage()
         comparison = _compare(settings, data)
     _print_comparison(comparison)
-    _print_verdict(Run(save_dir))
+    print(format_verdict(Run(save_dir)))
     print(f"\nEverything is in {save_dir}; start with {save_dir / 'report.html'}.")
 
 
@@ -476,14 +476,6 @@ def _training_time(history: dict[str, list[float]], settings: Settings) -> float
     images_a_step = settings.batch_size * settings.accumulate * get_world_size()
     num_steps = np.diff(history["step"], prepend=0)
     return float((num_steps * images_a_step / history["images_per_second"]).sum())
-
-
-def _print_verdict(run: Run) -> None:
-    print(f"\nWhat the results of {run.models[0].label} support:")
-    answers = judge(run)
-    width = max((len(answer.question) for answer in answers), default=0)
-    for answer in answers:
-        print(f"{answer.question:{width}}  {answer.text}")
 
 
 def _print_comparison(comparison: pd.DataFrame) -> None:

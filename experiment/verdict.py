@@ -36,6 +36,14 @@ def judge(run: Run) -> list[Answer]:
     ]
 
 
+def format_verdict(run: Run) -> str:
+    """Returns the answers as lines of text, under a heading."""
+    answers = judge(run)
+    width = max((len(answer.question) for answer in answers), default=0)
+    lines = [f"{answer.question:{width}}  {answer.text}" for answer in answers]
+    return "\n".join(["", f"What the results of {run.models[0].label} support:", *lines])
+
+
 def _is_one_the_best(run: Run) -> Iterator[Answer]:
     question, best, equals = "Is one model the best?", run.models[0].label, run.equals_of_best
     if equals:

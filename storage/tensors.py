@@ -91,7 +91,7 @@ def check_alike(found: Any, expected: Any, name: str) -> None:
             raise ValueError(f"{name} is {found.dtype}, not {expected.dtype}")
         # As it will be used: what float64 holds can be too large for float32.
         if not found.to(expected.dtype).isfinite().all():
-            raise ValueError(f"{name} contains NaN or infinity")
+            raise ValueError(f"{name} has numbers that are not finite")
     elif isinstance(expected, Mapping):
         if not isinstance(found, Mapping):
             raise ValueError(f"{name} is not a dict")
@@ -152,7 +152,7 @@ def _check_names(pickled: io.BytesIO) -> None:
             if opcode.name == "STACK_GLOBAL":
                 raise ValueError("it uses a pickle format that torch.save does not")
             if opcode.name in ("GLOBAL", "INST") and argument not in KNOWN_NAMES:
-                shown = ascii(str(argument).replace(" ", "."))[1:81]
+                shown = ascii(str(argument).replace(" ", "."))[1:-1][:80]
                 raise ValueError(f"it refers to {shown}, which no model needs")
 
 

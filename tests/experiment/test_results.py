@@ -90,7 +90,7 @@ def test_a_class_that_the_model_does_not_know_is_one_line(trained, make_images, 
     words = ["--model", str(trained[0]), "--evaluate", str(tmp_path / "found"), "--device", "cpu"]
     assert predict_main([*words, str(other)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "the images have a class cat, the model only melanoma, nevus, vascular lesion" in line
+    assert "the model does not know the class cat, only melanoma, nevus, vascular lesion" in line
     assert not (tmp_path / "found").exists()
 
 

@@ -433,7 +433,7 @@ MISTAKES = {
     "no images": (["--data_dir", "empty"], "empty: no images"),
     "table": (["--labels_csv", "other.csv"], "other.csv: no row matches an image"),
     "classes": (["--malignant_classes", "bsal cell carcinoma"], "bsal cell carcinoma"),
-    "batch size": (["--batch_size", "4096"], "--batch_size 4096 is more than the 34 images"),
+    "batch size": (["--batch_size", "4096"], "--batch_size 4096 is larger than the 34 images"),
     "device": (["--device", "nonsense"], "device nonsense"),
     "precision": (["--precision", "fp16"], "precision fp16 needs CUDA"),
     "save_dir": (["--save_dir", "occupied"], "occupied contains results of another run"),

@@ -405,9 +405,9 @@ def test_without_thresholds_an_ensemble_has_nothing_to_warn_of(images, save_mode
     ("thresholds", "words"),
     [
         ({"dermatofibroma": 0.2}, "unknown class dermatofibroma"),
-        ({"malignant": 0.2}, "none of the classes"),  # this model says none of its classes is
-        ({"nevus": 1.2}, "threshold of nevus is 1.2"),
-        ({"nevus": float("nan")}, "threshold of nevus is nan"),
+        ({"malignant": 0.2}, "unknown class malignant"),  # this model says none of its classes is
+        ({"nevus": 1.2}, "threshold of nevus must be from 0 to 1, not 1.2"),
+        ({"nevus": float("nan")}, "threshold of nevus must be from 0 to 1, not nan"),
     ],
 )
 def test_a_threshold_of_nothing_is_an_error(images, save_model, thresholds, words):
@@ -569,7 +569,7 @@ def test_a_model_with_preprocessors_needs_them_and_the_command_cannot_know_them(
     assert main(["--model", str(model), str(images)]) == 2
     error = capfd.readouterr().err
     assert (
-        "custom preprocessors, which the command does not know" in error and error.count("\n") == 1
+        "custom preprocessors, which the command does not have" in error and error.count("\n") == 1
     )
     with pytest.raises(ValueError, match="preprocessors other than those given"):
         predict(model, images, preprocessors=[resize])
