@@ -38,7 +38,6 @@ from evaluation.metrics import (
 from evaluation.screening import (
     MALIGNANT,
     OPERATING_POINTS,
-    choose_screening_thresholds,
     choose_thresholds,
     group_by_malignancy,
     match_classes,
@@ -67,8 +66,9 @@ def evaluate_predictions(
     """Returns all that `metrics.json` says of a model's predictions.
 
     `y_prob` (N, C) are the model's own probabilities: the highest is its prediction. Everything
-    else is computed from the calibrated ones. `thresholds` is what `choose_screening_thresholds`
-    returned for the validation images; of `screening_targets`, those without any are left out.
+    else is computed from the calibrated ones. `thresholds` has for each of `screening_targets` what
+    `choose_thresholds` returned for the validation images; a target without any is left out. What is
+    flagged as melanoma at an aimed sensitivity counts as flagged as malignant, as in prediction.
     `malignant` and `unknown` are as in `group_by_malignancy`; `columns` (N rows) divide into
     subgroups.
 
@@ -83,6 +83,12 @@ def evaluate_predictions(
     targets, excluded = screening_targets(*kinds), screening_targets(*kinds, positive=None)
     scores = screening_scores(y_true, calibrated, *kinds)
     scores = {name: scores[name] for name in scores if name in thresholds}
+    implied: dict[str, dict[str, np.ndarray]] = {name: {} for name in scores}
+    if len(scores) == 2:
+        _, score = scores["melanoma"]
+        for aim in thresholds["malignant"].keys() & thresholds["melanoma"].keys():
+            if aim.startswith("sensitivity"):
+                implied["malignant"][aim] = score >= thresholds["melanoma"][aim]
     columns = pd.DataFrame() if columns is None else columns
     return {
         "test": compute_metrics(y_true, calibrated, class_names, y_pred),
@@ -102,7 +108,7 @@ def evaluate_predictions(
                 "classes": [class_names[label] for label in targets[name]],
                 "classes_left_out": [class_names[label] for label in excluded[name]],
             }
-            | screen(*scores[name], thresholds[name], groups, seed=seed)
+            | screen(*scores[name], thresholds[name], groups, implied=implied[name], seed=seed)
             for name in scores
         },
         "subgroups": compute_subgroups(y_true, y_pred, columns, groups, targets=scores, seed=seed),

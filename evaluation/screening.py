@@ -190,44 +190,13 @@ def choose_thresholds(is_positive: np.ndarray, score: np.ndarray) -> dict[str, f
     }
 
 
-def choose_screening_thresholds(
-    y_true: np.ndarray,
-    y_prob: np.ndarray,
-    class_names: Sequence[str],
-    malignant: Sequence[str] = MALIGNANT,
-    unknown: Sequence[str] | None = None,
-) -> dict[str, dict[str, float]]:
-    """Returns by target of `screening_scores` what `choose_thresholds` does, made to agree.
-
-    No image is positive for melanoma and negative for malignant at the same aim, provided that all
-    classes of melanoma count as malignant: for a sensitivity, the threshold of malignant is at most
-    that of melanoma; for a specificity, the threshold of melanoma is at least that of malignant.
-    Either way what was aimed at is still reached. The arguments are those of `screening_scores`,
-    for the validation images.
-    """
-    kinds = (class_names, malignant, unknown)
-    scores = screening_scores(y_true, y_prob, *kinds)
-    thresholds = {name: choose_thresholds(*scores[name]) for name in scores}
-    labels = {name: set(labels) for name, labels in screening_targets(*kinds).items()}
-    if len(thresholds) == 2 and labels["melanoma"] <= labels["malignant"]:
-        _agree(thresholds["malignant"], thresholds["melanoma"])
-    return thresholds
-
-
-def _agree(malignant: dict[str, float], melanoma: dict[str, float]) -> None:
-    for aim in malignant:
-        if aim.startswith("sensitivity"):
-            malignant[aim] = min(malignant[aim], melanoma[aim])
-        else:
-            melanoma[aim] = max(malignant[aim], melanoma[aim])
-
-
 def screen(
     is_positive: np.ndarray,
     score: np.ndarray,
     thresholds: Mapping[str, float],
     groups: ArrayLike | None = None,
     *,
+    implied: Mapping[str, np.ndarray] | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
     """Returns how well a score tells positive images from negative ones.
@@ -236,14 +205,19 @@ def screen(
     `thresholds` what `choose_thresholds` gave for the validation images. The result has `roc_auc`,
     `roc_auc_interval`, `positives` and `negatives` (`roc_auc_with_interval`), and `points`: for
     each threshold its `aim`, `threshold`, `sensitivity` and `specificity`, with Wilson intervals
-    for the effective numbers of groups. Raises ValueError when all images are positive or all are
-    negative.
+    for the effective numbers of groups. `implied` has by aim the images (N,) that are flagged
+    whatever their score, such as those flagged as melanoma when the target is malignant. Raises
+    ValueError when all images are positive or all are negative.
     """
     groups = number_groups(groups, len(is_positive))
+    flagged = {aim: score >= threshold for aim, threshold in thresholds.items()}
+    for aim, images in (implied or {}).items():
+        flagged[aim] = flagged[aim] | images
+    truth, points = is_positive, []
     is_positive, score, groups = select_known(is_positive, score, groups)
-    points = []
     for aim, threshold in thresholds.items():
-        found, rejected = score[is_positive] >= threshold, score[~is_positive] < threshold
+        _, is_flagged = select_known(truth, flagged[aim])
+        found, rejected = is_flagged[is_positive], ~is_flagged[~is_positive]
         points.append(
             {
                 "aim": aim,

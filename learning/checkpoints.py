@@ -19,9 +19,10 @@ from dataset import LesionLoader, check_seed
 from evaluation import (
     Evaluation,
     best_evaluation,
-    choose_screening_thresholds,
+    choose_thresholds,
     fit_calibration,
     group_by_malignancy,
+    screening_scores,
 )
 from imaging.batches import Inputs
 from imaging.splits import check_at_least
@@ -181,13 +182,13 @@ class Run:
             info, y_true, y_prob = self.info, evaluation.labels, evaluation.probabilities
             calibration = fit_calibration(y_true, y_prob, priors_shifted=self.priors_shifted)
             groups = (info.classes, info.malignant_classes, info.unknown_classes)
-            calibrated = calibration.apply(y_prob)
+            scores = screening_scores(y_true, calibration.apply(y_prob), *groups)
             info = replace(
                 info,
                 metrics=self.progress.best_metrics,
                 temperature=calibration.temperature,
                 bias=list(calibration.bias),
-                thresholds=choose_screening_thresholds(y_true, calibrated, *groups),
+                thresholds={name: choose_thresholds(*scores[name]) for name in scores},
             )
             info.save(path, self.progress.best_state)
 

@@ -68,7 +68,7 @@ def test_thresholds_are_chosen_on_the_images_that_are_known(make_images, tmp_pat
         chosen.append((np.nansum(is_positive), np.isfinite(is_positive).sum()))
         return choose_thresholds(is_positive, score)
 
-    monkeypatch.setattr("evaluation.screening.choose_thresholds", choose)
+    monkeypatch.setattr("learning.checkpoints.choose_thresholds", choose)
     root = make_images({"mel": 20, "nv": 15, "UNK": 30})
     splits, _ = DatasetBuilder(root, image_size=32).build()
     loaders = create_dataloaders(splits, batch_size=8, device="cpu")

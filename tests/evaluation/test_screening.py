@@ -10,7 +10,6 @@ from sklearn.metrics import (
 
 from evaluation import (
     MALIGNANT,
-    choose_screening_thresholds,
     choose_thresholds,
     group_by_malignancy,
     match_classes,
@@ -182,45 +181,12 @@ def test_thresholds_reach_their_aim_on_validation_and_no_better_one_does(seed, h
         assert point["sensitivity"] == max(sens for sens, spec in rates if spec >= level)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 2**32 - 1), st.booleans())
-def test_no_validation_image_is_melanoma_but_not_malignant_at_any_aim(seed, has_ties):
-    names = ["bcc", "df", "mel", "nv", "UNK", "melanoma in situ"]
-    rng = np.random.default_rng(seed)
-    y_true = rng.permutation(np.arange(60) % 6)
-    # Melanoma and the others are told apart better or worse, at random.
-    outputs = rng.normal(size=(60, 6)) + np.eye(6)[y_true] * rng.normal(1, 2, 6)
-    y_prob = np.exp(outputs.round() if has_ties else outputs)
-    y_prob /= y_prob.sum(axis=1, keepdims=True)
-    thresholds = choose_screening_thresholds(y_true, y_prob, names)
-    scores = screening_scores(y_true, y_prob, names)
-    new = np.random.default_rng(seed).dirichlet(np.full(6, 0.3), size=50)
-    melanoma, malignant = new[:, [2, 5]].sum(axis=1), new[:, [0, 2, 5]].sum(axis=1)
-    assert list(thresholds) == ["malignant", "melanoma"]
-    for aim in thresholds["melanoma"]:
-        of_melanoma, of_malignant = (thresholds[name][aim] for name in ("melanoma", "malignant"))
-        for low, high in ((melanoma, malignant), (scores["melanoma"][1], scores["malignant"][1])):
-            assert (high[low >= of_melanoma] >= of_malignant).all()
-    for name, (is_positive, score) in scores.items():
-        alone = choose_thresholds(is_positive, score)
-        for aim, threshold in thresholds[name].items():
-            kind, level = aim.split()
-            is_kept = (name == "melanoma") == (kind == "sensitivity")
-            assert threshold == alone[aim] if is_kept else aim in alone
-            found = score[is_positive == (kind == "sensitivity")] >= threshold
-            rate = found.mean() if kind == "sensitivity" else 1 - found.mean()
-            assert rate >= float(level.rstrip("%")) / 100 - 1e-12
-
-
-def test_thresholds_of_malignant_and_melanoma_are_left_where_neither_is_part_of_the_other():
-    rng = np.random.default_rng(0)
-    y_true, y_prob = np.arange(60) % 3, rng.dirichlet(np.ones(3), size=60)
-    kinds = ["mel", "nv", "df"], ["nv"]  # the user's own idea of what is malignant
-    thresholds = choose_screening_thresholds(y_true, y_prob, *kinds)
-    alone = {n: choose_thresholds(*s) for n, s in screening_scores(y_true, y_prob, *kinds).items()}
-    assert thresholds == alone and list(alone) == ["malignant", "melanoma"]
-    of_one = choose_screening_thresholds(y_true, y_prob, ["mel", "akiec", "bcc"])
-    assert list(of_one) == ["melanoma"]
+def test_what_is_flagged_for_another_reason_counts_as_flagged():
+    is_positive, score = np.array([1.0, 1.0, 0.0, 0.0, np.nan]), np.array([0.9, 0.1, 0.8, 0.2, 1])
+    aims = {"sensitivity 95%": 0.85, "specificity 95%": 0.85}
+    implied = {"sensitivity 95%": np.array([False, True, False, True, False])}
+    points = screen(is_positive, score, aims, implied=implied)["points"]
+    assert [(p["sensitivity"], p["specificity"]) for p in points] == [(1.0, 0.5), (0.5, 1.0)]
 
 
 def test_screening_without_one_of_the_kinds_is_refused():
