@@ -67,8 +67,8 @@ def evaluate_predictions(
 
     `y_prob` (N, C) are the model's own probabilities: the highest is its prediction. Everything
     else is computed from the calibrated ones. `thresholds` has for each of `screening_targets` what
-    `choose_thresholds` returned for the validation images; a target without any is left out. What is
-    flagged as melanoma at an aimed sensitivity counts as flagged as malignant, as in prediction.
+    `choose_thresholds` returned for the validation images; a target without any is left out. What
+    is flagged as melanoma at an aimed sensitivity counts as flagged as malignant.
     `malignant` and `unknown` are as in `group_by_malignancy`; `columns` (N rows) divide into
     subgroups.
 

@@ -14,7 +14,6 @@ from evaluation import (
     group_by_malignancy,
     match_classes,
     screen,
-    screening_scores,
     screening_targets,
     screening_warnings,
     wilson_interval,

@@ -46,7 +46,7 @@ def test_gradcam_of_small_images_still_tells_places_apart(size):
     model = small_model(name="resnet_finetuned")
     images = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     heatmaps = gradcam(model, images, np.arange(8) % len(CLASSES))
-    is_empty = heatmaps.max(axis=(1, 2)) == 0  # nothing in the image speaks for the class
+    is_empty = heatmaps.max(axis=(1, 2)) == 0  # no region raises the output for the class
     assert not is_empty.all()
     assert (np.ptp(heatmaps[~is_empty], axis=(1, 2)) > 0.1).all()
 
