@@ -99,8 +99,8 @@ def _pale(image: Image.Image) -> Image.Image:
 def _draw_why_empty(draw: ImageDraw.ImageDraw, corner: tuple[int, int], class_name: str) -> None:
     sentences = [
         "The heatmap is empty.",
-        f"According to Grad-CAM, no region of this image raises the output for {class_name}. It is "
-        "predicted all the same, because the model's outputs for the other classes are lower still.",
+        f"According to Grad-CAM, no region of this image raises the output for {class_name}. "
+        "It is predicted all the same, because the outputs for the other classes are lower still.",
     ]
     texts = _lay_out(sentences, HEADING_SIZE, FIGURE_SIDE - 4 * MARGIN)
     height = sum(_line_height(font) for _, font in texts)
