@@ -38,6 +38,7 @@ from evaluation.metrics import (
 from evaluation.screening import (
     MALIGNANT,
     OPERATING_POINTS,
+    ScreeningScores,
     choose_thresholds,
     group_by_malignancy,
     match_classes,
@@ -83,12 +84,7 @@ def evaluate_predictions(
     targets, excluded = screening_targets(*kinds), screening_targets(*kinds, positive=None)
     scores = screening_scores(y_true, calibrated, *kinds)
     scores = {name: scores[name] for name in scores if name in thresholds}
-    implied: dict[str, dict[str, np.ndarray]] = {name: {} for name in scores}
-    if len(scores) == 2:
-        _, score = scores["melanoma"]
-        for aim in thresholds["malignant"].keys() & thresholds["melanoma"].keys():
-            if aim.startswith("sensitivity"):
-                implied["malignant"][aim] = score >= thresholds["melanoma"][aim]
+    implied = {"malignant": _flagged_as_melanoma(scores, thresholds)}
     columns = pd.DataFrame() if columns is None else columns
     return {
         "test": compute_metrics(y_true, calibrated, class_names, y_pred),
@@ -108,10 +104,23 @@ def evaluate_predictions(
                 "classes": [class_names[label] for label in targets[name]],
                 "classes_left_out": [class_names[label] for label in excluded[name]],
             }
-            | screen(*scores[name], thresholds[name], groups, implied=implied[name], seed=seed)
+            | screen(*scores[name], thresholds[name], groups, implied=implied.get(name), seed=seed)
             for name in scores
         },
         "subgroups": compute_subgroups(y_true, y_pred, columns, groups, targets=scores, seed=seed),
+    }
+
+
+def _flagged_as_melanoma(
+    scores: Mapping[str, ScreeningScores], thresholds: Mapping[str, Mapping[str, float]]
+) -> dict[str, np.ndarray]:
+    """Returns the images that are, by each aimed sensitivity of both targets."""
+    if "melanoma" not in scores:
+        return {}
+    aims = thresholds.get("malignant", {}).keys() & thresholds["melanoma"].keys()
+    score = scores["melanoma"].score
+    return {
+        aim: score >= thresholds["melanoma"][aim] for aim in aims if aim.startswith("sensitivity")
     }
 
 

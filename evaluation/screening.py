@@ -209,7 +209,7 @@ def screen(
     whatever their score, such as those flagged as melanoma when the target is malignant. Raises
     ValueError when all images are positive or all are negative.
     """
-    groups = number_groups(groups, len(is_positive))
+    score, groups = np.asarray(score), number_groups(groups, len(is_positive))
     flagged = {aim: score >= threshold for aim, threshold in thresholds.items()}
     for aim, images in (implied or {}).items():
         flagged[aim] = flagged[aim] | images

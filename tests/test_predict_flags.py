@@ -385,7 +385,7 @@ def test_overlays_of_the_same_images_are_not_replaced_and_other_files_stay(here,
     assert main([*other, "images/melanoma", "images/nevus/0001.png"]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert "overlays already has overlays of 1 of these images, such as 0001-" in error
-    assert "--overwrite replaces them, or choose another folder" in error
+    assert "replace them with --overwrite, or choose another folder" in error
     assert files(here) == before
     assert main([*other, "images/melanoma"]) == 0
     assert before.items() < files(here).items() and len(files(here)) == len(before) + 4

