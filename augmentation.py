@@ -8,6 +8,7 @@ A policy is a sequence of augmentations that are applied to a batch one after th
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,6 +72,16 @@ class StandardViews:
         return apply_views(images, drawn), labels
 
 
+# The values of a view that leaves an image as it is, wherever its noise starts.
+_UNCHANGED = {
+    "hflip": 1.0,
+    "vflip": 1.0,
+    "angle": 0.0,
+    "brightness": 1.0,
+    "contrast": 1.0,
+    "noise_std": 0.0,
+}
+
 POLICIES: dict[str, Policy] = {"none": (), "standard": (StandardViews(),)}
 
 
@@ -85,7 +96,7 @@ def resolve_policy(augmentation: bool | str | Policy) -> Policy:
         return augmentation
     if augmentation not in POLICIES:
         names = ", ".join(POLICIES)
-        raise ValueError(f"augmentation is {augmentation!r}; the policies are {names}")
+        raise ValueError(f"unknown augmentation {augmentation!r}; the policies are {names}")
     return POLICIES[augmentation]
 
 
@@ -125,6 +136,35 @@ def apply_views(images: Tensor, views: Views) -> Tensor:
     shift = (1 - contrast) * brightness * rotated.mean(dim=(1, 2, 3), keepdim=True)
     noise = _noise(images, views.noise_start).mul_(views.noise_std.view(-1, 1, 1, 1)).add_(shift)
     return noise.addcmul_(rotated, contrast * brightness).clamp_(0, 1)
+
+
+def example_views(generator: torch.Generator, num_combined: int = 2) -> tuple[list[str], Views]:
+    """Returns views that show what training does to an image, and the name of each.
+
+    The first show one augmentation each, the strongest of 64 that are drawn; `num_combined` more
+    show all of them together, as drawn.
+    """
+    drawn = draw_views(64, generator)
+    strongest = {
+        name: max(getattr(drawn, name).tolist(), key=lambda value: abs(value - _UNCHANGED[name]))
+        for name in _UNCHANGED
+    }
+    degrees = math.degrees(strongest["angle"])
+    names = {
+        "hflip": "flipped left to right",
+        "vflip": "flipped top to bottom",
+        "angle": f"rotated by {abs(degrees):.0f}° {'anti' if degrees > 0 else ''}clockwise",
+        "brightness": f"brightness ×\u00a0{strongest['brightness']:.2f}",
+        "contrast": f"contrast ×\u00a0{strongest['contrast']:.2f}",
+        "noise_std": f"noise of standard deviation {strongest['noise_std']:.2f}",
+    }
+    singles = {"noise_start": drawn.noise_start[: len(names)]}
+    for index, name in enumerate(names):
+        singles[name] = torch.full((len(names),), _UNCHANGED[name], device=generator.device)
+        singles[name][index] = strongest[name]
+    combined = draw_views(num_combined, generator)
+    values = {name: torch.cat([singles[name], getattr(combined, name)]) for name in singles}
+    return [*names.values(), *["all together"] * num_combined], Views(**values)
 
 
 def augment_batch(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -129,14 +129,14 @@ class DatasetBuilder:
         check_seed(self.seed)
         if self.label_conflicts not in ("keep", "drop", "error"):
             raise ValueError(
-                f"label_conflicts is {self.label_conflicts!r}; it must be keep, drop or error"
+                f"label_conflicts must be keep, drop or error, not {self.label_conflicts!r}"
             )
         if self.split_by not in ("random", "folders"):
-            raise ValueError(f"split_by is {self.split_by!r}; it must be random or folders")
+            raise ValueError(f"split_by must be random or folders, not {self.split_by!r}")
         if self.split_by == "folders" and self.splits_csv is not None:
-            raise ValueError("splits come from split_by='folders' or splits_csv, not from both")
+            raise ValueError("give split_by='folders' or splits_csv, not both")
         if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
-            raise ValueError("label_column needs the table it is in: labels_csv or metadata_csv")
+            raise ValueError("label_column needs the table that has it: labels_csv or metadata_csv")
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
         """Returns `path`, `class` and `source_split` of each image, without decoding any.
@@ -268,7 +268,7 @@ class DatasetBuilder:
             names = ", ".join(map(printable, first["path"]))
             raise ValueError(
                 f"{conflicting.sum()} images have copies of another class, such as {names}; "
-                "correct the labels, or choose to keep or drop these images"
+                "correct the labels, or set label_conflicts to keep or drop"
             )
         return (metadata[~conflicting] if self.label_conflicts == "drop" else metadata).copy()
 
@@ -292,7 +292,9 @@ class DatasetBuilder:
             sources.check_complete(split, metadata["path"], self.splits_csv)
         elif "valid" not in set(split):
             if not {"train", "valid"} <= set(splits):
-                raise ValueError("splits must have train and valid to take valid out of Train")
+                raise ValueError(
+                    "splits must have train and valid, as valid is taken out of the folder Train"
+                )
             whole = splits["train"] + splits["valid"]
             parts = {name: splits[name] / whole for name in ("train", "valid")}
             is_train = (split == "train").to_numpy()
@@ -334,7 +336,7 @@ class LesionLoader:
         check_at_least(1, batch_size=batch_size)
         check_at_least(0, num_workers=num_workers)
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; it must be 0 or more and below world_size")
+            raise ValueError(f"rank must be at least 0 and less than world_size, not {rank}")
         if len(dataset) == 0:
             raise ValueError("the data set has no images")
         check_seed(seed)
@@ -441,7 +443,9 @@ def create_dataloaders(
     larger = 1 if device.type == "cpu" else EVALUATION_BATCHES
     empty = [name for name, dataset in dataset_splits.items() if len(dataset) == 0]
     if empty:
-        raise ValueError(f"no images are left for {', '.join(empty)}: there are too few in all")
+        raise ValueError(
+            f"too few images, or groups of images: none are left for {', '.join(empty)}"
+        )
     return {
         name: LesionLoader(
             dataset,

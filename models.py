@@ -6,7 +6,6 @@ that rebuild it.
 """
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -20,6 +19,7 @@ from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
 from evaluation import Calibration
 from imaging.lesions import is_malignant
+from storage.files import did_you_mean
 from storage.tensors import check_alike, is_number, load_tensors, save_tensors
 from storage.weights import download_weights, load_weights
 
@@ -123,7 +123,7 @@ class LesionClassifier(nn.Module):
         no layers with maps.
         """
         if not self.feature_maps:
-            raise ValueError("the model's backbone names no layers with feature maps")
+            raise ValueError("the backbone of this model names no layer with feature maps")
         large = (name for name, stride in self.feature_maps if image_size / stride >= min_map_size)
         return self.backbone.get_submodule(next(large, self.feature_maps[-1][0]))
 
@@ -150,7 +150,7 @@ class SimpleCNN(LesionClassifier):
         # The two convolutions of stride 2 round up, the two poolings round down.
         side = ((image_size + 1) // 2 // 2 + 1) // 2 // 2
         if side < 1:
-            raise ValueError(f"image_size {image_size} is too small for SimpleCNN; use 11 or more")
+            raise ValueError(f"image_size must be at least 11 for SimpleCNN, not {image_size}")
         backbone = nn.Sequential(
             nn.Conv2d(3, 32, kernel_size=5, stride=2, padding=2),
             nn.ReLU(),
@@ -170,7 +170,7 @@ class SimpleCNN(LesionClassifier):
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"this SimpleCNN takes images of {self.image_size} pixels on a side, not "
-                f"{tuple(images.shape[-2:])}; give get_model the image_size of the data"
+                f"{tuple(images.shape[-2:])}; call get_model with the image_size of the data"
             )
         return super().features(images)
 
@@ -267,13 +267,13 @@ def get_model(
     """
     check_model_name(name)
     if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}; a classifier needs two classes or more")
+        raise ValueError(f"num_classes must be at least 2, not {num_classes}")
     if layers not in RESNETS:
-        raise ValueError(f"layers is {layers}; ResNets are built with 18, 34 or 50")
+        raise ValueError(f"layers must be 18, 34 or 50, not {layers}")
     if not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate is {dropout_rate}; it must be 0 or more and less than 1")
+        raise ValueError(f"dropout_rate must be at least 0 and less than 1, not {dropout_rate}")
     if not is_pretrained(name) and weights not in ("imagenet", None):
-        raise ValueError(f"{name} starts from random weights and takes none from {weights}")
+        raise ValueError(f"{name} starts from random weights; it cannot use {weights}")
 
     # Weights are drawn on the CPU, so its generator alone is set and put back.
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -303,9 +303,9 @@ def check_model_name(name: str) -> None:
     """Raises ValueError, with the nearest known names, unless `get_model` knows the name."""
     known = [*MODELS, *(f"{backbone}_{start}" for backbone in BACKBONES for start in STARTS)]
     if name not in known:
-        shown = str(name)[:80]
-        nearest = difflib.get_close_matches(shown, known, n=4, cutoff=0)
-        raise ValueError(f"no model is named {shown!r}; the nearest names are {', '.join(nearest)}")
+        shown, otherwise = str(name)[:80], f"the common models are {', '.join(MODELS)}"
+        suggestion = did_you_mean(shown, known, otherwise)
+        raise ValueError(f"unknown model {shown!r}; {suggestion}")
 
 
 def is_pretrained(name: str) -> bool:
@@ -443,12 +443,12 @@ def _check_info(info: ModelInfo) -> None:
     if not {"name", "num_classes", "image_size"} <= config.keys():
         raise ValueError("config has no name, num_classes or image_size")
     if type(config["num_classes"]) is not int or config["num_classes"] != num_classes:
-        raise ValueError(f"the file names {num_classes} classes, but num_classes of config differs")
+        raise ValueError(f"the file has {num_classes} classes, but num_classes of config differs")
     for size in (info.image_size, config["image_size"]):
         if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size must be a whole number from 1 to {MAX_IMAGE_SIZE:,}")
     if config["name"] == "simple_cnn" and info.image_size != config["image_size"]:
-        raise ValueError(f"image_size is {info.image_size}, but in config {config['image_size']}")
+        raise ValueError(f"image_size is {info.image_size}, but {config['image_size']} in config")
     check_alike(config.get("dropout_rate", 0.0), 0.0, "dropout_rate of config")
     check_alike([info.preprocessors, info.precision], ["", ""], "preprocessors, precision")
     check_alike(info.temperature, 1.0, "temperature")

@@ -15,13 +15,13 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment import console
 from experiment.console import flag_field
-from inference.options import NUM_VIEWS, Paths, check_file_to_write
+from inference.options import NUM_VIEWS, Paths, check_file_to_write, find_model
 from learning.processes import StopSignals
 from storage.files import printable
 
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 PROGRAM = "predict.py"
 MAX_ROWS_PRINTED = 20  # where there is a file that has them all
+MARK = " *"  # after a predicted class that is not the most probable one
+WHY_MARKED = (
+    "another class is more probable, the first in the last column. Classes are predicted before "
+    "calibration, when a model trained on balanced classes takes all to be equally common."
+)
 MAX_PATH_WIDTH = 60  # characters of the column of paths in the printed table; longer ones stick out
 MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
 # Public names of this module that need torch: imported from these modules when first used.
@@ -68,26 +73,27 @@ def predict(
 ) -> "pd.DataFrame":
     """Returns a table of what trained models predict, a row for each image.
 
-    Its columns are `path`; `class`, that of the highest raw probability; a calibrated
-    `prob_<class>` for each class, of which another can be the highest; and a `flag_<name>` for each
-    threshold. A file that cannot be read is named in a warning and has no row.
+    Its columns are `path`; `class`, that of the highest probability before calibration, and its
+    calibrated `probability`; `most_probable`, the class whose calibrated probability is highest;
+    these by class as `prob_<class>`; and a `flag_<name>` for each threshold, where that of a
+    malignant class implies `malignant`. Files that cannot be read have a warning and no row.
 
     Parameters
     ----------
-    model : a `model.pth`, or several, whose probabilities are averaged
+    model : a `model.pth`, or a folder with one, or several, whose probabilities are averaged
     images : files and folders; of a folder all images below it that are not hidden, sorted
     output : a .csv or .json file for the table as well, written whole or not at all
     tta : how many of the 8 flips and quarter-turns of an image raw probabilities are averaged over;
         1 is the image as it is, 2 adds its mirror image, 4 all flips
-    gradcam : a folder for an overlay of each image's `gradcam` for the predicted class
+    gradcam : a folder for a figure of each image beside its `gradcam` for the predicted class
     thresholds : by name of a class, `malignant` (those counted as such) or `melanoma` (all classes
         of it), the calibrated probability from which an image is flagged. None: those chosen in
         training for a sensitivity of 95 %, with a warning for several models or views
     preprocessors, device, precision, batch_size : as in training; None is CUDA if it is available
     num_workers : threads that decode, None for one a core
 
-    Raises FileNotFoundError for files that do not exist, and ValueError for values out of range,
-    thresholds of no class, and models that do not fit each other or the preprocessors.
+    Raises FileNotFoundError for what does not exist, ValueError for values out of range, thresholds
+    of no class, a folder of several models, models that do not fit together or the preprocessors.
     """
     import pandas as pd
 
@@ -107,14 +113,13 @@ def predict(
         num_workers=num_workers,
     )
     tables, problems = zip(*batches, strict=True)
-    unreadable = [problem for of_batch in problems for problem in of_batch]
-    if unreadable:
+    if unreadable := [problem for of_batch in problems for problem in of_batch]:
         words = f"{len(unreadable)} images cannot be read: {'; '.join(unreadable)}"
         warnings.warn(words, stacklevel=2)
     return pd.concat([t for t in tables if len(t) > 0] or tables[:1], ignore_index=True)
 
 
-_positive = console.number_type(int, lambda n: 1 <= n < 2**31, "1 or more, and less than 2**31")
+_positive = console.number_type(int, lambda n: 1 <= n < 2**31, "at least 1 and less than 2**31")
 _views = console.number_type(int, lambda n: 1 <= n <= NUM_VIEWS, f"from 1 to {NUM_VIEWS}")
 _probability = console.number_type(float, lambda p: 0 <= p <= 1, "a probability from 0 to 1")
 
@@ -122,14 +127,29 @@ _probability = console.number_type(float, lambda p: 0 <= p <= 1, "a probability 
 def _threshold(text: str) -> tuple[str, float]:
     name, _, probability = text.rpartition("=")
     if not name.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=0.2")
+        raise argparse.ArgumentTypeError(f"must be of the form NAME=0.2, not {text!r}")
     return name.strip(), _probability(probability)
 
 
 def _text(text: str) -> str:
     if not text.strip():  # such as a variable of the shell that is not set
-        raise argparse.ArgumentTypeError("is empty")
+        raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+# The groups of flags in the order of --help.
+GROUPS = ("common", "prediction", "evaluation", "export", "machine")
+EXAMPLES = """\
+examples:
+  python predict.py --model models/resnet_head/model.pth new_images
+  python predict.py --model models/resnet_head/model.pth --output table.csv new_images
+  python predict.py --model models/resnet_head/model.pth --gradcam maps lesion.jpg
+  python predict.py --model models/resnet_head/model.pth --evaluate report other_hospital
+  python predict.py --model models/resnet_head/model.pth --export model.onnx
+
+Exit status: 0 if all is well, 1 if an image could not be read, 2 if the command cannot be run.
+For research and teaching, not for diagnosis.
+"""
 
 
 def _flag(*arguments: Any, evaluate: str | None = None, **options: Any) -> Any:
@@ -142,48 +162,66 @@ def _flag(*arguments: Any, evaluate: str | None = None, **options: Any) -> Any:
 class Settings:
     """The settings of the command; each is a flag of the same name, but for `images`."""
 
-    images: tuple[str, ...] = flag_field((), "what to predict", "IMAGE_OR_FOLDER", nargs="*")
+    images: tuple[str, ...] = flag_field(
+        (), "images, or folders of images", "IMAGE_OR_FOLDER", group="common", nargs="*"
+    )
     model: tuple[str, ...] = flag_field(
-        None, "a model.pth; several --model are an ensemble", "FILE",
+        None, "a model.pth or its folder; several --model form an ensemble", "PATH",
+        group="common",
         type=_text, action="append", required=True,
     )  # fmt: skip
     output: str | None = _flag(
-        None, "a .csv or .json file for the table", "FILE", type=_text,
+        None, "write the predictions to a .csv or .json file", "FILE", group="common", type=_text,
         evaluate="its tables of predictions are in the folder that it is given",
     )  # fmt: skip
-    top_k: int = _flag(3, "classes printed with probability", "N", type=_positive, evaluate="")
-    tta: int = _flag(1, "flips and turns averaged over, 1 to 8", "N", type=_views, evaluate="")
+    top_k: int = _flag(
+        3, "how many probabilities to print for each image", "N", group="prediction",
+        type=_positive, evaluate="",
+    )  # fmt: skip
+    tta: int = _flag(
+        1, "average over this many flips and quarter-turns of each image, 1 to 8", "N",
+        group="prediction", type=_views, evaluate="",
+    )  # fmt: skip
     gradcam: str | None = _flag(
-        None, "a folder for overlays of what the models looked at", "DIR", type=_text,
-        evaluate="it draws examples for each class by itself",
+        None, "save a Grad-CAM figure of each image in this folder", "DIR", group="prediction",
+        type=_text, evaluate="it draws examples for each class by itself",
     )  # fmt: skip
     threshold: Mapping[str, float] | None = _flag(
-        None, "flag a class, or malignant, from this probability on; can be repeated (None: the "
-        "model's own, for a sensitivity of 95 %%)", "NAME=P", type=_threshold, action="append",
+        None, "flag images whose probability of a class, or of malignant, is at least P; can be "
+        "repeated (default: the model's own, for a sensitivity of 95 %)", "NAME=P",
+        group="prediction", type=_threshold, action="append",
         evaluate="it reports several thresholds of each model's own",
     )  # fmt: skip
-    device: str = _flag("auto", "auto: CUDA where there is one", "auto|cpu|cuda")
-    precision: str = _flag(
-        "auto", "auto: bf16 where the hardware computes in it",
-        choices=("auto", "fp32", "bf16", "fp16"),
+    device: str = _flag(
+        "auto", "device to predict on; auto is CUDA if available", "auto|cpu|cuda",
+        group="machine",
     )  # fmt: skip
-    batch_size: int = _flag(32, "images in a batch", "N", type=_positive)
+    precision: str = _flag(
+        "auto", "precision of the model; auto is bf16 where the hardware supports it",
+        choices=("auto", "fp32", "bf16", "fp16"), group="machine",
+    )  # fmt: skip
+    batch_size: int = _flag(32, "images per batch", "N", group="machine", type=_positive)
     num_workers: int | None = _flag(
-        None, "threads that decode (None: one for each core)", "N", type=_positive
-    )
+        None, "threads that decode images (default: one for each core)", "N", group="machine",
+        type=_positive,
+    )  # fmt: skip
     evaluate: str | None = flag_field(
-        None, "measure the models on a labelled folder, report to DIR", "DIR", type=_text
-    )
+        None, "measure the models on a folder of labelled images, and report in DIR", "DIR",
+        group="evaluation", type=_text,
+    )  # fmt: skip
     labels_csv: str | None = _flag(
-        None, "with --evaluate: classes that override the folders'", "FILE", type=_text
-    )
+        None, "table of classes that override the folder names", "FILE", group="evaluation",
+        type=_text,
+    )  # fmt: skip
     label_column: str | None = _flag(
-        None, "with --evaluate: the column that gives the classes", "NAME", type=_text
-    )
+        None, "column that gives the classes in place of the folder names", "NAME",
+        group="evaluation", type=_text,
+    )  # fmt: skip
     export: str | None = flag_field(
-        None, "write the model as ONNX instead, and check it", "FILE", type=_text
-    )
-    overwrite: bool = flag_field(False, "replace files that are to be written and exist")
+        None, "write the model as ONNX, checked against PyTorch, and predict nothing", "FILE",
+        group="export", type=_text,
+    )  # fmt: skip
+    overwrite: bool = flag_field(False, "replace existing files", group="common")
 
 
 # By mode the flags without effect in it, and what to do instead; kept for those who import it.
@@ -206,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(argv)
     if_stopped = "nothing was written"
     if settings.evaluate is not None:
-        if_stopped = "the same command goes on with the remaining models, without --overwrite"
+        if_stopped = "repeat the command without --overwrite to evaluate the remaining models"
     elif settings.gradcam is not None:
         if_stopped = f"the overlays drawn so far are in {settings.gradcam}"
     too_large = f"out of memory with --batch_size {settings.batch_size}; try a smaller one"
@@ -221,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings, command: str = "") -> int:
     """Exports the model, or predicts and prints; returns the exit status."""
+    settings = replace(settings, model=tuple(map(find_model, settings.model)))
     _check_nothing_is_lost(settings)
     if settings.evaluate is not None:
         return _evaluate_and_print(settings, settings.evaluate, command)
@@ -229,7 +268,7 @@ def run(settings: Settings, command: str = "") -> int:
     from inference.export import export_onnx
 
     export_onnx(settings.model[0], settings.export)
-    print(f"{settings.export}: gives the same logits in onnxruntime as in PyTorch")
+    print(f"{settings.export}: same logits in onnxruntime as in PyTorch")
     return 0
 
 
@@ -241,10 +280,10 @@ def _check_nothing_is_lost(settings: Settings) -> None:
         check_file_to_write(path, suffixes)
         read = [other for other in (*settings.model, *settings.images) if os.path.exists(other)]
         if os.path.exists(path) and any(os.path.samefile(path, other) for other in read):
-            raise ValueError(f"{path} is to be read as well; choose another name")
+            raise ValueError(f"{path} is also an input; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
             raise ValueError(
-                f"{path} exists and would be lost; --overwrite replaces it, or choose another name"
+                f"{path} already exists; replace it with --overwrite, or choose another name"
             )
     folder = settings.gradcam
     if folder is None or settings.overwrite or not os.path.isdir(folder):
@@ -256,8 +295,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
     overlays = [n for n in map(overlay_name, find_files(settings.images)) if n in existing]
     if overlays:
         raise ValueError(
-            f"{folder} has overlays of {len(overlays)} of these images, such as {overlays[0]}, "
-            "which would be lost; --overwrite replaces them, or choose another folder"
+            f"{folder} already has overlays of {len(overlays)} of these images, such as "
+            f"{overlays[0]}; replace them with --overwrite, or choose another folder"
         )
 
 
@@ -283,7 +322,7 @@ def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
         console.print_message(PROGRAM, "warning", problem)
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
-    print(f"\nEverything is in {save_dir}; begin with {save_dir}/report.html.")
+    print(f"\nEverything is in {save_dir}; start with {save_dir}/report.html.")
     return 1 if unreadable else 0
 
 
@@ -292,7 +331,7 @@ def _predict_and_print(settings: Settings) -> int:
     from learning.hardware import choose_device, name_of_precision, resolve_precision
 
     printer = _Printer(settings.top_k, None if settings.output is None else MAX_ROWS_PRINTED)
-    num_images, num_unreadable = 0, 0
+    num_images, num_unreadable, num_marked = 0, 0, 0
     num_flagged: Counter[Any] = Counter()
     same = ("output", "tta", "gradcam", "device", "precision", "batch_size", "num_workers")
     options = {name: getattr(settings, name) for name in same}
@@ -304,9 +343,12 @@ def _predict_and_print(settings: Settings) -> int:
             printer.print(table, unreadable)
             num_images += len(table)
             num_unreadable += len(unreadable)
+            num_marked += int((table["class"] != table["most_probable"]).sum())
             num_flagged.update(table.filter(regex="^flag_").sum().to_dict())
     if num_images > printer.num_printed:
         print(f"... and {num_images - printer.num_printed:,} more")
+    if num_marked > 0:
+        print(f"\n{MARK.strip()} {num_marked:,} of {num_images:,} images: {WHY_MARKED}")
     summary = [f"{num_images:,} images"]
     if num_flagged:
         counts = (f"{_shown_name(column)} {number:,}" for column, number in num_flagged.items())
@@ -348,13 +390,16 @@ class _Printer:
 
     def _cells(self, row: dict[Any, Any]) -> dict[str, str]:
         """Returns what is printed of an image, by heading."""
-        cells = {"image": printable(row["path"]), "class": printable(row["class"])}
+        predicted = f"{printable(row['class'])} {row['probability']:.3f}"
+        if row["class"] != row["most_probable"]:
+            predicted += MARK
+        cells = {"image": printable(row["path"]), "predicted class": predicted}
         flags = [name for name in row if name.startswith("flag_")]
         if flags:
             cells["flags"] = ", ".join(_shown_name(name) for name in flags if row[name]) or "-"
         ranked = sorted((n for n in row if n.startswith("prob_")), key=lambda name: -row[name])
         probabilities = (f"{_shown_name(name)} {row[name]:.3f}" for name in ranked[: self.top_k])
-        return cells | {"calibrated probabilities": ", ".join(probabilities)}
+        return cells | {"most probable classes": ", ".join(probabilities)}
 
 
 def _shown_name(column: str) -> str:
@@ -368,6 +413,7 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are images, whatever it is
     flags = [console.with_underscores(word) for word in argv[:end]]
     parser = make_parser()
+    parser.check_flags(flags)
     arguments = vars(parser.parse_intermixed_args(flags))
     arguments["images"] = (*arguments["images"], *argv[end + 1 :])
     arguments["model"] = tuple(arguments["model"])
@@ -383,43 +429,46 @@ def _check_mode(
     """Ends with status 2 for flags and images that do not go together."""
     images = arguments["images"]
     if {"evaluate", "export"} <= given:
-        parser.error("--evaluate and --export do different things; give one of them at a time")
+        parser.error("--evaluate and --export cannot be combined; give one at a time")
     console.check_flag_fields(parser, Settings, given, arguments)
     if arguments["export"] is not None:
         if images:
-            parser.error("--export takes no images; predict them without it")
+            parser.error("--export takes no images; leave them out, or leave out --export")
         if len(arguments["model"]) > 1:
-            parser.error("--export takes one --model; export each by itself")
+            parser.error("--export takes one --model; export one at a time")
     elif arguments["evaluate"] is not None:
         if len(images) != 1:
             parser.error("--evaluate takes one folder of labelled images")
         if "label_column" in given and "labels_csv" not in given:
-            parser.error("--label_column needs the table that the column is in: --labels_csv")
+            parser.error("--label_column needs the table that has the column: --labels_csv")
     else:
         if not images:
-            parser.error("name the images or folders to predict")
+            parser.error("give the images or folders to predict")
         for name in sorted(given & {"labels_csv", "label_column"}):
             parser.error(f"--{name} has no effect without --evaluate")
         if "overwrite" in given and not given & {"output", "gradcam"}:
-            parser.error("--overwrite has no effect without a file to write, such as --output")
+            parser.error(
+                "--overwrite has no effect without --output, --gradcam, --evaluate or --export"
+            )
     for name, number in Counter(name for name, _ in arguments["threshold"] or ()).items():
         if number > 1:
             parser.error(f"--threshold {name} is given twice")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> console.Parser:
     """Returns the parser of all flags, with the defaults of `Settings`."""
     parser = console.Parser(
         prog=PROGRAM,
         description="Predicts the classes of images of skin lesions with trained models.",
-        epilog="For research and teaching, not for diagnosis. Exit status: 1 when an image could "
-        "not be read, 2 when something is wrong with the command.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        usage=f"{PROGRAM} --model FILE [--model FILE ...] [flags] IMAGE_OR_FOLDER ...",
+        epilog=EXAMPLES,
     )
+    groups = parser.add_groups(GROUPS)
     for each in fields(Settings):
         name = each.name if each.name == "images" else f"--{each.name}"
-        parser.add_argument(name, default=each.default, **each.metadata["options"])
+        groups[each.metadata["group"]].add_argument(
+            name, default=each.default, **each.metadata["options"]
+        )
     return parser
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             PROGRAM,
             lambda: run(settings, is_demo),
             advice=lambda error: _advice(error, settings),
-            if_stopped="nothing had been started",
+            if_stopped="nothing was changed",
             show_warnings=is_first,
         )
 
@@ -56,7 +56,8 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         return 0  # one process is enough, and torchrun would stop it when another one ends with 1
     data_dir = Path(settings.data_dir)
     if not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
-        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder")
+        what = " is a file, not a folder" if data_dir.exists() else ": no such folder"
+        raise FileNotFoundError(f"--data_dir {data_dir}{what}")
     check_save_dir(settings.save_dir, data_dir)
     if is_first_process():
         check_unclaimed(settings.save_dir)  # now, not after the images are prepared
@@ -75,7 +76,7 @@ def _advice(error: RuntimeError, settings: Settings) -> str | None:
         )
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().split("\n")[0]
-        return f"--compile does not work here ({reason}); run without it"
+        return f"--compile does not work here ({reason}); leave it out"
     return None
 
 

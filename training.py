@@ -107,9 +107,9 @@ def make_optimizer(
     decay, or a model without trainable parameters.
     """
     if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be greater than 0")
+        raise ValueError(f"learning_rate must be greater than 0, not {learning_rate}")
     if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is {weight_decay}; it must be 0 or more")
+        raise ValueError(f"weight_decay must be at least 0, not {weight_decay}")
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("the model has no trainable parameters")
@@ -131,7 +131,7 @@ def warmup_cosine(optimizer: Optimizer, num_steps: int, warmup_fraction: float =
     """
     check_at_least(1, num_steps=num_steps)
     if not 0 <= warmup_fraction <= 1:
-        raise ValueError(f"warmup_fraction is {warmup_fraction}; it must be from 0 to 1")
+        raise ValueError(f"warmup_fraction must be from 0 to 1, not {warmup_fraction}")
     warmup_steps = round(num_steps * warmup_fraction)
     decay_steps = num_steps - 1 - warmup_steps
 
@@ -165,12 +165,12 @@ def evaluate(
     model.to(device)
     batches = []
     with evaluation_mode(model), torch.inference_mode():
-        for inputs, labels in progress_bar(loader, desc="evaluating"):
+        for inputs, labels in progress_bar(loader, "evaluating", unit="batch"):
             batches.append((compute_logits(model, inputs, device, dtype), labels))
     if isinstance(loader, LesionLoader) and loader.world_size > 1:
         batches = gather_batches(batches)
     if not batches:
-        raise ValueError("the loader gave no batches to evaluate on")
+        raise ValueError("the loader yielded no batches to evaluate on")
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
     logits = logits.double()
     loss = F.cross_entropy(logits, labels).item()
@@ -244,7 +244,7 @@ def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[st
     window, agreement = _Window(progress), Agreement()
     run.next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     bar = progress_bar(
-        desc="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
+        name="training", total=plan.num_steps, initial=progress.step, unit="step", mininterval=1.0
     )
     run.model.train()
     with (
@@ -259,7 +259,7 @@ def _train(run: Run, forward: Callable[..., Tensor]) -> tuple[nn.Module, dict[st
                 step_batches = itertools.islice(batches, plan.accumulate)
                 window.add(*_train_step(run, forward, step_batches))
                 if bar.update():  # about once a second, as reading a loss waits for the device
-                    bar.set_postfix_str(window.describe())
+                    bar.set_postfix(window.describe())
             if progress.is_evaluation_due(plan):
                 _evaluate_and_keep(run, window, signals)
             if _stop_or_save(run, window, agreement, signals):
@@ -414,12 +414,12 @@ def _name_saved_files(run: Run) -> Iterator[None]:
     except NonFiniteLossError as error:
         if run.folder is None:
             raise
-        kept = "no checkpoint had been written before"
+        kept = "no checkpoint was written before"
         if run.progress.saved_step:
-            kept = f"{run.folder / 'last.pth'} is that of step {run.progress.saved_step}"
+            kept = f"{run.folder / 'last.pth'} is from step {run.progress.saved_step}"
         if run.progress.best_metrics and (run.folder / "model.pth").exists():
             best = run.progress.best_metrics["step"]
-            kept += f", {run.folder / 'model.pth'} the best, of step {best}"
+            kept += f", {run.folder / 'model.pth'}, the best, from step {best}"
         raise NonFiniteLossError(f"{error}; {kept}") from None
 
 
@@ -428,7 +428,7 @@ def _class_names(loader: Batches, num_classes: int) -> list[str]:
     if names is None:
         return [str(label) for label in range(num_classes)]
     if len(names) != num_classes:
-        raise ValueError(f"num_classes is {num_classes}, but the data have {len(names)} classes")
+        raise ValueError(f"num_classes is {num_classes}, but the data has {len(names)} classes")
     return [str(name) for name in names]
 
 
@@ -440,7 +440,7 @@ def _endless_batches(loader: Batches, start: int) -> Iterator[tuple[Inputs, Tens
         for batch in loader:
             yield batch
         if batch is None:
-            raise ValueError("the training loader gave no batches (any more)")
+            raise ValueError("the training loader yielded no batches")
 
 
 def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Callable[..., Tensor]:
@@ -454,7 +454,7 @@ def _make_forward(model: nn.Module, device: torch.device, compile: bool) -> Call
         if not is_distributed():
             raise ValueError(
                 f"torchrun started {get_world_size()} processes; call "
-                "torch.distributed.init_process_group before train, so that they train one model"
+                "torch.distributed.init_process_group before train to train one model together"
             )
         devices = [device] if device.type == "cuda" else None
         forward = DistributedDataParallel(forward, devices, gradient_as_bucket_view=True)

@@ -9,6 +9,7 @@ FileNotFoundError.
 
 import io
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -20,13 +21,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 from evaluation import best_evaluation
@@ -36,10 +37,12 @@ from evaluation.metrics import (
     check_predictions,
     compute_precision_recall_curve,
     compute_roc_curve,
+    format_percent,
 )
 from imaging.decode import as_shares, as_uint8
 from imaging.heatmaps import HEATMAP_COLOURS, blend_heatmaps
 from imaging.heatmaps import overlay_heatmap as overlay_heatmap  # for those who import it from here
+from imaging.lesions import is_malignant, is_melanoma
 from storage.files import write_atomically
 
 _COLOURS = sns.color_palette("colorblind")
@@ -94,6 +97,7 @@ _NO_FRAME: dict[str, Any] = {"frame_on": False, "xticks": [], "yticks": []}
 def plot_learning_curves(
     history: Mapping[str, Sequence[float | None]] | pd.DataFrame,
     *,
+    learning_rates: Sequence[float] | None = None,
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
@@ -103,6 +107,8 @@ def plot_learning_curves(
     `train_loss`, `valid_loss`, and in [0, 1] `valid_precision`, `valid_recall` and
     `valid_balanced_accuracy`; others are passed over. None and NaN leave a gap. The best evaluation
     has the highest `valid_balanced_accuracy`, of equal ones the lowest `valid_loss`.
+    `learning_rates` are those of each step from the first; by default those at evaluations are
+    joined.
 
     Raises ValueError when a column is missing, lengths differ, or there is no entry.
     """
@@ -110,16 +116,20 @@ def plot_learning_curves(
     table = _checked_table(history, "history", ["step", *columns]).astype(float)
     with _figure((7.2, 5.0), title, save_path) as figure:
         panels = figure.subplots(2, 2, sharex=True).flat
-        # Small dots still show a value between two gaps.
-        dots: dict[str, Any] = {"marker": ".", "markersize": 5 if len(table) <= 50 else 2}
         for ax, (name, lines) in zip(panels, _LEARNING_PANELS.items(), strict=True):
             for column, label, colour in lines:
-                ax.plot(table["step"], table[column], color=colour, label=label, **dots)
+                values = table.set_index("step")[column]
+                if column == "learning_rate" and learning_rates is not None:
+                    values = pd.Series(np.asarray(learning_rates, dtype=float))
+                    values.index += 1
+                # Dots as wide as the line still show a value between two gaps.
+                dots = {"markeredgewidth": 0, "markersize": 7.0 if len(values) <= 50 else 2.4}
+                ax.plot(values, color=colour, label=label, marker=".", **dots)
             ax.set_ylabel(name)
             if name.startswith("Validation"):
                 ax.set_ylim(_UNIT_RANGE)  # the same in every figure, so that models compare
             if name == "Learning rate":
-                _use_log_scale(ax, table["learning_rate"])
+                _use_log_scale(ax, values)
             else:
                 ax.legend()
         for ax in figure.axes[2:]:
@@ -139,7 +149,7 @@ def plot_confusion_matrix(
     """Draws the count of each true and predicted class, its share of the true class as colour.
 
     `confusion` holds counts (C, C), a row a true class and a column a predicted one; `class_names`
-    the C names. The row of a class without images stays empty.
+    the C names. Cells of no images stay empty, and so does the row of a class without any.
 
     Raises ValueError when `confusion` is not square, holds anything but counts, or has another
     number of classes than `class_names`.
@@ -166,6 +176,7 @@ def plot_roc_pr_curves(
     y_prob: np.ndarray,
     class_names: Sequence[str],
     *,
+    malignant: Sequence[str] | None = None,
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
@@ -174,6 +185,8 @@ def plot_roc_pr_curves(
     `y_true` (N,) are the indices of the true classes in `class_names`, `y_prob` (N, C) a
     probability for each class. A class without images, or that all images have, has no curve. The
     area under precision and recall is the average precision; n is the class's number of images.
+    Melanoma and after it the other malignant classes come first and in front, with thicker lines;
+    they are those that `imaging.lesions.is_malignant` knows, or those named `malignant`.
 
     Raises ValueError for no predictions, shapes that do not fit, labels out of range, or
     probabilities that are not in [0, 1].
@@ -181,10 +194,11 @@ def plot_roc_pr_curves(
     y_true, y_prob, _ = check_predictions(y_true, y_prob, len(class_names))
     as_shares(y_prob, "y_prob", y_prob.shape)
     support = np.bincount(y_true, minlength=len(class_names))
+    widths = _line_widths(class_names, malignant)
     of_class = {
         label: (y_true == label, y_prob[:, label])
-        for label, count in enumerate(support)
-        if 0 < count < len(y_true)
+        for label in np.argsort(-widths, kind="stable").tolist()
+        if 0 < support[label] < len(y_true)
     }
     width = max(7.2, 2 * (_text_width(class_names) + 18 * _INCHES_PER_CHARACTER + 0.8))
     with _figure((width, 3.8 + 0.15 * len(of_class)), title, save_path) as figure:
@@ -192,13 +206,14 @@ def plot_roc_pr_curves(
         roc, precision_recall = figure.subplots(1, 2)
         roc.set(xlabel="False positive rate", ylabel="True positive rate (recall)")
         curves = {label: compute_roc_curve(*of_class[label]) for label in of_class}
-        _draw_curves(roc, curves, class_names, "Area under the curve")
+        _draw_curves(roc, curves, class_names, widths, "Area under the curve")
         if curves:
             _draw_diagonal(roc)
         precision_recall.set(xlabel="Recall", ylabel="Precision")
         curves = {label: compute_precision_recall_curve(*of_class[label]) for label in of_class}
         names = [f"{name} (n = {n:,})" for name, n in zip(class_names, support, strict=True)]
-        _draw_curves(precision_recall, curves, names, "Average precision", drawstyle="steps-post")
+        style = {"drawstyle": "steps-post"}
+        _draw_curves(precision_recall, curves, names, widths, "Average precision", **style)
     return figure
 
 
@@ -214,15 +229,18 @@ def plot_reliability(
     `before` and `after` are what `evaluation.reliability` gives: in equal bins of [0, 1]
     `confidence`, `accuracy` and `count`, and over them `expected_calibration_error`. On the
     diagonal probabilities are what they say; a bin whose accuracy is None or NaN has no point.
-    Below are the numbers of images.
+    Where both have `equal_count_bins`, the points are those of these bins, with the intervals of
+    their accuracies. Below are the numbers of images in the equal bins.
 
     Raises ValueError when one of these is missing, there is no bin, or their numbers differ.
     """
+    curves = {"before": before, "after": after}
     columns = ["confidence", "accuracy", "count", "expected_calibration_error"]
-    tables = {
-        name: _checked_table(curve, name, columns).astype(float)
-        for name, curve in {"before": before, "after": after}.items()
-    }
+    tables = {name: _checked_table(curves[name], name, columns).astype(float) for name in curves}
+    points, key = tables, "equal_count_bins"
+    if key in before and key in after:  # not in those of earlier versions
+        columns = ["confidence", "accuracy", "accuracy_interval"]
+        points = {n: _checked_table(curves[n][key], f"{key} of {n}", columns) for n in curves}
     num_bins = len(tables["before"])
     if len(tables["after"]) != num_bins:
         raise ValueError(f"before has {num_bins} bins, after has {len(tables['after'])}")
@@ -233,11 +251,16 @@ def plot_reliability(
             {"color": _BLUE, "marker": "o", "linestyle": "dashed"},
             {"color": _ORANGE, "marker": "s", "linestyle": "solid"},
         ]
-        for table, style, offset in zip(tables.values(), styles, (-0.2, 0.2), strict=True):
-            diagram.plot(table["confidence"], table["accuracy"], markersize=4, **style)
+        for name, style, offset in zip(tables, styles, (-0.2, 0.2), strict=True):
+            bins, intervals = points[name], points[name].get("accuracy_interval")
+            diagram.plot(bins["confidence"], bins["accuracy"], markersize=4, **style)
+            if intervals is not None:
+                low, high = np.array(intervals.tolist()).T
+                diagram.vlines(bins["confidence"], low, high, color=style["color"], linewidth=1)
             middles = (np.arange(num_bins) + 0.5 + offset) / num_bins
-            counts.bar(middles, table["count"], width=0.4 / num_bins, color=style["color"])
-        diagram.set(xlim=_UNIT_RANGE, ylim=_UNIT_RANGE, ylabel="Share that is right")
+            counts.bar(middles, tables[name]["count"], width=0.4 / num_bins, color=style["color"])
+        interval = " (95 % interval)" if diagram.collections else ""
+        diagram.set(xlim=_UNIT_RANGE, ylim=_UNIT_RANGE, ylabel=f"Share that is right{interval}")
         counts.set(xlabel="Probability of the predicted class", ylabel="Images")
         _use_whole_numbers(counts.yaxis, nbins=3)
         errors = [
@@ -283,7 +306,7 @@ def plot_class_metrics(
         _write_beside_rows(ax, "Images", [f"{per_class[name]['support']:,}" for name in names])
         ax.hlines(np.arange(1, len(names)) - 0.5, 0, 1, color=_LIGHT_GREY, linewidth=0.6, zorder=0)
         ax.set_xlim(_UNIT_RANGE)
-        ax.set_xlabel("Share, with its 95% interval")
+        ax.set_xlabel("Share, with its 95 % interval")
         _put_legend_below(figure, ax.lines, list(styles))
     return figure
 
@@ -291,10 +314,11 @@ def plot_class_metrics(
 def plot_class_distribution(
     metadata: pd.DataFrame, *, title: str | None = None, save_path: str | Path | None = None
 ) -> Figure:
-    """Draws the number of images of each class in each split as bars, the largest class on top.
+    """Draws the number of images of each class in each split as bars.
 
-    `metadata` is a table with a row an image and the columns `class` and `split`. The splits train,
-    valid and test come first, others after them in order of appearance.
+    `metadata` is a table with a row an image and the columns `class` and `split`. The classes are
+    sorted by name, as their labels are. The splits train, valid and test come first, others after
+    them in order of appearance.
 
     Raises ValueError when a column is missing, a class or split is, or there is no row.
     """
@@ -337,7 +361,8 @@ def plot_samples(
     size = (max(map(len, rows)) + _text_width(names) + 0.2, len(rows) * aspect + 0.4)
     with _figure(size, title, save_path) as figure:
         ax = figure.add_subplot(**_NO_FRAME)
-        ax.set_yticks(_draw_montage(ax, rows), names, parse_math=False)
+        middles, _ = _draw_montage(ax, rows)
+        ax.set_yticks(middles, names, parse_math=False)
         ax.tick_params(length=0)
     return figure
 
@@ -346,34 +371,45 @@ def plot_augmentations(
     original: np.ndarray,
     augmented: np.ndarray,
     *,
+    view_names: Sequence[str] | None = None,
+    image_names: Sequence[str] | None = None,
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Draws an image, framed, followed by views of it, row by row.
+    """Draws an image, framed, followed by views of it, row by row; or several, a row each.
 
-    `original` is (H, W, 3) and `augmented` (N, H, W, 3), both uint8 or float in [0, 1].
+    `original` is (H, W, 3) and `augmented` (N, H, W, 3), or for several images (R, H, W, 3) and
+    (R, N, H, W, 3), uint8 or float in [0, 1]. `view_names` are the headings of the N views, which
+    are then all in one row; `image_names` are the R names of the rows.
 
-    Raises ValueError for no views, another shape or range, or views of another size.
+    Raises ValueError for no views, another shape or range, views of another size, or names of
+    another number.
     """
-    original = as_uint8(original, "original", ndim=3)
-    augmented = as_uint8(augmented, "augmented", ndim=4)
-    if augmented.shape[1:] != original.shape:
-        raise ValueError(
-            f"augmented has images of shape {augmented.shape[1:]}, original is {original.shape}"
-        )
-    images = np.concatenate([original[None], augmented])
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
-    height, width = original.shape[:2]
-    size = (1.4 * columns + 0.2, 1.4 * len(rows) * height / width + 0.5)
+    images = _with_views(original, augmented)
+    num_images, num_columns, height, width, _ = images.shape
+    rows = list(images)
+    _check_lengths(images, image_names=image_names)
+    _check_lengths(images[0, 1:], view_names=view_names)
+    if num_images == 1 and view_names is None:
+        num_columns = math.ceil(math.sqrt(num_columns))
+        rows = [images[0, n : n + num_columns] for n in range(0, len(images[0]), num_columns)]
+    headings = [_caption(name, width=14) for name in ["original", *(view_names or [])]]
+    cell = 1.4 if view_names is None else 1.0  # inches
+    size = (
+        cell * num_columns + _text_width(image_names or [""]) + 0.2,
+        cell * len(rows) * height / width + _captions_height(headings) + 0.4,
+    )
     with _figure(size, title, save_path) as figure:
         ax = figure.add_subplot(**_NO_FRAME)
-        _draw_montage(ax, rows)
-        frame = Rectangle((0, 0), width, height, fill=False, edgecolor=_ORANGE, linewidth=2)
-        ax.add_patch(frame).set_clip_on(False)
-        ax.annotate(
-            "original", (width / 2, 0), (0, 4), textcoords="offset points", ha="center", va="bottom"
-        )
+        ys, xs = _draw_montage(ax, rows)
+        for x, heading in zip(xs, headings, strict=False):
+            ax.text(x, -0.04 * height, heading, ha="center", va="bottom", parse_math=False)
+        for y in ys[:num_images]:
+            frame = Rectangle((0, y - height / 2), width, height, fill=False, ec=_ORANGE, lw=2)
+            ax.add_patch(frame).set_clip_on(False)
+        if image_names is not None:
+            ax.set_yticks(ys, image_names, parse_math=False)
+            ax.tick_params(length=0)
     return figure
 
 
@@ -424,25 +460,33 @@ def plot_mistakes(
     predicted_classes: Sequence[str],
     confidences: np.ndarray | Sequence[float],
     *,
+    names: Sequence[str] | None = None,
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
     """Draws misclassified images, the most confident mistake first, twelve at most.
 
     `images` is (N, H, W, 3), uint8 or float in [0, 1]; `true_classes` and `predicted_classes` hold
-    N names, `confidences` (N,) the probabilities of the predicted ones.
+    N names, `confidences` (N,) the probabilities of the predicted ones. `names` are those of the
+    images, such as their paths.
 
     Raises ValueError for no images, another shape, range or number, or an image that is no mistake.
     """
     images = as_uint8(images, "images", ndim=4)
-    _check_lengths(images, true_classes=true_classes, predicted_classes=predicted_classes)
+    classes = {"true_classes": true_classes, "predicted_classes": predicted_classes}
+    _check_lengths(images, **classes, names=names)
+    names = [""] * len(images) if names is None else names
     confidences = as_shares(confidences, "confidences", (len(images),))
     captions: list[str] = []
-    for true, predicted, share in zip(true_classes, predicted_classes, confidences, strict=True):
+    for true, predicted, share, name in zip(*classes.values(), confidences, names, strict=True):
         if true == predicted:
             raise ValueError(f"image {len(captions)} is no mistake: {true!r} is right")
-        texts = (f"true: {true}", f"predicted: {predicted}", f"probability: {_percent(share)}")
-        captions.append(_caption(*texts, width=32))
+        texts = (
+            f"true: {true}",
+            f"predicted: {predicted}",
+            f"probability: {format_percent(share)}",
+        )
+        captions.append(_caption(*texts, name, width=32))
     shown = np.argsort(-confidences, kind="stable")[:12]
     images, captions = images[shown], [captions[i] for i in shown]
     with _figure(_grid_size(images, captions, 4), title, save_path) as figure:
@@ -456,6 +500,7 @@ def plot_gradcams(
     true_classes: Sequence[str],
     predicted_classes: Sequence[str],
     *,
+    names: Sequence[str] | None = None,
     title: str | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
@@ -463,16 +508,18 @@ def plot_gradcams(
 
     `images` is (N, H, W, 3), uint8 or float in [0, 1], and `heatmaps` (N, H, W) float in [0, 1];
     `true_classes` and `predicted_classes` hold N names. The predicted class is named where it is
-    wrong.
+    wrong. `names` are those of the images, such as their paths.
 
     Raises ValueError for no images, or another shape, range or number.
     """
     images = as_uint8(images, "images", ndim=4)
     heatmaps = as_shares(heatmaps, "heatmaps", images.shape[:3])
-    _check_lengths(images, true_classes=true_classes, predicted_classes=predicted_classes)
+    classes = {"true_classes": true_classes, "predicted_classes": predicted_classes}
+    _check_lengths(images, **classes, names=names)
+    names = [""] * len(images) if names is None else names
     captions = [
-        _caption(f"true: {true}", f"predicted: {predicted}" if predicted != true else "", width=42)
-        for true, predicted in zip(true_classes, predicted_classes, strict=True)
+        _caption(f"true: {true}", f"predicted: {predicted}" * (predicted != true), name, width=42)
+        for true, predicted, name in zip(*classes.values(), names, strict=True)
     ]
     gap = np.full((*images.shape[:2], max(1, images.shape[2] // 30), 3), 255, dtype=np.uint8)
     # Grey images leave the colours of the map as they are on the scale.
@@ -557,8 +604,8 @@ def _mark_best_evaluation(figure: Figure, table: pd.DataFrame) -> None:
 
 
 def _use_whole_numbers(axis: Axis, **options: Any) -> None:
-    axis.set_major_locator(MaxNLocator(integer=True, **options))
-    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_major_locator(ticker.MaxNLocator(integer=True, **options))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
 
 
 def _use_log_scale(ax: Axes, values: pd.Series) -> None:
@@ -566,8 +613,10 @@ def _use_log_scale(ax: Axes, values: pd.Series) -> None:
     if positive.empty:
         return
     ax.set_yscale("log")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    if positive.max() < 10 * positive.min():  # only powers of ten are named: have two in sight
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:.0e}"))
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if positive.max() < 10 * positive.min():  # have two numbers in sight
         middle = math.sqrt(positive.min() * positive.max())
         ax.set_ylim(middle / 10, middle * 10)
 
@@ -591,10 +640,10 @@ def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
     ax.set_facecolor(_LIGHT_GREY)
     digits = len(f"{confusion.max():,}")
     fontsize = min(9.0, 15 * cell, 72 * 0.9 * cell / (0.65 * digits))
-    for (row, column), share in np.ma.ndenumerate(shares):
-        count = confusion[row, column]
-        colour = "white" if share > 0.65 else "black" if count else "0.6"
-        text = f"{count:,}\n{_percent(share)}"
+    for row, column in np.argwhere(confusion):
+        share = shares[row, column]
+        colour = "white" if share > 0.65 else "black"
+        text = f"{confusion[row, column]:,}\n{format_percent(share)}"
         ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize)
     for row in np.flatnonzero(totals == 0).tolist():
         middle = (len(confusion) - 1) / 2
@@ -605,21 +654,27 @@ def _draw_confusion(ax: Axes, confusion: np.ndarray, cell: float) -> None:
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     place = ax.inset_axes((1.03, 0, 0.035, 1))
-    percent = PercentFormatter(1)
+    percent = ticker.PercentFormatter(1, symbol=" %")
     scale = ax.figure.colorbar(image, cax=place, label="Share of the true class", format=percent)
     scale.outline.set_visible(False)
 
 
-def _percent(share: float) -> str:
-    if 0 < share < 0.005:
-        return "<1%"
-    if 0.995 <= share < 1:
-        return ">99%"
-    return f"{share:.0%}"
+def _line_widths(class_names: Sequence[str], malignant: Sequence[str] | None) -> np.ndarray:
+    """Returns the width of each class's curve (C,): melanoma, other malignant ones, the rest."""
+    malignant = list(filter(is_malignant, class_names)) if malignant is None else malignant
+    if not malignant:
+        return np.full(len(class_names), _STYLE["lines.linewidth"])
+    widths = [(2.2 if is_melanoma(n) else 1.5) if n in malignant else 0.8 for n in class_names]
+    return np.array(widths)
 
 
 def _draw_curves(
-    ax: Axes, curves: Mapping[int, Curve], names: Sequence[str], heading: str, **style: Any
+    ax: Axes,
+    curves: Mapping[int, Curve],
+    names: Sequence[str],
+    widths: np.ndarray,
+    heading: str,
+    **style: Any,
 ) -> None:
     """Draws the curve of each class, whose line is the same in every figure.
 
@@ -632,6 +687,7 @@ def _draw_curves(
     for label, curve in curves.items():
         colour = _LINE_COLOURS[label % len(_LINE_COLOURS)]
         dashes = _DASHES[(label + label // len(_DASHES)) % len(_DASHES)]
+        style |= {"linewidth": widths[label], "zorder": 2 + widths[label] / 10}
         ax.plot(curve.x, curve.y, color=colour, linestyle=dashes, **style)
     texts = [f"{curve.area:.3f}  {names[label]}" for label, curve in curves.items()]
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "handlelength": 4}
@@ -650,19 +706,28 @@ def _counts_by_class_and_split(metadata: pd.DataFrame) -> pd.DataFrame:
     table = table.astype(str)
     order = dict.fromkeys(["train", "valid", "test", *table["split"]])
     counts = pd.crosstab(table["class"], table["split"])
-    counts = counts[[split for split in order if split in counts]]
-    largest_first = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index
-    return counts.loc[largest_first]
+    return counts[[split for split in order if split in counts]]
 
 
-def _check_lengths(images: np.ndarray, **names: Sequence[str]) -> None:
+def _check_lengths(images: np.ndarray, **names: Sequence[str] | None) -> None:
     for argument, given in names.items():
-        if len(given) != len(images):
+        if given is not None and len(given) != len(images):
             raise ValueError(f"{argument} has {len(given)} names for {len(images)} images")
 
 
-def _draw_montage(ax: Axes, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Draws rows of images (n, H, W, 3) on one white canvas; gives the height of their middles."""
+def _with_views(original: ArrayLike, augmented: ArrayLike) -> np.ndarray:
+    """Returns each image before its views, (R, 1 + N, H, W, 3)."""
+    ndim = 4 if np.ndim(original) == 4 else 3
+    images = as_uint8(original, "original", ndim=ndim)
+    views = as_uint8(augmented, "augmented", ndim=ndim + 1)
+    if views.shape[-3:] != images.shape[-3:] or views.shape[:-4] != images.shape[:-3]:
+        raise ValueError(f"augmented has shape {views.shape}, original has {images.shape}")
+    shown = np.concatenate([np.expand_dims(images, -4), views], axis=-4)
+    return shown.reshape(-1, *shown.shape[-4:])
+
+
+def _draw_montage(ax: Axes, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Draws rows of images (n, H, W, 3) on one canvas; returns the middles of rows and columns."""
     height, width = rows[0].shape[1:3]
     gap = max(1, round(0.04 * width))
     shape = (len(rows), max(map(len, rows)), height + gap, width + gap, 3)
@@ -671,13 +736,16 @@ def _draw_montage(ax: Axes, rows: Sequence[np.ndarray]) -> np.ndarray:
         row[: len(images), :height, :width] = images
     canvas = np.vstack([np.hstack(row) for row in tiles])[:-gap, :-gap]
     ax.imshow(canvas, extent=(0, canvas.shape[1], canvas.shape[0], 0))
-    return np.arange(len(rows)) * (height + gap) + height / 2
+    ys, xs = np.arange(len(rows)), np.arange(shape[1])
+    return ys * (height + gap) + height / 2, xs * (width + gap) + width / 2
 
 
 def _caption(*texts: str, width: int = 30) -> str:
-    # Paths break between folders rather than within a name.
-    spaced = (textwrap.wrap(text.replace("/", "/ "), width) for text in texts)
-    lines = [line.replace("/ ", "/") for wrapped in spaced for line in wrapped]
+    # Paths that are too long break before the file's name, and then there rather than in a word.
+    wrapper = textwrap.TextWrapper(width, break_on_hyphens=False)
+    wrapper.wordsep_simple_re = re.compile(r"( +|(?<=[/_-]))")
+    parts = (re.split("(?<=/)(?=[^/]*$)", t) if len(t) > width else [t] for t in texts)
+    lines = [line for split in parts for part in split for line in wrapper.wrap(part)]
     # A file may be called anything.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
@@ -751,7 +819,7 @@ def _draw_metric_bars(ax: Axes, table: pd.DataFrame) -> None:
     has_intervals = any(lines.get_paths() for lines in ax.collections)
     ax.set_xlim(0, 1.1)
     ax.set_xticks(np.linspace(0, 1, 6))
-    ax.set_xlabel("Score, with its 95% interval" if has_intervals else "Score")
+    ax.set_xlabel("Score, with its 95 % interval" if has_intervals else "Score")
 
 
 def _write_values(
@@ -782,8 +850,8 @@ def _draw_dots(ax: Axes, values: pd.Series, label: str) -> None:
     if low > 0 and high > 20 * low:
         ax.set_xscale("log")
         ax.set_xlim(low / 3, high * 3)
-        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     elif high > 0:
         ax.set_xlim(-0.15 * high, 1.25 * high)  # room for the number over a dot at the edge
     else:

@@ -30,6 +30,7 @@ from evaluation.metrics import (
     best_evaluation,
     check_predictions,
     compute_metrics,
+    format_percent,
     most_confident_mistakes,
     proper_scores,
     typical_examples,
@@ -37,6 +38,7 @@ from evaluation.metrics import (
 from evaluation.screening import (
     MALIGNANT,
     OPERATING_POINTS,
+    ScreeningScores,
     choose_thresholds,
     group_by_malignancy,
     match_classes,
@@ -66,7 +68,8 @@ def evaluate_predictions(
 
     `y_prob` (N, C) are the model's own probabilities: the highest is its prediction. Everything
     else is computed from the calibrated ones. `thresholds` has for each of `screening_targets` what
-    `choose_thresholds` returned for the validation images; a target without any is left out.
+    `choose_thresholds` returned for the validation images; a target without any is left out. What
+    is flagged as melanoma at an aimed sensitivity counts as flagged as malignant.
     `malignant` and `unknown` are as in `group_by_malignancy`; `columns` (N rows) divide into
     subgroups.
 
@@ -81,6 +84,7 @@ def evaluate_predictions(
     targets, excluded = screening_targets(*kinds), screening_targets(*kinds, positive=None)
     scores = screening_scores(y_true, calibrated, *kinds)
     scores = {name: scores[name] for name in scores if name in thresholds}
+    implied = {"malignant": _flagged_as_melanoma(scores, thresholds)}
     columns = pd.DataFrame() if columns is None else columns
     return {
         "test": compute_metrics(y_true, calibrated, class_names, y_pred),
@@ -90,8 +94,9 @@ def evaluate_predictions(
         "calibration": {
             "temperature": calibration.temperature,
             "bias": dict(zip(class_names, calibration.bias, strict=True)),
-            "before": reliability(y_true, y_prob, y_pred) | proper_scores(y_true, y_prob),
-            "after": reliability(y_true, calibrated, y_pred) | proper_scores(y_true, calibrated),
+            "before": reliability(y_true, y_prob, y_pred, groups) | proper_scores(y_true, y_prob),
+            "after": reliability(y_true, calibrated, y_pred, groups)
+            | proper_scores(y_true, calibrated),
         },
         "counted_as": group_by_malignancy(*kinds),
         "screening": {
@@ -99,10 +104,23 @@ def evaluate_predictions(
                 "classes": [class_names[label] for label in targets[name]],
                 "classes_left_out": [class_names[label] for label in excluded[name]],
             }
-            | screen(*scores[name], thresholds[name], groups, seed=seed)
+            | screen(*scores[name], thresholds[name], groups, implied=implied.get(name), seed=seed)
             for name in scores
         },
         "subgroups": compute_subgroups(y_true, y_pred, columns, groups, targets=scores, seed=seed),
+    }
+
+
+def _flagged_as_melanoma(
+    scores: Mapping[str, ScreeningScores], thresholds: Mapping[str, Mapping[str, float]]
+) -> dict[str, np.ndarray]:
+    """Returns the images that are, by each aimed sensitivity of both targets."""
+    if "melanoma" not in scores:
+        return {}
+    aims = thresholds.get("malignant", {}).keys() & thresholds["melanoma"].keys()
+    score = scores["melanoma"].score
+    return {
+        aim: score >= thresholds["melanoma"][aim] for aim in aims if aim.startswith("sensitivity")
     }
 
 

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
+from evaluation.intervals import interval_of_share, number_groups
 from evaluation.metrics import check_predictions
 
-NUM_BINS = 15  # of a reliability curve, as in Guo et al. 2017
+NUM_BINS = 15  # of the calibration errors, equal in width, as in Guo et al. 2017
+MAX_EQUAL_COUNT_BINS = 10
+MIN_IMAGES_IN_BIN = 10  # of equal count, but for images of equal probability
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,20 @@ def fit_calibration(
 
 
 def reliability(
-    y_true: np.ndarray, y_prob: np.ndarray, y_pred: np.ndarray | None = None
+    y_true: np.ndarray,
+    y_prob: np.ndarray,
+    y_pred: np.ndarray | None = None,
+    groups: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """Returns how far the probabilities of the predicted classes are from how often they are right.
 
     In `NUM_BINS` equal bins of that probability: `confidence`, its mean, `accuracy`, both None in
     an empty bin, and `count`; over all bins `expected_calibration_error`, the mean of
     |accuracy - confidence| weighted by count, and `maximum_calibration_error`, the largest.
+
+    `equal_count_bins` has the same in at most `MAX_EQUAL_COUNT_BINS` bins of about as many images
+    each, and Wilson's 95 % intervals of their accuracies, `accuracy_interval`. Images of equal
+    probability share a bin; in the intervals those of equal `groups` (N,) count as one observation.
     """
     num_classes = np.asarray(y_prob).shape[-1]
     y_true, y_prob, y_pred = check_predictions(y_true, y_prob, num_classes, y_pred)
@@ -85,6 +96,23 @@ def reliability(
         "count": count.tolist(),
         "expected_calibration_error": float(np.average(gaps, weights=count)),
         "maximum_calibration_error": float(gaps.max()),
+        "equal_count_bins": _equal_count_bins(confidence, is_right, groups),
+    }
+
+
+def _equal_count_bins(
+    confidence: np.ndarray, is_right: np.ndarray, groups: ArrayLike | None
+) -> dict[str, list[Any]]:
+    group = number_groups(groups, len(confidence))
+    num_bins = int(np.clip(len(confidence) // MIN_IMAGES_IN_BIN, 1, MAX_EQUAL_COUNT_BINS))
+    last = [part[-1] for part in np.array_split(np.sort(confidence), num_bins)]
+    bins = np.searchsorted(np.unique(last), confidence)  # each is closed above
+    parts = [bins == index for index in range(bins.max() + 1)]
+    return {
+        "confidence": [float(confidence[part].mean()) for part in parts],
+        "accuracy": [float(is_right[part].mean()) for part in parts],
+        "accuracy_interval": [interval_of_share(is_right[part], group[part]) for part in parts],
+        "count": [int(part.sum()) for part in parts],
     }
 
 

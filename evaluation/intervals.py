@@ -1,6 +1,6 @@
 """Confidence intervals: the bootstrap over groups, and Wilson's score interval of proportions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ from scipy.sparse import csr_array
 from scipy.stats import norm
 
 from evaluation.metrics import HEADLINES, check_labels, check_predictions, headline_metrics
+from storage.progress import ProgressBar
 
 NUM_RESAMPLES = 2000
 MAX_COUNTS_AT_ONCE = 4_000_000  # of the bootstrap in memory: 32 MB
@@ -220,7 +221,10 @@ def resampled_counts(
     )
     rng = np.random.default_rng(seed)
     at_once = max(1, MAX_COUNTS_AT_ONCE // max(num_groups, num_cells))
-    for start in range(0, NUM_RESAMPLES, at_once):
+    starts: Iterable[int] = range(0, NUM_RESAMPLES, at_once)
+    if at_once < NUM_RESAMPLES:
+        starts = ProgressBar(starts, "confidence intervals", unit="chunk")
+    for start in starts:
         # Faster than rng.multinomial, which draws a binomial number for each group and resample.
         count = min(at_once, NUM_RESAMPLES - start)
         drawn = rng.integers(num_groups, size=(count, num_groups))

@@ -214,6 +214,18 @@ def safe_ratio(numerators: np.ndarray, denominators: np.ndarray, of_nothing: flo
     return np.divide(numerators, denominators, out=quotients, where=denominators > 0)
 
 
+def format_percent(share: float) -> str:
+    """Returns a share in percent, as figures, report and console show it, such as "95 %".
+
+    Only 0 is "0 %" and only 1 is "100 %"; what would be rounded to them is "<1 %" and ">99 %".
+    """
+    if 0 < share < 0.005:
+        return "<1 %"
+    if 0.995 <= share < 1:
+        return ">99 %"
+    return f"{100 * share:.0f} %"
+
+
 def check_predictions(
     y_true: ArrayLike, y_prob: ArrayLike, num_classes: int, y_pred: ArrayLike | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

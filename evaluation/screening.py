@@ -37,15 +37,15 @@ def match_classes(class_names: Sequence[str], wanted: Sequence[str]) -> list[int
     missing = [name for name in found if not found[name]]
     if missing:
         plain = {normalize_name(name): name for name in reversed(class_names)}
-        closest = dict.fromkeys(
+        closest = [
             plain[match]
             for name in missing
-            for match in difflib.get_close_matches(normalize_name(name), plain, 1, cutoff=0)
-        )
-        raise ValueError(
-            f"none of the classes {', '.join(class_names)} matches {', '.join(missing)}; "
-            f"did you mean {', '.join(closest)}?"
-        )
+            for match in difflib.get_close_matches(normalize_name(name), plain, 1)
+        ]
+        unknown = f"unknown class{'es' if len(missing) > 1 else ''} {', '.join(missing)}"
+        if closest:
+            unknown += f"; did you mean {', '.join(dict.fromkeys(closest))}?"
+        raise ValueError(f"{unknown} (the classes are {', '.join(class_names)})")
     return sorted({label for labels in found.values() for label in labels})
 
 
@@ -196,6 +196,7 @@ def screen(
     thresholds: Mapping[str, float],
     groups: ArrayLike | None = None,
     *,
+    implied: Mapping[str, np.ndarray] | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
     """Returns how well a score tells positive images from negative ones.
@@ -204,14 +205,19 @@ def screen(
     `thresholds` what `choose_thresholds` gave for the validation images. The result has `roc_auc`,
     `roc_auc_interval`, `positives` and `negatives` (`roc_auc_with_interval`), and `points`: for
     each threshold its `aim`, `threshold`, `sensitivity` and `specificity`, with Wilson intervals
-    for the effective numbers of groups. Raises ValueError when all images are positive or all are
-    negative.
+    for the effective numbers of groups. `implied` has by aim the images (N,) that are flagged
+    whatever their score, such as those flagged as melanoma when the target is malignant. Raises
+    ValueError when all images are positive or all are negative.
     """
-    groups = number_groups(groups, len(is_positive))
+    score, groups = np.asarray(score), number_groups(groups, len(is_positive))
+    flagged = {aim: score >= threshold for aim, threshold in thresholds.items()}
+    for aim, images in (implied or {}).items():
+        flagged[aim] = flagged[aim] | images
+    truth, points = is_positive, []
     is_positive, score, groups = select_known(is_positive, score, groups)
-    points = []
     for aim, threshold in thresholds.items():
-        found, rejected = score[is_positive] >= threshold, score[~is_positive] < threshold
+        _, is_flagged = select_known(truth, flagged[aim])
+        found, rejected = is_flagged[is_positive], ~is_flagged[~is_positive]
         points.append(
             {
                 "aim": aim,
@@ -264,7 +270,7 @@ def select_known(is_positive: np.ndarray, *others: np.ndarray) -> tuple[np.ndarr
     if is_positive.all() or not is_positive.any():
         kind = "positive" if is_positive.any() else "negative"
         raise ValueError(
-            f"screening needs positive and negative images, and all of these are {kind}"
+            f"screening needs positive and negative images, but all of these are {kind}"
         )
     return is_positive, *(np.asarray(values)[is_known] for values in others)
 

@@ -13,14 +13,42 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from learning.allocator import keep_freed_memory
+from storage.files import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage, which is a page long."""
+    """A parser whose errors are one line, without the usage, and that knows flags by their names.
+
+    Its epilog keeps its line breaks.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {in_one_line(message)}\n")
+        message = in_one_line(message).removeprefix(
+            "argument "
+        )  # argparse's "argument --seed: ..."
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def check_flags(self, words: Sequence[str]) -> None:
+        """Ends with status 2 for a flag that the parser does not have, and suggests another.
+
+        Called before parsing, which would ask for what is missing first.
+        """
+        for word in words:
+            name = word.partition("=")[0]
+            if name == "--":
+                return
+            if name.startswith("--") and name not in self._option_string_actions:
+                flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+                self.error(f"unknown flag {name}; {did_you_mean(name, flags, 'see --help')}")
+
+    def add_groups(self, names: Sequence[str]) -> dict[str, Any]:
+        """Adds groups of flags, in this order, and returns them by name."""
+        return {name: self.add_argument_group(name) for name in names}
 
 
 def with_underscores(word: str) -> str:
@@ -33,16 +61,20 @@ def with_underscores(word: str) -> str:
 
 
 def number_type(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """Returns an argparse type: an int or float for which `is_valid` holds."""
+    """Returns an argparse type: an int or float for which `is_valid` holds.
+
+    `wanted` describes it in errors, such as "at least 1".
+    """
 
     def parse(text: str) -> Any:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
         try:
             value = kind(text)
         except ValueError:
             wanted_kind = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted_kind}") from None
+            raise argparse.ArgumentTypeError(f"must be {wanted_kind}, not {shown!r}") from None
         if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {shown}")
         return value
 
     return parse
@@ -133,7 +165,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def print_message(program: str, kind: str, message: object) -> None:
     """Prints an error or a warning, in one line, to stderr."""
-    print(f"{program}: {kind}: {in_one_line(message)}", file=sys.stderr)
+    from storage.progress import print_beside_bars  # imports tqdm, which --help does not need
+
+    print_beside_bars(f"{program}: {kind}: {in_one_line(message)}", to_stderr=True)
 
 
 def in_one_line(message: object) -> str:
@@ -152,6 +186,7 @@ def flag_field(
     help: str,
     metavar: str | tuple[str, ...] | None = None,
     *,
+    group: str = "",
     no_effect: Mapping[str, str] = MappingProxyType({}),
     **options: Any,
 ) -> Any:
@@ -159,6 +194,8 @@ def flag_field(
 
     Parameters
     ----------
+    help : what it does; the default is added where it says something
+    group : the name of the group in which `--help` shows it
     no_effect : flags, such as "--device cpu", beside which it has no effect, which is an error; for
         each what to do instead, which may be empty
     options : more for `add_argument`, such as `type` and `choices`; what follows from a default
@@ -170,8 +207,19 @@ def flag_field(
         options["metavar"] = metavar
     if isinstance(default, tuple):
         options.setdefault("nargs", "+")
-    options["help"] = help
-    return field(default=default, metadata={"no_effect": no_effect, "options": options})
+    options["help"] = help.replace("%", "%%") + _shown_default(default).replace("%", "%%")
+    metadata = {"group": group, "no_effect": no_effect, "options": options}
+    return field(default=default, metadata=metadata)
+
+
+def _shown_default(default: Any) -> str:
+    """Returns what `--help` says of a default, nothing for one that means "not given"."""
+    if default is None or default is False or default == ():
+        return ""
+    if default is True:
+        return " (default: on)"
+    words = default if isinstance(default, tuple) else (default,)
+    return f" (default: {' '.join(map(str, words))})"
 
 
 def check_flag_fields(

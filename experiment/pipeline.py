@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset import (
@@ -25,10 +26,13 @@ from evaluation import MALIGNANT, group_by_malignancy, match_classes, screening_
 from experiment import results, run_folder
 from experiment.console import format_duration, noting
 from experiment.report import write_report
+from experiment.run_files import Run
 from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
 from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
+from experiment.stages import GUESSES, make_stages
+from experiment.verdict import format_verdict
 from imaging.audit import summarise, unavoidable_errors
-from imaging.synthetic import make_dataset
+from imaging.synthetic import is_synthetic, make_dataset
 from learning.distributed import choose_own_device, process_group
 from learning.hardware import deterministic_algorithms
 from learning.processes import get_rank, get_world_size, is_first_process
@@ -41,6 +45,7 @@ from models import (
     load_model,
 )
 from storage.files import write_csv
+from storage.progress import RunProgress, print_beside_bars
 from training import (
     evaluate,
     make_optimizer,
@@ -88,7 +93,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         if is_first_process():
             _prepare_folder(settings, data, device, is_demo)
         again = command(replace(settings, resume=True, overwrite=False), is_demo)
-        with noting(f"to go on: {again}"), deterministic_algorithms(settings.deterministic):
+        with noting(f"continue with: {again}"), deterministic_algorithms(settings.deterministic):
             _train_and_compare(settings, data, device)
     return 0
 
@@ -148,8 +153,8 @@ def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device
     unused = {name: len(datasets[name]) for name in datasets if name not in SPLITS}
     if unused:
         warnings.warn(
-            f"--splits_csv {settings.splits_csv}: {sum(unused.values())} images are in splits that "
-            f"are not {', '.join(SPLITS)} and are not used: {', '.join(unused)}",
+            f"--splits_csv {settings.splits_csv}: {sum(unused.values())} images are not used, as "
+            f"their split is {' or '.join(unused)}, not {', '.join(SPLITS[:-1])} or {SPLITS[-1]}",
             stacklevel=2,
         )
     loaders = create_dataloaders(
@@ -168,7 +173,7 @@ def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device
     print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
     if processes > 1:
         together = processes * settings.batch_size
-        print(f"{processes} processes, together with batches of {together:,} images", flush=True)
+        print(f"{processes} processes with batches of {together:,} images in all", flush=True)
     _print_screening(classes, settings)
     images = prepared.metadata[["path", "class", "content_hash"]]
     return Data(loaders, metadata, findings, _digest(images))
@@ -178,7 +183,7 @@ def _print_screening(classes: Sequence[str], settings: Settings) -> None:
     """Prints which classes count as malignant; raises ValueError for a name that is no class."""
     counted = group_by_malignancy(classes, settings.malignant_classes or MALIGNANT)
     malignant, benign, unknown = (", ".join(names) for names in counted.values())
-    unknown = f"; not known: {unknown}" if unknown else ""
+    unknown = f"; unknown: {unknown}" if unknown else ""
     print(f"counted as malignant: {malignant or 'none'}; benign: {benign or 'none'}{unknown}",
           flush=True)  # fmt: skip
     for message in screening_warnings(counted):
@@ -193,15 +198,15 @@ def _prepare_demo(settings: Settings) -> Settings:
         except FileNotFoundError:
             settings = replace(settings, weights="none")
             print(
-                "no ImageNet weights on this machine: resnet_head and resnet_finetuned start from "
-                "random weights"
+                "no ImageNet weights on this machine, so resnet_head and resnet_finetuned start "
+                "from random weights"
             )
     if not Path(settings.data_dir).exists():
         if not settings.audit_only:
             _check_run(settings, is_demo=True)
         print(f"drawing synthetic images in {settings.data_dir}", flush=True)
         make_dataset(settings.data_dir, exist_ok=True)  # as another process may draw them now
-    print(f"the demo is: {command(settings)}", flush=True)
+    print(f"the demo is the same as: {command(settings)}", flush=True)
     return settings
 
 
@@ -216,23 +221,26 @@ def _check_images(images: pd.DataFrame, settings: Settings) -> None:
         _check_given_splits(set(images["split"].dropna()), settings)
         _check_batch_size((images["split"] == "train").sum(), "training images", settings)
     else:  # how many of them are for training is known once they have been read
-        _check_batch_size(len(images), "images in all", settings)
+        _check_batch_size(len(images), "images", settings)
 
 
 def _check_given_splits(names: set[str], settings: Settings) -> None:
     missing = [name for name in SPLITS if name not in names]
     if settings.splits_csv is not None and missing:
-        raise ValueError(f"--splits_csv {settings.splits_csv}: has no split {', '.join(missing)}")
+        raise ValueError(
+            f"--splits_csv {settings.splits_csv}: no images in {', '.join(missing)}; the column "
+            f"split must name {', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
+        )
 
 
 def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
     processes = get_world_size()
     together = settings.batch_size * processes
     if together > num_images:
-        of_all = f" in {processes} processes, {together} together," if processes > 1 else ""
+        of_all = f" in {processes} processes, {together} in all," if processes > 1 else ""
         raise ValueError(
-            f"--batch_size {settings.batch_size}{of_all} is more than the {num_images} {which}; "
-            "choose a smaller one"
+            f"--batch_size {settings.batch_size}{of_all} is larger than the {num_images} {which}; "
+            "choose a smaller batch"
         )
 
 
@@ -268,7 +276,7 @@ def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
     pretrained = [name for name in settings.models if is_pretrained(name)]
     if settings.weights not in ("imagenet", "none") and not pretrained:
         raise ValueError(
-            f"--weights {settings.weights}: none of the chosen models starts from given weights"
+            f"--weights {settings.weights}: all chosen models start from random weights"
         )
     tried = [name for name in pretrained if name in trained and settings.weights != "none"]
     if tried:  # they fit either both models or none, whatever the classes: trying one is enough
@@ -307,6 +315,7 @@ def _write_config(
         "kind": kind,
         "command": command(settings, is_demo),
         "settings": chosen,
+        "is_synthetic": is_demo or is_synthetic(settings.data_dir),
         "not_default": [name for name, value in chosen.items() if value != defaults[name]],
     }
     about = results.environment(device, settings.precision)
@@ -332,37 +341,54 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
         if errors > 0:
             print(
                 f"at least {errors} of the {len(test):,} test images will be classified wrong, "
-                "whatever the model: identical images have several classes"
+                "whatever the model, because identical images have different classes"
             )
     # All processes have prepared their images by now, so none waits long for another, and all see
     # the same models as finished, as those of other runs have been removed.
-    with process_group(device):
-        for number, name in enumerate(settings.models, 1):
-            print(f"\n{name} ({number} of {len(settings.models)})", flush=True)
-            if (save_dir / name / "metrics.json").exists():
-                print("already finished")
-            else:
-                with logging_redirect_tqdm():  # or a line of the log would break the bar
-                    _train_one(name, settings, data, device)
-    if is_first_process():
-        # Drawing takes seconds, for which the training should not wait.
-        results.plot_audit(save_dir, data.findings, settings.data_dir)
-        results.plot_data(
-            save_dir,
-            data.metadata,
-            data["train"],
-            with_augmentations=settings.augmentation,
-            seed=settings.seed,
-        )
-        folder = TrainingFolder(save_dir)
-        models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
-        _print_comparison(results.compare_models(save_dir, models, test, seed=settings.seed))
-        write_report(save_dir)
-        print(f"\nEverything is in {save_dir}; begin with {save_dir / 'report.html'}.")
+    is_finished = {name: (save_dir / name / "metrics.json").exists() for name in settings.models}
+    num_images = {split: len(data[split]) for split in SPLITS}
+    stages = make_stages(settings, is_finished, num_images, get_world_size())
+    with RunProgress(stages, GUESSES, is_shown=is_first_process()) as progress:
+        with process_group(device), logging_redirect_tqdm():  # or lines of the log break the bars
+            for number, name in enumerate(settings.models, 1):
+                print_beside_bars(f"\n{name} ({number} of {len(settings.models)})")
+                if is_finished[name]:
+                    print_beside_bars("already finished")
+                else:
+                    _train_one(name, settings, data, device, progress)
+        if not is_first_process():
+            return
+        progress.next_stage()
+        comparison = _compare(settings, data)
+    _print_comparison(comparison)
+    print(format_verdict(Run(save_dir)))
+    print(f"\nEverything is in {save_dir}; start with {save_dir / 'report.html'}.")
 
 
-def _train_one(name: str, settings: Settings, data: Data, device: torch.device) -> None:
+def _compare(settings: Settings, data: Data) -> pd.DataFrame:
+    """Plots the data, compares the models and writes the report; returns the comparison."""
+    save_dir = Path(settings.save_dir)
+    # Drawing takes seconds, for which the training should not wait.
+    results.plot_audit(save_dir, data.findings, settings.data_dir)
+    results.plot_data(
+        save_dir,
+        data.metadata,
+        data["train"],
+        with_augmentations=settings.augmentation,
+        seed=settings.seed,
+    )
+    folder = TrainingFolder(save_dir)
+    models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
+    comparison = results.compare_models(save_dir, models, data["test"], seed=settings.seed)
+    write_report(save_dir)
+    return comparison
+
+
+def _train_one(
+    name: str, settings: Settings, data: Data, device: torch.device, progress: RunProgress
+) -> None:
     """Trains and evaluates a model and writes its folder, `metrics.json` last of all."""
+    progress.next_stage()
     folder, classes = Path(settings.save_dir) / name, data["train"].classes
     model = _make_model(name, len(classes), settings)
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
@@ -390,11 +416,18 @@ def _train_one(name: str, settings: Settings, data: Data, device: torch.device) 
         malignant_classes=settings.malignant_classes or MALIGNANT,
         seed=settings.seed,
     )
+    progress.next_stage()
     test = data.loaders["test"]
     evaluation = evaluate(model, test, device=device, precision=settings.precision)
+    progress.next_stage()
     if not is_first_process():
         return
-    plot_learning_curves(history, title=name, save_path=folder / "learning_curves.png")
+    plot_learning_curves(
+        history,
+        learning_rates=_learning_rates(scheduler, history, settings),
+        title=name,
+        save_path=folder / "learning_curves.png",
+    )
     _, info = load_model(folder / "model.pth")
     results.save_results(
         folder,
@@ -428,6 +461,16 @@ def _class_weights(settings: Settings, dataset: LesionDataset) -> list[float] | 
     return compute_class_weight("balanced", classes=labels, y=dataset.labels).tolist()
 
 
+def _learning_rates(
+    scheduler: LambdaLR | None, history: dict[str, list[float]], settings: Settings
+) -> list[float]:
+    """Returns the learning rate of each step, of which the history has those of evaluations."""
+    steps = range(int(history["step"][-1]))
+    if scheduler is None:
+        return [settings.learning_rate for _ in steps]
+    return [float(scheduler.base_lrs[0]) * scheduler.lr_lambdas[0](step) for step in steps]
+
+
 def _training_time(history: dict[str, list[float]], settings: Settings) -> float:
     """Returns the seconds of all training steps, resumed runs included, without evaluations."""
     images_a_step = settings.batch_size * settings.accumulate * get_world_size()
@@ -436,6 +479,7 @@ def _training_time(history: dict[str, list[float]], settings: Settings) -> float
 
 
 def _print_comparison(comparison: pd.DataFrame) -> None:
+    comparison = comparison.sort_values("balanced_accuracy", ascending=False, kind="stable")
     shown = comparison[["model"]].copy()
     for heading, name in {
         "precision": "precision",

@@ -23,7 +23,7 @@ import torch
 import torchvision
 
 import visualizations
-from augmentation import augment_batch
+from augmentation import apply_views, example_views
 from dataset import (
     METADATA_COLUMNS,
     DatasetBuilder,
@@ -46,11 +46,14 @@ from experiment.report import write_report
 from experiment.run_folder import EVALUATION, EvaluationFolder, claim, digest
 from imaging.audit import worst_pairs
 from imaging.lesions import normalize_name
+from imaging.synthetic import is_synthetic
 from inference.ensemble import check_alike
 from inference.explain import gradcam
 from models import LesionClassifier, ModelInfo, count_parameters, load_model
 from storage.files import join_names, name_column, read_csv, write_csv, write_json
 from training import Evaluation, choose_device, evaluate, name_of_precision, resolve_precision
+
+MAX_CLASSES_AUGMENTED = 4  # in the figure
 
 
 def save_results(
@@ -127,7 +130,12 @@ def plot_metrics(
         per_class, intervals, title=name, save_path=folder / "class_metrics.png"
     )
     visualizations.plot_roc_pr_curves(
-        y_true, calibrated, classes, title=name, save_path=folder / "roc_pr_curves.png"
+        y_true,
+        calibrated,
+        classes,
+        malignant=metrics["counted_as"]["malignant"],
+        title=name,
+        save_path=folder / "roc_pr_curves.png",
     )
     before, after = metrics["calibration"]["before"], metrics["calibration"]["after"]
     visualizations.plot_reliability(before, after, title=name, save_path=folder / "reliability.png")
@@ -142,7 +150,7 @@ def plot_examples(
 ) -> None:
     """Plots into a model's folder its most confident mistakes and Grad-CAMs of right and wrong."""
     y_true, y_pred = evaluation.labels, evaluation.probabilities.argmax(axis=1)
-    names = np.array(dataset.classes, dtype=object)
+    names, paths = np.array(dataset.classes, dtype=object), dataset.metadata["path"].to_numpy()
     true, predicted = names[y_true], names[y_pred]
     mistakes = most_confident_mistakes(y_true, calibrated, y_pred)
     (folder / "mistakes.png").unlink(missing_ok=True)
@@ -152,6 +160,7 @@ def plot_examples(
             true[mistakes],
             predicted[mistakes],
             calibrated[mistakes, y_pred[mistakes]],
+            names=paths[mistakes],
             title=folder.name,
             save_path=folder / "mistakes.png",
         )
@@ -163,6 +172,7 @@ def plot_examples(
         gradcam(model, pixels, y_pred[examples]),
         true[examples],
         predicted[examples],
+        names=paths[examples],
         title=folder.name,
         save_path=folder / "gradcam.png",
     )
@@ -173,8 +183,8 @@ def compare_models(
 ) -> pd.DataFrame:
     """Writes `comparison.csv` and `comparison.png` from what `save_results` wrote for each model.
 
-    `dataset` has the images that all of them were measured on. Beside each model's metrics the
-    table has the gap from its balanced accuracy to that of the best model, by paired bootstrap.
+    `dataset` has the images that all of them were measured on. The table has the highest balanced
+    accuracy first, and beside each model's metrics its gap to that, by paired bootstrap.
     """
     files = [save_dir / name / "metrics.json" for name in models]
     rows = [_comparison_row(json.loads(path.read_text(encoding="utf-8"))) for path in files]
@@ -193,6 +203,7 @@ def compare_models(
             gap = compare(dataset.labels, *pair, groups, seed=seed)["balanced_accuracy"]
         row["gap_to_best"] = gap["difference"]
         row["gap_to_best_low"], row["gap_to_best_high"] = gap["interval"]
+    rows.sort(key=lambda row: -row["balanced_accuracy"])
     comparison = pd.DataFrame(rows)
     write_csv(comparison, save_dir / "comparison.csv")
     visualizations.plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
@@ -244,14 +255,25 @@ def plot_data(
         save_path=save_dir / "samples.png",
     )
     if with_augmentations:
-        original = dataset.gather([0])
-        generator = torch.Generator().manual_seed(seed)
-        views = augment_batch(to_float(torch.from_numpy(original)).repeat(11, 1, 1, 1), generator)
-        visualizations.plot_augmentations(
-            original[0],
-            views.permute(0, 2, 3, 1).numpy(),
-            save_path=save_dir / "augmentations.png",
-        )
+        plot_augmentations(save_dir, dataset, seed=seed)
+
+
+def plot_augmentations(save_dir: Path, dataset: LesionDataset, *, seed: int) -> None:
+    """Plots an image of each of the first classes with each augmentation alone, and with all."""
+    labels = np.unique(dataset.labels)[:MAX_CLASSES_AUGMENTED]
+    originals = dataset.gather([np.flatnonzero(dataset.labels == label)[0] for label in labels])
+    names, views = example_views(torch.Generator().manual_seed(seed))
+    augmented = [
+        apply_views(pixels.expand(len(names), -1, -1, -1), views)
+        for pixels in to_float(torch.from_numpy(originals))
+    ]
+    visualizations.plot_augmentations(
+        originals,
+        torch.stack(augmented).permute(0, 1, 3, 4, 2).numpy(),
+        view_names=names,
+        image_names=[dataset.classes[label] for label in labels],
+        save_path=save_dir / "augmentations.png",
+    )
 
 
 def environment(
@@ -306,7 +328,7 @@ def evaluate_folder(
     models', by name or by diagnosis. Writes into `save_dir` what training does, and returns the
     comparison and the files that cannot be read.
 
-    A model that has been measured there on the same images already is passed over, and others that
+    A model that has been measured there on the same images already is skipped, and others that
     have been stay in the comparison. With `overwrite` it is measured again, and the results of an
     evaluation of other images in `save_dir` are removed.
 
@@ -337,10 +359,11 @@ def evaluate_folder(
             unmeasured = {name: loaded[name] for name in named if name not in kept}
             _warn_of_measured(save_dir, [name for name in named if name in kept])
             if unmeasured:
+                synthetic = {"is_synthetic": is_synthetic(data_dir)}
                 shown = {"model": list(map(str, models)), "data_dir": str(data_dir)}
                 shown |= asdict(settings) | {"device": str(device)}
                 about = {"kind": EVALUATION, "command": command, "settings": shown}
-                about |= {"runs": kept | runs} | environment(device, settings.precision)
+                about |= {"runs": kept | runs} | synthetic | environment(device, settings.precision)
                 run_folder.write_config(save_dir, about)
             write_csv(metadata, save_dir / "splits.csv")
             save_audit(save_dir, findings)
@@ -393,13 +416,13 @@ def find_label(name: str, classes: Sequence[str]) -> int:
         labels = match_classes(classes, [name])
     except ValueError as error:
         raise ValueError(
-            f"the images have a class {name}, the model only {', '.join(classes)}"
+            f"the model does not know the class {name}, only {', '.join(classes)}"
         ) from error
     if len(labels) > 1:
         candidates = ", ".join(classes[label] for label in labels)
         raise ValueError(
-            f"the images have a class {name}, which may be several of the model: {candidates}; "
-            "name it like one of them"
+            f"the class {name} could be any of the model's classes {candidates}; rename it to one "
+            "of them"
         )
     return labels[0]
 
@@ -422,8 +445,8 @@ def _measure(
 def _warn_of_measured(save_dir: Path, names: Sequence[str]) -> None:
     if names:
         warnings.warn(
-            f"{save_dir}: {', '.join(names)} measured on these images already and passed over; "
-            "--overwrite measures again",
+            f"{save_dir}: skipped {', '.join(names)}, already evaluated on these images; "
+            "--overwrite evaluates again",
             stacklevel=3,
         )
 
@@ -445,7 +468,7 @@ def _load_models(named: Mapping[str, Path]) -> dict[str, tuple[LesionClassifier,
     for name, info in infos.items():
         if info.preprocessors:
             raise ValueError(
-                f"{name} was trained with preprocessors of its own, which are not known here"
+                f"{name} was trained with custom preprocessors, which this command does not have"
             )
     check_alike(infos, ("classes", "image_size"))
     return loaded

@@ -58,8 +58,8 @@ def claim(save_dir: str | Path) -> Iterator[None]:
         held = lock(save_dir / ".lock").acquire(timeout=SECONDS_TO_WAIT)
     except Timeout:
         raise ValueError(
-            f"{save_dir} is in use by {_describe_owner(owner)}; wait for it, or choose another "
-            "folder"
+            f"{save_dir} is in use by {_describe_owner(owner)}; wait for it to end, or choose "
+            "another folder"
         ) from None
     with held:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -106,15 +106,17 @@ def check_save_dir(save_dir: str | Path, data_dir: str | Path) -> None:
     folder = Path(save_dir).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        where = "is" if existing == folder else f"lies in {existing}, which is"
+        where = "is" if existing == folder else f"is in {existing}, which is"
         raise ValueError(f"{save_dir} {where} a file; choose another folder")
+    if folder == Path(data_dir).resolve():
+        raise ValueError(f"{save_dir} is the folder of the images; choose another for the results")
     if folder.is_relative_to(Path(data_dir).resolve()):
         raise ValueError(
-            f"{save_dir} lies in {data_dir}, where its figures would be taken for images of "
-            "lesions; choose a folder elsewhere"
+            f"{save_dir} is inside {data_dir}, where figures would be taken for images of lesions; "
+            "choose another folder for the results"
         )
     if not os.access(existing, os.W_OK):
-        raise PermissionError(f"{save_dir}: no permission to write there; choose another folder")
+        raise PermissionError(f"{save_dir}: no permission to write; choose another folder")
 
 
 def read_config(save_dir: str | Path) -> dict[str, Any]:
@@ -178,8 +180,8 @@ class TrainingFolder:
         self.records = _valid_records(self.config.get("runs"))  # of all models, finished or not
         if kind_of_run(self.config) == EVALUATION:
             raise ValueError(
-                f"{save_dir} holds an evaluation (predict.py --evaluate), which no other command "
-                "replaces; choose another --save_dir"
+                f"{save_dir} contains an evaluation (predict.py --evaluate); choose another "
+                "--save_dir"
             )
 
     def is_finished(self, model: str) -> bool:
@@ -211,7 +213,7 @@ class TrainingFolder:
                 if differences:
                     raise ValueError(
                         f"--resume: {self.save_dir / name} belongs to another run: "
-                        f"{'; '.join(differences)}; start afresh with --overwrite instead of "
+                        f"{'; '.join(differences)}. Start over with --overwrite instead of "
                         "--resume, or choose another --save_dir"
                     )
         elif not may_replace:
@@ -219,17 +221,17 @@ class TrainingFolder:
         of_other_data = self._of_other_data(models, run)
         if of_other_data and not may_replace:
             raise ValueError(
-                f"{self.save_dir} holds models of other images or splits, which cannot be compared "
-                f"with this run: {'; '.join(map(self._describe, of_other_data))}; choose another "
-                "--save_dir, or remove them with --overwrite"
+                f"{self.save_dir} contains models of other images or splits, which cannot be "
+                f"compared with this run: {'; '.join(map(self._describe, of_other_data))}. Choose "
+                "another --save_dir, or remove them with --overwrite"
             )
 
     def check_audit(self, images: str) -> None:
         """Raises ValueError when the folder holds a training run on images of another digest."""
         if kind_of_run(self.config) == TRAINING and self.config.get("images") != images:
             raise ValueError(
-                f"{self.save_dir} holds a training run on other images; choose another --save_dir "
-                "for the audit"
+                f"{self.save_dir} contains a training run on other images; choose another "
+                "--save_dir for the audit"
             )
 
     def make_room(self, models: Sequence[str], run: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -252,19 +254,22 @@ class TrainingFolder:
         }
         if lost:
             described = ("; ".join([self._describe(name), *lost[name]]) for name in lost)
-            start = "Start" if all(lost.values()) else "Go on with --resume, start"
+            ways = "Start over with --overwrite, or choose another --save_dir"
+            if not all(lost.values()):
+                ways = f"Continue with --resume, s{ways[1:]}"
             raise ValueError(
-                f"{self.save_dir} holds what this run would replace: {'. '.join(described)}. "
-                f"{start} afresh with --overwrite or choose another --save_dir"
+                f"{self.save_dir} contains results of another run: {'. '.join(described)}. {ways}"
             )
 
     def _differences(self, model: str, run: dict[str, Any]) -> list[str]:
         before = self.records.get(model)
         if before is None:
-            return ["its settings are not known"]
+            return ["its settings are unknown"]
         if before.get("precision") == "auto":  # of an earlier version; `last.pth` has what it was
             before = before | {"precision": run["precision"]}
-        return [f"{n} was {before.get(n)}, is {run[n]}" for n in run if before.get(n) != run[n]]
+        differing = [name for name in run if before.get(name) != run[name]]
+        of_digests = {DATA: "images or splits differ", METADATA: f"{METADATA} differ"}
+        return [of_digests.get(n, f"{n} is {run[n]}, but was {before.get(n)}") for n in differing]
 
     def _of_other_data(self, models: Sequence[str], run: dict[str, Any]) -> list[str]:
         if DATA not in run:
@@ -310,13 +315,13 @@ class EvaluationFolder:
         self.config = read_config(save_dir)
         kind = kind_of_run(self.config)
         if kind not in (None, EVALUATION):
+            contents = "an audit" if kind == AUDIT else "a training run"
             raise ValueError(
-                f"{save_dir} holds another kind of run ({kind}), which an evaluation would write "
-                "over; choose another folder"
+                f"{save_dir} contains {contents}; choose another folder for the evaluation"
             )
         if _belongs_to_training(save_dir):
             raise ValueError(
-                f"{save_dir} is the folder of a model in the training run "
+                f"{save_dir} belongs to a model of the training run in "
                 f"{save_dir.resolve().parent}; choose another folder for the evaluation"
             )
         if kind == EVALUATION:  # its own results may be there
@@ -363,8 +368,8 @@ class EvaluationFolder:
             if differing and not overwrite:
                 words = ", ".join(differing) if before else "no record of its images"
                 raise ValueError(
-                    f"{self.save_dir} holds an evaluation of {name} with {words}, which would be "
-                    "lost; --overwrite replaces it, or choose another folder"
+                    f"{self.save_dir} contains an evaluation of {name} with {words}; replace it "
+                    "with --overwrite, or choose another folder"
                 )
             if not differing:
                 kept[name] = before

@@ -19,15 +19,28 @@ from learning.processes import get_world_size, is_first_process, torchrun_variab
 PROGRAM = "train_models.py"
 MODEL_NAMES = ("simple_cnn", "resnet_scratch", "resnet_head", "resnet_finetuned")
 
-_positive = number_type(int, lambda n: n >= 1, "1 or more")
-_natural = number_type(int, lambda n: n >= 0, "0 or more")
-_side = number_type(int, lambda n: n >= 16, "16 or more")
-_seed = number_type(int, lambda n: 0 <= n < 2**63, "0 or more and less than 2**63")
+# The groups of flags in the order of --help.
+GROUPS = ("common", "data", "model", "training", "evaluation", "machine", "run")
+EXAMPLES = """\
+examples:
+  python train_models.py --demo
+  python train_models.py --data_dir ./data/raw --save_dir ./models
+  python train_models.py --data_dir ./data/raw --models resnet_finetuned --layers 18
+  python train_models.py --data_dir ./data/raw --save_dir ./models --resume
+  python train_models.py --data_dir ./data/raw --audit_only --save_dir ./audit
+
+For research and teaching, not for diagnosis. docs/training.md explains every flag.
+"""
+
+_positive = number_type(int, lambda n: n >= 1, "at least 1")
+_natural = number_type(int, lambda n: n >= 0, "at least 0")
+_side = number_type(int, lambda n: n >= 16, "at least 16")
+_seed = number_type(int, lambda n: 0 <= n < 2**63, "at least 0 and less than 2**63")
 _rate = number_type(float, lambda x: 0 < x < math.inf, "greater than 0")
-_decay = number_type(float, lambda x: 0 <= x < math.inf, "0 or more")
+_decay = number_type(float, lambda x: 0 <= x < math.inf, "at least 0")
 _share = number_type(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 _part = number_type(float, lambda x: 0 < x < 1, "greater than 0 and less than 1")
-_dropout = number_type(float, lambda x: 0 <= x < 1, "0 or more and less than 1")
+_dropout = number_type(float, lambda x: 0 <= x < 1, "at least 0 and less than 1")
 
 
 def flag(
@@ -35,6 +48,7 @@ def flag(
     help: str,
     metavar: str | tuple[str, ...] | None = None,
     *,
+    group: str = "run",
     audit: bool = False,
     result: bool = True,
     no_effect: Mapping[str, str] = MappingProxyType({}),
@@ -45,6 +59,7 @@ def flag(
 
     Parameters
     ----------
+    group : one of `GROUPS`
     audit : whether it has an effect with --audit_only, which neither splits nor trains
     result : whether a model's results depend on it, so that a run is resumed only with the same
     used_by : whether the model of a name makes use of a value; None: every model does
@@ -52,7 +67,7 @@ def flag(
     All else is as in `flag_field`.
     """
     no_effect = {**no_effect} if audit else {**no_effect, "--audit_only": ""}
-    made = flag_field(default, help, metavar, no_effect=no_effect, **options)
+    made = flag_field(default, help, metavar, group=group, no_effect=no_effect, **options)
     metadata = made.metadata | {"result": result, "used_by": used_by}
     return field(default=default, metadata=metadata)
 
@@ -62,94 +77,133 @@ class Settings:
     """The settings of a run; each is a flag of the same name."""
 
     # None never gets past `parse_arguments`: the folder is given, or is that of the demo.
-    data_dir: str = flag(None, "images, one sub-folder a class", "DIR", audit=True, result=False)
-    save_dir: str = flag("models", "where results go", "DIR", audit=True, result=False)
-    cache_dir: str | None = flag(
-        None, "prepared images (None: processed/ beside data_dir)", "DIR", audit=True, result=False
+    data_dir: str = flag(
+        None, "folder of images, with a subfolder for each class", "DIR", group="common",
+        audit=True, result=False,
+    )  # fmt: skip
+    save_dir: str = flag(
+        "models", "folder for the results", "DIR", group="common", audit=True, result=False
     )
-    models: tuple[str, ...] = flag(MODEL_NAMES, ", ".join(MODEL_NAMES), "NAME", result=False)
+    cache_dir: str | None = flag(
+        None, "folder for prepared images (default: processed/ beside data_dir)", "DIR",
+        group="data", audit=True, result=False,
+    )  # fmt: skip
+    models: tuple[str, ...] = flag(
+        MODEL_NAMES, "models to train and compare", "NAME", group="common", result=False
+    )
     layers: int = flag(
-        50, "depth of the ResNets", type=int, choices=(18, 34, 50),
+        50, "depth of the ResNets", type=int, choices=(18, 34, 50), group="model",
         used_by=lambda model, _: model.startswith("resnet_"),
     )  # fmt: skip
-    image_size: int = flag(224, "side of the square images", "PIXELS", type=_side, audit=True)
+    image_size: int = flag(
+        224, "side length of the square images", "PIXELS", group="common", type=_side, audit=True
+    )
     weights: str = flag(
-        "imagenet", "start of the two pretrained models", "imagenet|none|FILE",
+        "imagenet", "initial weights of the pretrained models", "imagenet|none|FILE",
+        group="model",
         # That no model starts from a file is an error, which comes later.
         used_by=lambda model, weights: (
             weights not in ("imagenet", "none") or model.endswith(("_head", "_finetuned"))
         ),
     )  # fmt: skip
     labels_csv: str | None = flag(
-        None, "classes that override the folders' names", "FILE", audit=True, result=False
-    )
-    label_column: str | None = flag(
-        None, "the column that alone gives the classes", "NAME", audit=True
-    )
-    label_conflicts: str = flag(
-        "keep", "images of one group that have several classes", choices=("keep", "drop", "error")
-    )
-    metadata_csv: str | None = flag(
-        None, "a table to add, by path, image_id or isic_id", "FILE", audit=True, result=False
-    )
-    group_by: tuple[str, ...] = flag((), "its columns that keep images together", "NAME")
-    splits: tuple[float, ...] = flag(
-        (0.7, 0.2, 0.1), "fractions", ("TRAIN", "VALID", "TEST"), nargs=3, type=_part,
-        no_effect={"--splits_csv": ""},
-    )  # fmt: skip
-    split_by: str = flag(
-        "random", "folders: Train and Test as they are", choices=("random", "folders"),
-        audit=True, no_effect={"--splits_csv": ""},
-    )  # fmt: skip
-    splits_csv: str | None = flag(
-        None, "splits from a table, such as an earlier splits.csv", "FILE",
+        None, "table of classes that override the folder names", "FILE", group="data",
         audit=True, result=False,
     )  # fmt: skip
-    batch_size: int = flag(32, "images a batch", "N", type=_positive)
-    accumulate: int = flag(1, "batches a step, gradients averaged", "N", type=_positive)
-    num_steps: int = flag(2000, "training steps", "N", type=_positive)
-    learning_rate: float = flag(0.001, "the peak", "X", type=_rate)
-    weight_decay: float = flag(1e-4, "of AdamW", "X", type=_decay)
-    dropout_rate: float = flag(0.7, "of both dropout layers in the head", "P", type=_dropout)
+    label_column: str | None = flag(
+        None, "column that gives the classes in place of the folder names", "NAME",
+        group="data", audit=True,
+    )  # fmt: skip
+    label_conflicts: str = flag(
+        "keep", "what to do with copies of an image that have different classes",
+        choices=("keep", "drop", "error"), group="data",
+    )  # fmt: skip
+    metadata_csv: str | None = flag(
+        None, "table to add, matched by path, image_id or isic_id", "FILE", group="data",
+        audit=True, result=False,
+    )  # fmt: skip
+    group_by: tuple[str, ...] = flag(
+        (), "columns whose equal values keep images in one split", "NAME", group="data"
+    )
+    splits: tuple[float, ...] = flag(
+        (0.7, 0.2, 0.1), "fractions of the images", ("TRAIN", "VALID", "TEST"), group="data",
+        nargs=3, type=_part, no_effect={"--splits_csv": ""},
+    )  # fmt: skip
+    split_by: str = flag(
+        "random", "folders: keep the splits of the folders Train, Valid and Test",
+        choices=("random", "folders"), group="data", audit=True, no_effect={"--splits_csv": ""},
+    )  # fmt: skip
+    splits_csv: str | None = flag(
+        None, "table of splits, such as an earlier splits.csv", "FILE", group="data",
+        audit=True, result=False,
+    )  # fmt: skip
+    batch_size: int = flag(32, "images per batch", "N", group="common", type=_positive)
+    accumulate: int = flag(
+        1, "batches per step, whose gradients are averaged", "N", group="training", type=_positive
+    )
+    num_steps: int = flag(2000, "training steps", "N", group="common", type=_positive)
+    learning_rate: float = flag(0.001, "peak learning rate", "X", group="common", type=_rate)
+    weight_decay: float = flag(1e-4, "weight decay of AdamW", "X", group="training", type=_decay)
+    dropout_rate: float = flag(
+        0.7, "dropout of both layers in the head", "P", group="model", type=_dropout
+    )
     warmup_fraction: float = flag(
-        0.2, "share of the steps", "X", type=_share, no_effect={"--schedule constant": ""}
-    )
+        0.2, "share of the steps in which the learning rate rises", "X", group="training",
+        type=_share, no_effect={"--schedule constant": ""},
+    )  # fmt: skip
     schedule: str = flag(
-        "cosine", "warm-up and cosine, or the peak always", choices=("cosine", "constant")
-    )
-    augmentation: bool = flag(True, "vary the training images")
-    balanced: bool = flag(True, "draw the classes evenly")
+        "cosine", "learning rate: warm-up and cosine decay, or constant",
+        choices=("cosine", "constant"), group="training",
+    )  # fmt: skip
+    augmentation: bool = flag(True, "vary the training images at random", group="training")
+    balanced: bool = flag(True, "sample all classes equally often", group="training")
     class_weights: str = flag(
-        "none", "weigh the loss against imbalance", choices=("none", "balanced")
+        "none", "weight the loss by class size", choices=("none", "balanced"), group="training"
     )
     malignant_classes: tuple[str, ...] = flag(
-        (), "what is screened for (none given: the classes known as malignant)", "NAME"
-    )
-    eval_every: int = flag(100, "steps between evaluations", "N", type=_positive)
-    early_stopping_patience: int = flag(0, "evaluations; 0 is off", "N", type=_natural)
-    checkpoint_every: int | None = flag(
-        None, "steps (None: every five minutes)", "N", type=_positive, result=False
-    )
-    precision: str = flag(
-        "auto", "auto: bf16 where the hardware computes in it",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        (), "classes that count as malignant (default: those known to be)", "NAME",
+        group="evaluation",
     )  # fmt: skip
-    compile: bool = flag(False, "run the training steps through torch.compile")
-    device: str = flag("auto", "auto: CUDA where there is one", "auto|cpu|cuda", result=False)
+    eval_every: int = flag(
+        100, "steps between evaluations", "N", group="evaluation", type=_positive
+    )
+    early_stopping_patience: int = flag(
+        0, "evaluations without improvement after which training stops; 0 is never", "N",
+        group="evaluation", type=_natural,
+    )  # fmt: skip
+    checkpoint_every: int | None = flag(
+        None, "steps between checkpoints (default: one every five minutes)", "N", group="run",
+        type=_positive, result=False,
+    )  # fmt: skip
+    precision: str = flag(
+        "auto", "precision of the model; auto is bf16 where the hardware supports it",
+        choices=("auto", "fp32", "bf16", "fp16"), group="machine",
+    )  # fmt: skip
+    compile: bool = flag(False, "train with torch.compile", group="machine")
+    device: str = flag(
+        "auto", "device to train on; auto is CUDA if available", "auto|cpu|cuda", group="machine",
+        result=False,
+    )  # fmt: skip
     deterministic: bool = flag(
-        False, "the same weights on CUDA too, but slower",
+        False, "reproduce weights on CUDA bit for bit, more slowly", group="machine",
         no_effect={"--device cpu": "the weights are the same there without it"},
     )  # fmt: skip
     num_workers: int | None = flag(
-        None, "threads that build, workers that load", "N", type=_natural, audit=True, result=False
+        None, "threads that prepare and processes that load images", "N", group="machine",
+        type=_natural, audit=True, result=False,
+    )  # fmt: skip
+    seed: int = flag(42, "seed of all that is random", "N", group="run", type=_seed)
+    skip_unreadable: bool = flag(
+        False, "leave out images that cannot be read, instead of stopping", group="data"
     )
-    seed: int = flag(42, "decides all that is random", "N", type=_seed)
-    skip_unreadable: bool = flag(False, "go on without images that cannot be read")
-    resume: bool = flag(False, "go on with the run in save_dir", result=False)
-    overwrite: bool = flag(False, "start afresh, and replace what is in save_dir", result=False)
+    resume: bool = flag(False, "continue the run in save_dir", group="run", result=False)
+    overwrite: bool = flag(
+        False, "start over, and replace the results in save_dir", group="run", result=False
+    )
     audit_only: bool = flag(
-        False, "look for faults in the images, train nothing", audit=True, result=False
-    )
+        False, "look for faults in the images and train nothing", group="run", audit=True,
+        result=False,
+    )  # fmt: skip
 
 
 DEMO_SETTINGS = Settings(
@@ -176,12 +230,15 @@ def parse_arguments(
     """Returns the settings and whether this is the demo; exits with status 2 for a wrong flag."""
     argv = [console.with_underscores(word) for word in argv]
     parser = make_parser(settings_class)
+    parser.check_flags(argv)
     arguments = vars(parser.parse_args(argv))
     if arguments["demo"]:
         parser.set_defaults(**asdict(DEMO_SETTINGS))
         arguments = vars(parser.parse_args(argv))
     elif arguments["data_dir"] is None:
-        parser.error("give a folder of images with --data_dir, or try it without one with --demo")
+        parser.error(
+            "give a folder of images with --data_dir, or try the program without one with --demo"
+        )
     _check_effects(parser, settings_class, console.given_flags(parser, argv), arguments)
     is_demo = arguments.pop("demo")
     arguments["models"] = dict.fromkeys(arguments["models"])
@@ -191,7 +248,7 @@ def parse_arguments(
     settings = settings_class(**arguments)
     if abs(sum(settings.splits) - 1) > 1e-6:
         shown = " ".join(f"{fraction:g}" for fraction in settings.splits)
-        parser.error(f"--splits {shown} sums to {sum(settings.splits):g}, not to 1")
+        parser.error(f"--splits {shown} adds up to {sum(settings.splits):g}, not to 1")
     return settings, is_demo
 
 
@@ -207,7 +264,7 @@ def _check_effects(
     for any choice of models.
     """
     if arguments["resume"] and arguments["overwrite"]:
-        parser.error("--resume goes on with a run, --overwrite starts it afresh; give one of them")
+        parser.error("--resume continues a run and --overwrite starts it over; give one of them")
     console.check_flag_fields(parser, settings_class, given, arguments)
     if "splits" in given and arguments["split_by"] == "folders":
         from imaging.sources import has_folder_of_split
@@ -224,19 +281,19 @@ def _check_effects(
             console.print_message(PROGRAM, "warning", message)
 
 
-def make_parser(settings_class: type[Settings] = Settings) -> argparse.ArgumentParser:
+def make_parser(settings_class: type[Settings] = Settings) -> console.Parser:
     """Returns the parser of all flags, with the defaults of `Settings`."""
     parser = console.Parser(
         prog=PROGRAM,
-        description="Trains, evaluates, plots and compares models of skin lesions.",
-        epilog="For research and teaching, not for diagnosis.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        usage=f"{PROGRAM} (--data_dir DIR | --demo) [flags]",
+        description="Trains, evaluates and compares classifiers of skin lesions.",
+        epilog=EXAMPLES,
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--demo", action="store_true", help="draw a small set and train on it")
+    groups = parser.add_groups(GROUPS)
+    source = groups["common"].add_mutually_exclusive_group()
+    source.add_argument("--demo", action="store_true", help="draw a small data set and train on it")
     for each in fields(settings_class):
-        group = source if each.name == "data_dir" else parser
+        group = source if each.name == "data_dir" else groups[each.metadata["group"]]
         group.add_argument(f"--{each.name}", default=each.default, **each.metadata["options"])
     return parser
 

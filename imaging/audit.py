@@ -13,6 +13,7 @@ from scipy.fft import dctn
 from scipy.spatial import cKDTree
 
 from storage.files import printable
+from storage.progress import ProgressBar
 
 THUMBNAIL_SIZE = 32
 # Chosen on the ISIC nine-class set from the curve that benchmarks/near_duplicates.py prints.
@@ -74,6 +75,7 @@ def find_near_duplicates(
         lambda pairs: ((features[pairs[:, 0]] - features[pairs[:, 1]]) ** 2).sum(axis=1),
         candidates,
         100_000,
+        "choosing pairs of images",
     )
     candidates = candidates[squares <= radius**2]
     candidates = compared[candidates[np.lexsort(candidates.T[::-1])]]
@@ -209,10 +211,15 @@ def unavoidable_errors(metadata: pd.DataFrame) -> int:
 
 
 def _in_chunks(
-    function: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, size: int
+    function: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, size: int, name: str = ""
 ) -> np.ndarray:
-    """Returns what the function makes of the rows, `size` at a time to bound the memory."""
-    starts = range(0, max(len(rows), 1), size)
+    """Returns what the function makes of the rows, `size` at a time to bound the memory.
+
+    With a `name`, more than one chunk shows its progress under it.
+    """
+    starts: Iterable[int] = range(0, max(len(rows), 1), size)
+    if name and len(rows) > size:
+        starts = ProgressBar(starts, name, unit="chunk")
     return np.concatenate([function(rows[start : start + size]) for start in starts])
 
 
@@ -240,7 +247,7 @@ def _invariant_features(thumbnails: np.ndarray) -> np.ndarray:
         sizes = np.abs(dctn(_standardized(part), axes=(1, 2), norm="ortho"))
         return ((sizes + sizes.transpose(0, 2, 1)) / 2)[:, rows, columns] * weights
 
-    features = _in_chunks(features_of, thumbnails, 8192)
+    features = _in_chunks(features_of, thumbnails, 8192, "describing images")
     centred = features - features.mean(axis=0)
     return centred @ np.linalg.eigh(centred.T @ centred)[1]
 
@@ -253,7 +260,7 @@ def _distances(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         squares = [((first - view) ** 2).sum(axis=(1, 2)) for view in _orientations(second)]
         return np.sqrt(np.min(squares, axis=0) / _DISC.sum()).astype(np.float64)
 
-    return _in_chunks(distances_of, pairs, 4096)
+    return _in_chunks(distances_of, pairs, 4096, "comparing pairs of images")
 
 
 def _standardized(thumbnails: np.ndarray) -> np.ndarray:

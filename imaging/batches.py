@@ -54,7 +54,9 @@ class LesionDataset(Dataset):
     def add_input(self, name: str, values: Tensor) -> None:
         """Adds an input beside the images: a tensor `(N, ...)`, a row for each image, in order."""
         if name == "images":
-            raise ValueError("an input cannot be called images, as that is the name of the images")
+            raise ValueError(
+                "an input cannot be called images, which is the name of the images themselves"
+            )
         if len(values) != len(self):
             raise ValueError(f"input {name} has {len(values)} rows for {len(self)} images")
         self.extra_inputs[name] = values

@@ -24,12 +24,12 @@ import pandas as pd
 import PIL
 from filelock import Timeout
 from joblib import cpu_count
-from tqdm import tqdm
 
 from imaging import audit
 from imaging.decode import UnreadableImageError, decode, read_regular_file
 from imaging.prepare import Preprocessor, fingerprint, make_thumbnail, needed_side, prepare
 from storage.files import lock, printable, remove_leftovers, write_text
+from storage.progress import ProgressBar
 
 CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 WriteRow = Callable[[int, np.ndarray], None]
@@ -77,10 +77,10 @@ class CacheIndex:
             summary = f"{len(unreadable)} of {len(self.records)} images cannot be read"
             if not skip_unreadable:
                 raise UnreadableImageError(
-                    f"{summary}: {names}; repair or remove them, or leave them out with "
+                    f"{summary}: {names}; repair or remove them, or skip them with "
                     "--skip_unreadable (skip_unreadable=True)"
                 )
-            warnings.warn(f"{summary} and are left out: {names}", stacklevel=3)
+            warnings.warn(f"{summary} and are skipped: {names}", stacklevel=3)
         return np.array([not record.error for record in self.records])
 
 
@@ -143,7 +143,7 @@ class ArrayCache:
         records = index.records
         doubtful = [i for i, r in enumerate(records) if not self._is_surely_unchanged(r, index)]
         # A copy, a checkout or a touch changes the times alone; only the contents decide.
-        for row in tqdm(doubtful, "checking images", unit="img", disable=None, leave=False):
+        for row in ProgressBar(doubtful, "checking images", unit="img"):
             record = self._refreshed(records[row])
             if record is None:
                 return None
@@ -191,7 +191,7 @@ class ArrayCache:
             names = f"images-{token}.npy", f"thumbnails-{token}.npy"
             records = self._write_arrays(*names, paths)
             thumbnails = np.load(self.folder / names[1], mmap_mode="r")
-            with tqdm(desc="looking for near-duplicates", total=0, disable=None, leave=False):
+            with ProgressBar(name="looking for near-duplicates", bar_format="{desc}"):
                 near = audit.find_near_duplicates(thumbnails, [r.content_hash for r in records])
             index = CacheIndex(self.version, *names, started, records, near)
             self._write_index(index)
@@ -214,7 +214,7 @@ class ArrayCache:
                     pool.map(write_row, itertools.count(start), paths[start : start + 1024])
                     for start in range(0, len(paths), 1024)
                 )
-                bar = tqdm(done, "preparing images", len(paths), False, unit="img", disable=None)
+                bar = ProgressBar(done, "preparing images", len(paths), unit="img")
                 try:
                     return list(bar)
                 finally:
@@ -222,8 +222,8 @@ class ArrayCache:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror}; {sum(map(math.prod, shapes)) / 1e6:,.1f} MB are needed, "
-                "elsewhere with --cache_dir (cache_dir)",
+                f"{error.strerror}; {sum(map(math.prod, shapes)) / 1e6:,.1f} MB are needed; "
+                "choose another folder with --cache_dir (cache_dir)",
                 str(self.folder / images),
             ) from error
 

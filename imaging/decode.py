@@ -75,7 +75,9 @@ def read_regular_file(path: str | Path) -> tuple[bytes, os.stat_result]:
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImageError("not a regular file")
         if status.st_size > MAX_BYTES:
-            raise UnreadableImageError(f"{status.st_size:,} bytes, over the limit of {MAX_BYTES:,}")
+            raise UnreadableImageError(
+                f"a file of {status.st_size:,} bytes, over the limit of {MAX_BYTES:,}"
+            )
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             return file.read(), status
@@ -118,7 +120,7 @@ def as_uint8(images: ArrayLike, name: str, ndim: int = 3) -> np.ndarray:
     """
     images = np.asarray(images)
     if images.ndim != ndim or images.shape[-1] != 3 or not images.size:
-        expected = "(N, H, W, 3)" if ndim == 4 else "(H, W, 3)"
+        expected = {3: "(H, W, 3)", 4: "(N, H, W, 3)", 5: "(R, N, H, W, 3)"}[ndim]
         raise ValueError(f"{name} has shape {images.shape}; it must be {expected}, and not empty")
     if images.dtype == np.uint8:
         return np.ascontiguousarray(images)
@@ -172,7 +174,7 @@ def _open(contents: bytes) -> tuple[ImageFile, int]:
     elif contents[4:8] == b"ftyp" and contents[8:12] in HEIF_BRANDS:
         raise UnreadableImageError("HEIC and AVIF are not supported; save it as JPEG or PNG")
     else:
-        raise UnreadableImageError("not an image of a known format")
+        raise UnreadableImageError("not an image, or of an unknown format")
     image = kind(io.BytesIO(contents))
     _check_limits(image, len(contents), num_scans)
     return image, orientation
@@ -182,9 +184,9 @@ def _check_limits(image: ImageFile, num_bytes: int, num_scans: int) -> None:
     width, height = image.size
     num_pixels, size = width * height, f"{width:,} x {height:,}"
     if num_pixels > MAX_PIXELS:
-        raise UnreadableImageError(f"{size} pixels, over the limit of {MAX_PIXELS:,}")
+        raise UnreadableImageError(f"an image of {size} pixels, over the limit of {MAX_PIXELS:,}")
     if num_scans * max(num_pixels, 1_000_000) > MAX_SCANNED_PIXELS:
-        raise UnreadableImageError(f"{num_scans:,} scans, too many for a JPEG of {size} pixels")
+        raise UnreadableImageError(f"a JPEG with {num_scans:,} scans, too many for {size} pixels")
     # A row counts as 256, as one code skips as many and Pillow fills them before it looks.
     cost = max(width * max(height, 256), num_bytes)
     if image.tile and image.tile[0][0] == "bmp_rle" and cost > MAX_RLE_PIXELS:
@@ -193,7 +195,7 @@ def _check_limits(image: ImageFile, num_bytes: int, num_scans: int) -> None:
     boxes = (tile[1] or (0, 0, 0, 0) for tile in image.tile)
     covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
     if image.format == "TIFF" and covered < num_pixels:
-        raise UnreadableImageError("a TIFF with strips or tiles missing")
+        raise UnreadableImageError("a TIFF with missing strips or tiles")
 
 
 def _strip_jpeg(contents: bytes) -> tuple[bytes, int, int]:
@@ -204,7 +206,7 @@ def _strip_jpeg(contents: bytes) -> tuple[bytes, int, int]:
     for _ in range(MAX_PARTS):
         following = np.searchsorted(markers, end)
         if following == len(markers):
-            raise UnreadableImageError("a JPEG that is cut off: it has no end marker")
+            raise UnreadableImageError("a truncated JPEG, without an end marker")
         at = int(markers[following])
         kind = contents[at + 1]
         if kind == EOI:
@@ -241,12 +243,14 @@ def _strip_png(contents: bytes) -> tuple[bytes, int]:
         length, kind = int.from_bytes(view[at : at + 4], "big"), contents[at + 4 : at + 8]
         end = at + 12 + length
         if end > len(contents):
-            raise UnreadableImageError("a PNG that is cut off")
+            raise UnreadableImageError("a truncated PNG")
         if kind == b"eXIf":
             orientation = _orientation(contents[at + 8 : end - 4])
         elif kind in PNG_CHUNKS:
             if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-                raise UnreadableImageError(f"a damaged PNG: wrong checksum of {kind.decode()}")
+                raise UnreadableImageError(
+                    f"a damaged PNG, with a wrong checksum of {kind.decode()}"
+                )
             kept.append(view[at:end])
         if kind == b"IEND":
             return b"".join(kept), orientation
@@ -259,7 +263,7 @@ def _strip_tiff(contents: bytes) -> tuple[bytes, int]:
     try:
         tags, order, width = _first_directory(contents)
     except ValueError as error:
-        raise UnreadableImageError("a TIFF that is cut off") from error
+        raise UnreadableImageError("a truncated TIFF") from error
     tags = tags[np.unique(tags["tag"], return_index=True)[1]]
     tags = tags[np.isin(tags["tag"], TIFF_TAGS)]
     if (tags["count"] > MAX_TAG_VALUES).any():
@@ -300,17 +304,17 @@ def _first_directory(tiff: bytes) -> tuple[np.ndarray, Literal["little", "big"],
     kinds = {"tag": "u2", "type": "u2", "count": f"u{width}", "value": f"V{width}"}
     record = np.dtype(list(kinds.items())).newbyteorder(order)
     if start + number * record.itemsize > len(tiff):
-        raise ValueError("the directory is cut off")
+        raise ValueError("the directory is truncated")
     return np.frombuffer(tiff, record, number, start), order, width
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise UnreadableImageError("pixels are floating-point numbers of unknown range")
+        raise UnreadableImageError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UnreadableImageError("pixels have more than 16 bits")
+            raise UnreadableImageError("its pixels have more than 16 bits")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         colours = image.convert("RGBA")

@@ -153,9 +153,9 @@ def _check_repeatable(
         if again != results or _global_random_state() != state:
             raise ValueError(
                 f"preprocessor {_name_of(preprocessor)} gives different results for the same image "
-                "(randomness, time, or something kept between calls), but they are kept on disk "
-                "and must be the same for new images: leave randomness to the augmentation, or "
-                "start a generator from a fixed seed in each call"
+                "(it uses randomness, the time, or something kept between calls), but results are "
+                "kept on disk and must be the same for new images; leave randomness to the "
+                "augmentation, or seed a generator in each call"
             )
         if time.monotonic() > end:
             return

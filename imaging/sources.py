@@ -51,7 +51,7 @@ def read_folder(data_dir: str | Path) -> pd.DataFrame:
     for column in IMAGE_COLUMNS:
         if column not in images or images[column].isna().any():
             raise ValueError(
-                f"{printable(data_dir)}: the reader of {name} gave images without {column}"
+                f"{printable(data_dir)}: the reader of {name} returned images without {column}"
             )
     columns = [*IMAGE_COLUMNS, *images.columns.drop(IMAGE_COLUMNS)]
     return images[columns].sort_values("path", kind="stable", ignore_index=True)
@@ -70,7 +70,8 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"{printable(data_dir)}: no such folder")
+        what = " is a file, not a folder" if data_dir.exists() else ": no such folder"
+        raise FileNotFoundError(f"{printable(data_dir)}{what}")
     paths = sorted(path.relative_to(data_dir).as_posix() for path in _walk(data_dir, frozenset()))
     if not paths:
         raise ValueError(
@@ -91,7 +92,7 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
     folder = printable(data_dir)
     if not all(parents):
         stray = printable(paths[parents.index([])])
-        raise ValueError(f"{folder}: {stray} is in no class folder; move it into one")
+        raise ValueError(f"{folder}: {stray} is not in a class folder; move it into one")
     # One system writes é as one character, another as e and an accent: it is the same class.
     classes = [unicodedata.normalize("NFC", parent[-1]) for parent in parents]
     for name in classes:
@@ -100,7 +101,10 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
                 f"{folder}: the class folder {printable(name)} is not valid UTF-8; rename it"
             )
     if len(set(classes)) < 2:
-        raise ValueError(f"{folder}: all images are of one class, {printable(classes[0])}")
+        raise ValueError(
+            f"{folder}: all images are of one class, {printable(classes[0])}; at least two classes "
+            "are needed"
+        )
     return classes
 
 
@@ -132,12 +136,15 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     if there is no such file, and ValueError if it is no such table or lacks one of `columns`.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{printable(path)}: no such file")
+        what = " is a folder, not a table" if Path(path).is_dir() else ": no such file"
+        raise FileNotFoundError(f"{printable(path)}{what}")
     table = read_csv(path)
     missing = [name for name in columns if name not in table]
     if missing:
         known = ", ".join(map(printable, table.columns))
-        raise ValueError(f"{printable(path)}: no column {', '.join(missing)}; it has {known}")
+        raise ValueError(
+            f"{printable(path)}: no column {', '.join(missing)}; its columns are {known}"
+        )
     return table
 
 
@@ -154,21 +161,21 @@ def join_table(
     keys = ("path", *STEM_COLUMNS)
     key = next((column for column in keys if column in table), None)
     if key is None:
-        raise ValueError(f"{printable(name)}: no column {', '.join(keys)} to match images by")
+        raise ValueError(f"{printable(name)}: no column that names the images: {', '.join(keys)}")
     if len(table) == 0:
-        raise ValueError(f"{printable(name)}: has no rows")
+        raise ValueError(f"{printable(name)}: the table has no rows")
     wanted = pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
     rows = table.set_index(key)
     is_wanted = rows.index.isin(wanted)
     found, others = rows[is_wanted], rows.index[~is_wanted]
     if len(found) == 0:
         raise ValueError(
-            f"{printable(name)}: matches no image; its {key} are like {rows.index[0]!r}, those of "
-            f"the images like {wanted[0]!r}"
+            f"{printable(name)}: no row matches an image; its column {key} has values like "
+            f"{rows.index[0]!r}, but the images have {wanted[0]!r}"
         )
     if found.index.has_duplicates:
         twice = found.index[found.index.duplicated()][0]
-        raise ValueError(f"{printable(name)}: has more than one row for {printable(twice)}")
+        raise ValueError(f"{printable(name)}: more than one row for {printable(twice)}")
     if warn_unmatched and len(others) > 0:
         warnings.warn(
             f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such as "
@@ -196,7 +203,9 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
         labels = labels.fillna(images["class"])
     check_complete(labels, images["path"], name)
     if labels.nunique() < 2:
-        raise ValueError(f"{printable(name)}: all images are of one class")
+        raise ValueError(
+            f"{printable(name)}: all images are of one class; at least two classes are needed"
+        )
     return images.assign(**{"class": labels})
 
 
@@ -212,12 +221,14 @@ def read_metadata(
     if name is not None:
         given = pd.concat([given, read_columns(name, missing, images["path"])], axis=1)
     elif missing:
-        raise ValueError(f"group_by needs metadata_csv: the folder has no {printable(missing[0])}")
+        raise ValueError(
+            f"group_by: no column {printable(missing[0])}; give its table as metadata_csv"
+        )
     given = given.rename(columns=given_name)
     if given.columns.has_duplicates:
         column = printable(given.columns[given.columns.duplicated()][0])
         table = "" if name is None else f"{printable(name)}: "
-        raise ValueError(f"{table}more than one column would be called {column}; rename one")
+        raise ValueError(f"{table}two columns would be called {column}; rename one of them")
     return given
 
 
@@ -227,7 +238,7 @@ def check_complete(values: pd.Series, paths: pd.Series, name: str | Path) -> Non
     if len(without) > 0:
         raise ValueError(
             f"{printable(name)}: no {values.name} for {len(without)} of {len(paths)} images, such "
-            f"as {printable(without.iloc[0])}; add them or move these images away"
+            f"as {printable(without.iloc[0])}; add them to the table, or remove the images"
         )
     invalid = values[~values.map(is_utf8).astype(bool)]
     if len(invalid) > 0:
@@ -251,7 +262,9 @@ def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
     split = split_of_folder(images["source_split"])
     if split.isna().any():
         stray = images["path"][split.isna()].iloc[0]
-        raise ValueError(f"split_by: {printable(stray)} is in no folder named Train, Valid or Test")
+        raise ValueError(
+            f"split_by: {printable(stray)} is not in a folder named Train, Valid or Test"
+        )
     missing = sorted({"train", "test"} - set(split))
     if missing:
         raise ValueError(f"{printable(data_dir)}: no folder for the {missing[0]} split")

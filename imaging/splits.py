@@ -87,8 +87,9 @@ def k_fold_splits(
     Warns of classes of fewer groups than k. Raises ValueError unless k is from 2 to the number of
     groups.
     """
-    if k < 2 or metadata["group"].nunique() < k:
-        raise ValueError(f"k is {k}; it must be from 2 to the number of groups")
+    num_groups = metadata["group"].nunique()
+    if not 2 <= k <= num_groups:
+        raise ValueError(f"k must be from 2 to {num_groups}, the number of groups, not {k}")
     _warn_of_classes_with_few_groups(metadata, k)
     labels = pd.factorize(metadata["label"], sort=True)[0]
     fractions, groups = np.full(k, 1 / k), metadata["group"].to_numpy()
@@ -105,8 +106,8 @@ def _warn_of_classes_with_few_groups(metadata: pd.DataFrame, k: int) -> None:
     if len(few) > 0:
         names = ", ".join(f"{printable(str(name))} ({number})" for name, number in few.items())
         warnings.warn(
-            f"classes with fewer groups than k={k}: {names}; some validation parts lack them, and "
-            "a class of a single group is never both trained and validated on",
+            f"classes with fewer groups than k={k}: {names}; they are missing from some validation "
+            "parts, and a class of a single group is never both trained and validated on",
             stacklevel=3,
         )
 
@@ -115,11 +116,13 @@ def check_splits(splits: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
     """Returns names and fractions; raises ValueError unless these are positive and sum to 1."""
     names, fractions = list(splits), np.array(list(splits.values()), dtype=np.float64)
     if not names:
-        raise ValueError("splits is empty; give names and fractions, such as {'train': 0.8, ...}")
+        raise ValueError(
+            "splits must not be empty; give names and fractions, such as {'train': 0.8, ...}"
+        )
     if not (fractions > 0).all():
-        raise ValueError(f"splits are {dict(splits)}; each fraction must be greater than 0")
+        raise ValueError(f"splits must be greater than 0, not {dict(splits)}")
     if abs(fractions.sum() - 1) > 1e-6:
-        raise ValueError(f"splits are {dict(splits)}; they sum to {fractions.sum():g}, not to 1")
+        raise ValueError(f"splits must add up to 1, not {fractions.sum():g}: {dict(splits)}")
     return names, fractions
 
 
@@ -204,7 +207,7 @@ def warn_of_missing_classes(metadata: pd.DataFrame, names: Sequence[str]) -> Non
         if (row == 0).any()
     ]
     if lacks:
-        warnings.warn(f"not every split has every class: {'; '.join(lacks)}", stacklevel=3)
+        warnings.warn(f"some splits lack a class: {'; '.join(lacks)}", stacklevel=3)
 
 
 def warn_of_divided_groups(groups: np.ndarray, split: np.ndarray) -> None:
@@ -213,8 +216,8 @@ def warn_of_divided_groups(groups: np.ndarray, split: np.ndarray) -> None:
     if is_divided.any():
         warnings.warn(
             f"leakage: {len(set(groups[is_divided]))} groups of images that belong together (same "
-            f"image, lesion or patient), {is_divided.sum()} images, are divided between these "
-            "splits",
+            f"image, lesion or patient) are divided between the splits, {is_divided.sum()} images "
+            "in all",
             stacklevel=4,
         )
 
@@ -223,13 +226,13 @@ def check_at_least(minimum: int, **values: int) -> None:
     """Raises ValueError for a value, given by its name, below the minimum."""
     for name, value in values.items():
         if value < minimum:
-            raise ValueError(f"{name} is {value}; it must be {minimum} or more")
+            raise ValueError(f"{name} must be at least {minimum}, not {value}")
 
 
 def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that numpy's or torch's generators reject."""
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must be 0 or more and less than 2**63")
+        raise ValueError(f"seed must be at least 0 and less than 2**63, not {seed}")
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
-from tqdm import tqdm
 
 from storage.files import lock
+from storage.progress import ProgressBar
 
 Range = Sequence[float]  # two ends, between which a number is drawn uniformly
 Colours = Sequence[str]  # two ends, between which a colour is drawn uniformly
@@ -75,6 +75,7 @@ SPLITS = ("Train", "Test")
 MIN_IMAGES_PER_CLASS = (4, 1)  # in Train and in Test
 MIN_IMAGES = len(CLASSES) * sum(MIN_IMAGES_PER_CLASS)
 MIN_SIZE = 16
+MARKER = "synthetic.txt"  # in the folder of drawn images, so that no result of theirs is believed
 
 
 def draw_lesion(class_name: str, rng: np.random.Generator, size: int = 128) -> Image.Image:
@@ -86,7 +87,7 @@ def draw_lesion(class_name: str, rng: np.random.Generator, size: int = 128) -> I
     if class_name not in LOOKS:
         raise ValueError(f"unknown class {class_name!r}; the classes are {', '.join(CLASSES)}")
     if size < MIN_SIZE:
-        raise ValueError(f"size is {size}; it must be {MIN_SIZE} or more")
+        raise ValueError(f"size must be at least {MIN_SIZE}, not {size}")
     looks = LOOKS[class_name]
     drawing = _Drawing(looks, rng, size)
     brightness = drawing.draw_skin()
@@ -114,7 +115,7 @@ def make_dataset(
     unless `exist_ok` leaves it as it is, and ValueError when `num_images` is below `MIN_IMAGES`.
     """
     if num_images < MIN_IMAGES:
-        raise ValueError(f"num_images is {num_images}; it must be {MIN_IMAGES} or more")
+        raise ValueError(f"num_images must be at least {MIN_IMAGES}, not {num_images}")
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = root.with_name(f".{root.name}.unfinished")
@@ -122,19 +123,25 @@ def make_dataset(
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             if exist_ok and root.is_dir():
                 return root
-            raise FileExistsError(f"{root} already exists; remove it or name another folder")
+            raise FileExistsError(f"{root} already exists; remove it or choose another folder")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
             _draw_files(unfinished, count_images(num_images), seed, size)
+            (unfinished / MARKER).write_text("These images are synthetic.\n", encoding="utf-8")
             os.replace(unfinished, root)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return root
 
 
+def is_synthetic(root: str | Path) -> bool:
+    """Returns whether the images of a folder were drawn by `make_dataset`."""
+    return (Path(root) / MARKER).is_file()
+
+
 def _draw_files(root: Path, counts: np.ndarray, seed: int, size: int) -> None:
     images = [(*cell, i) for cell, count in np.ndenumerate(counts) for i in range(count)]
-    for split, label, i in tqdm(images, "drawing", unit="img", disable=None, leave=False):
+    for split, label, i in ProgressBar(images, "drawing images", unit="img"):
         image = draw_lesion(CLASSES[label], np.random.default_rng([seed, split, label, i]), size)
         folder = root / SPLITS[split] / CLASSES[label]
         folder.mkdir(parents=True, exist_ok=True)

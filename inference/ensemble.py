@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from joblib import cpu_count
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset import (
     Preprocessor,
@@ -27,12 +26,14 @@ from dataset import (
     to_float,
 )
 from evaluation import match_classes
+from imaging.heatmaps import FIGURE_SIDE
 from imaging.lesions import is_melanoma, normalize_name
 from inference.explain import gradcam, overlay_name, save_overlay
-from inference.options import Paths, PredictionOptions, as_list
+from inference.options import Paths, PredictionOptions, as_list, find_model
 from learning.hardware import choose_device, compute_logits, memory_format_for, resolve_precision
 from models import LesionClassifier, ModelInfo, load_model
 from storage.files import name_column, printable, write_atomically, write_csv
+from storage.progress import ProgressBar
 
 DEFAULT_AIM = "sensitivity 95%"  # of the thresholds in a model.pth, the one that sets flags
 AIM = DEFAULT_AIM  # its former name
@@ -64,17 +65,18 @@ def predict_batches(
         Path(chosen.gradcam).mkdir(parents=True, exist_ok=True)
     with (
         _rows_to(chosen.output) as write_rows,
-        tqdm(total=len(paths), desc="predicting", unit="img", disable=None, leave=False) as bar,
+        ProgressBar(name="predicting", total=len(paths), unit="img") as bar,
     ):
         for read, pixels, unreadable in _prepared_batches(paths, ensemble, chosen):
             raw, calibrated = ensemble.probabilities(pixels, chosen.tta)
             labels = raw.argmax(axis=1)
-            table = _table(read, labels, calibrated, ensemble.classes, flags)
+            flagged = ensemble.flagged(calibrated, flags)
+            table = _table(read, labels, calibrated, ensemble.classes, flagged)
             write_rows(table)
             if chosen.gradcam is not None and read:
-                heatmaps = ensemble.heatmaps(pixels, labels)
-                for path, image, heatmap in zip(read, pixels, heatmaps, strict=True):
-                    save_overlay(Path(chosen.gradcam) / overlay_name(path), image, heatmap)
+                _save_overlays(
+                    Path(chosen.gradcam), table, ensemble.heatmaps(pixels, labels), chosen
+                )
             bar.update(len(read) + len(unreadable))
             yield table, unreadable
 
@@ -88,7 +90,7 @@ def find_files(images: Paths) -> list[str]:
     """
     images = as_list(images)
     if not images:
-        raise ValueError("no images are given; name files or folders")
+        raise ValueError("no images given; give files or folders")
     missing = [printable(path) for path in images if not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no such file or folder")
@@ -104,6 +106,8 @@ def find_files(images: Paths) -> list[str]:
 
 class Ensemble:
     """One trained model or several, on a device, that give the mean of their probabilities.
+
+    `paths` are those of a `model.pth`, or folders with one, see `inference.options.find_model`.
 
     Attributes: `classes`, the names in label order; `image_size`; `malignant_classes`, the names of
     those counted as malignant; `thresholds`, by name, the mean of those that all models have. These
@@ -123,13 +127,13 @@ class Ensemble:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> None:
-        paths = as_list(paths)
-        if not paths:
-            raise ValueError("no model is given; name one model.pth or several")
+        files = [find_model(path) for path in as_list(paths)]
+        if not files:
+            raise ValueError("no model given; give one model.pth or several")
         self.device = choose_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        models, infos = zip(*map(load_model, paths), strict=True)
-        info_of = dict(zip(paths, infos, strict=True))
+        models, infos = zip(*map(load_model, files), strict=True)
+        info_of = dict(zip(files, infos, strict=True))
         check_alike(info_of, ("classes", "image_size", "preprocessors", "malignant_classes"))
         for path, info in info_of.items():
             _check_preprocessors(path, info, preprocessors)
@@ -189,17 +193,39 @@ class Ensemble:
         it, or that of a class as `evaluation.match_classes` finds it. None is `self.thresholds`.
         Raises ValueError for a name of no class or a threshold that is no probability.
         """
-        targets = {
-            "malignant": [self.classes.index(name) for name in self.malignant_classes],
-            "melanoma": [label for label, name in enumerate(self.classes) if is_melanoma(name)],
-        }
-        flags = {}
+        targets, flags = self._targets(), {}
         for name, threshold in (self.thresholds if thresholds is None else thresholds).items():
             if not 0 <= threshold <= 1:
-                raise ValueError(f"the threshold of {name} is {threshold}; it must be from 0 to 1")
+                raise ValueError(f"the threshold of {name} must be from 0 to 1, not {threshold}")
             labels = targets.get(normalize_name(name)) or match_classes(self.classes, [name])
             flags[name] = (labels, float(threshold))
         return flags
+
+    def flagged(
+        self, probabilities: np.ndarray, flags: Mapping[str, tuple[list[int], float]]
+    ) -> dict[str, np.ndarray]:
+        """Returns by name of a flag, as `flags` gives them, which images have it, bool `(N,)`.
+
+        `probabilities` are calibrated, `(N, num_classes)`. An image has a flag whose threshold its
+        probabilities reach. What is flagged as melanoma, or as any class that counts as malignant,
+        is flagged as `malignant` too if that is among the flags, whatever its threshold.
+        """
+        found = {
+            name: probabilities[:, labels].sum(axis=1) >= threshold
+            for name, (labels, threshold) in flags.items()
+        }
+        malignant = {label for labels in self._targets().values() for label in labels}
+        implying = [found[name] for name in flags if set(flags[name][0]) <= malignant]
+        for name in flags:
+            if normalize_name(name) == "malignant":
+                found[name] = np.any([found[name], *implying], axis=0)
+        return found
+
+    def _targets(self) -> dict[str, list[int]]:
+        return {
+            "malignant": [self.classes.index(name) for name in self.malignant_classes],
+            "melanoma": [label for label, name in enumerate(self.classes) if is_melanoma(name)],
+        }
 
 
 def _views(images: Tensor) -> Iterator[Tensor]:
@@ -250,13 +276,36 @@ def _table(
     labels: np.ndarray,
     probabilities: np.ndarray,
     classes: Sequence[str],
-    flags: Mapping[str, tuple[list[int], float]],
+    flagged: Mapping[str, np.ndarray],
 ) -> pd.DataFrame:
-    columns = {"path": name_column(paths), "class": [classes[label] for label in labels]}
+    own = probabilities[np.arange(len(labels)), labels]
+    # Of equally probable classes it is the predicted one.
+    highest = np.where(own >= probabilities.max(axis=1), labels, probabilities.argmax(axis=1))
+    columns = {
+        "path": name_column(paths),
+        "class": [classes[label] for label in labels],
+        "probability": own,
+        "most_probable": [classes[label] for label in highest],
+    }
     columns |= {f"prob_{name}": probabilities[:, label] for label, name in enumerate(classes)}
-    for name, (added_up, threshold) in flags.items():
-        columns[f"flag_{name}"] = probabilities[:, added_up].sum(axis=1) >= threshold
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns | {f"flag_{name}": flagged[name] for name in flagged})
+
+
+def _save_overlays(
+    folder: Path, table: pd.DataFrame, heatmaps: np.ndarray, options: PredictionOptions
+) -> None:
+    """Writes the figure of each row of a table, drawn by threads from the image's own pixels."""
+
+    def save(row: dict[Any, Any], heatmap: np.ndarray) -> None:
+        image = prepare_image(row["path"], FIGURE_SIDE, options.preprocessors)
+        save_overlay(folder / overlay_name(row["path"]), image, heatmap, row)
+
+    pool = ThreadPoolExecutor(options.num_workers or cpu_count())
+    try:
+        for _ in pool.map(save, table.to_dict("records"), heatmaps):
+            pass  # but raises what a thread has raised
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -295,11 +344,13 @@ def _check_folder_of_overlays(
     for path in images:
         if Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(
-                f"{folder} lies in {path}, where the overlays would be taken for images the next "
-                "time; choose a folder elsewhere"
+                f"{folder} is inside {path}, where overlays would be taken for images the next "
+                "time; choose another folder"
             )
     if output is not None and folder.resolve().is_relative_to(Path(output).resolve()):
-        raise ValueError(f"{folder} is to be a folder, and {output} a file; choose another")
+        raise ValueError(
+            f"{folder} cannot be a folder, as {output} is a file; choose another folder"
+        )
 
 
 def check_alike(infos: Mapping[str, ModelInfo], attributes: Sequence[str]) -> None:
@@ -310,7 +361,7 @@ def check_alike(infos: Mapping[str, ModelInfo], attributes: Sequence[str]) -> No
             own, other = info[attribute], first[attribute]
             if own != other:
                 raise ValueError(
-                    f"{name} and {first_name} do not fit each other: {attribute} differ, "
+                    f"{name} and {first_name} cannot be combined: {attribute} differ, "
                     f"{own or 'none'} and {other or 'none'}"
                 )
 
@@ -321,12 +372,12 @@ def _check_preprocessors(path: str, info: ModelInfo, preprocessors: Sequence[Pre
         return
     if given == "none":
         raise ValueError(
-            f"{path} was trained with custom preprocessors, which the command does not know; use "
+            f"{path} was trained with custom preprocessors, which the command does not have; use "
             "predict(..., preprocessors=[...]) in Python"
         )
     raise ValueError(
-        f"{path} was trained with other preprocessors than those given; their fingerprint is "
-        f"{trained_with}, not {given}"
+        f"{path} was trained with preprocessors other than those given (fingerprint "
+        f"{trained_with}, not {given})"
     )
 
 
@@ -347,7 +398,7 @@ def _warn_of_thresholds(flags: Mapping[str, Any], num_models: int, tta: int) -> 
     if flags and used_for:
         warnings.warn(
             f"the thresholds of {', '.join(flags)} were chosen for one model and one view; with "
-            f"{' and '.join(used_for)} they need not find 95 % of such lesions. Give others with "
-            "--threshold NAME=P (in Python thresholds={NAME: P})",
+            f"{' and '.join(used_for)} they may not find 95 % of such lesions. Set others with "
+            "--threshold NAME=P (in Python, thresholds={NAME: P})",
             stacklevel=3,
         )

@@ -220,11 +220,11 @@ class Run:
         another run.
         """
         if self.folder is None:
-            raise ValueError("resume needs the save_path of the run that is to go on")
+            raise ValueError("resume needs the save_path of the run to continue")
         if not isinstance(self.train_loader, LesionLoader):
             raise ValueError(
                 "resume needs a LesionLoader (create_dataloaders): another training loader cannot "
-                "go on where it stopped"
+                "continue where it stopped"
             )
         path = self.folder / "last.pth"
         if not path.exists():
@@ -233,17 +233,17 @@ class Run:
         kinds = {"settings", "progress", "model", "optimizer", "scheduler"}
         is_checkpoint = isinstance(contents, dict) and kinds <= contents.keys()
         if not is_checkpoint or not isinstance(contents["settings"], dict):
-            raise ValueError(f"{path}: not a checkpoint of this project")
+            raise ValueError(f"{path}: not a checkpoint of this program")
         differing = _differences(contents["settings"], self.settings)
         if differing:
-            raise ValueError(f"{path} is of another run: {differing}")
+            raise ValueError(f"{path} belongs to another run: {differing}")
         environment, before = _environment(self.model), contents.get("environment")
         before = environment | (before if isinstance(before, dict) else {})
         differing = _differences(before, environment)
         if differing:
             warnings.warn(
-                f"{path}: {differing}: the weights will be as good, but not bit for bit those of "
-                "an uninterrupted run",
+                f"{path}: {differing}; the weights will be as good as those of an uninterrupted "
+                "run, but not identical",
                 stacklevel=2,
             )
         try:
@@ -271,7 +271,7 @@ class Run:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name} was {before.get(name)}, is {now.get(name)}"
+        f"{name} is {now.get(name)}, but was {before.get(name)}"
         for name in sorted(before.keys() | now.keys(), key=str)
         if not _is_same_setting(name, before.get(name), now.get(name))
     )
@@ -343,7 +343,7 @@ def _read_optimizer(stored: Any, optimizer: Optimizer) -> dict[str, Any]:
     groups = [_completed(*pair, "optimizer's group", needed=("params", "lr")) for pair in pairs]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not stored["state"].keys() <= set(range(len(parameters))):
-        raise ValueError("optimizer has a state of other parameters")
+        raise ValueError("the optimizer state belongs to other parameters")
     if isinstance(optimizer, Adam | AdamW):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.defaults["amsgrad"]
         for number, state in stored["state"].items():

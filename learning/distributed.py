@@ -9,17 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from learning.hardware import choose_device
 from learning.processes import default_signals, get_rank, get_world_size, torchrun_variable
+from storage.progress import ProgressBar
 
 SECONDS_BETWEEN_EXCHANGES = 0.5
 
 
-def progress_bar(batches: Iterable | None = None, **options: Any) -> tqdm:
-    """Returns a bar that the first process alone shows, on a terminal, and removes at the end."""
-    return tqdm(batches, disable=True if get_rank() > 0 else None, leave=False, **options)
+def progress_bar(
+    items: Iterable | None = None, name: str = "", total: int | None = None, **options: Any
+) -> ProgressBar:
+    """Returns a `ProgressBar` that the first process alone shows."""
+    return ProgressBar(items, name, total, is_shown=get_rank() == 0, **options)
 
 
 def gradient_exchange(forward: Callable, is_due: bool) -> contextlib.AbstractContextManager:

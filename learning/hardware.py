@@ -39,9 +39,9 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
     if precision not in PRECISIONS:
         names = ", ".join(("auto", *PRECISIONS))
-        raise ValueError(f"precision is {precision!r}; it must be one of {names}")
+        raise ValueError(f"precision must be one of {names}, not {precision!r}")
     if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision fp16 needs CUDA, not {device.type}; use bf16 or fp32")
+        raise ValueError(f"precision fp16 needs CUDA; use bf16 or fp32 on {device.type}")
     return PRECISIONS[precision]
 
 

@@ -32,10 +32,10 @@ def make_criterion(
             raise ValueError(f"class_weights must be {num_classes} numbers greater than 0")
     if callable(criterion):
         if weights is not None:
-            raise ValueError("class_weights have no effect on a criterion that is a function")
+            raise ValueError("class_weights cannot be used with a criterion that is a function")
         return criterion.to(device) if isinstance(criterion, nn.Module) else criterion
     if criterion not in LOSSES:
-        raise ValueError(f"criterion is {criterion!r}; the losses are {', '.join(LOSSES)}")
+        raise ValueError(f"unknown criterion {criterion!r}; the losses are {', '.join(LOSSES)}")
     return LOSSES[criterion](weights)
 
 

@@ -1,6 +1,7 @@
 """Files written whole or not at all, locks, and tables in CSV."""
 
 import csv
+import difflib
 import errno
 import fcntl
 import json
@@ -103,9 +104,9 @@ def read_csv(path: str | Path) -> "pd.DataFrame":
                 encoding_errors="surrogateescape",
             )
         if not isinstance(table.index, pd.RangeIndex):
-            raise ValueError("its rows have more cells than its header has names")
+            raise ValueError("some rows have more cells than the header")
     except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
-        raise ValueError(f"{printable(path)}: not a table in CSV ({error})") from error
+        raise ValueError(f"{printable(path)}: not a valid CSV table ({error})") from error
     return table
 
 
@@ -153,6 +154,23 @@ def split_names(cell: str) -> tuple[str, ...]:
     parts = re.findall(r"(?:\\.|[^\\;])+", cell, flags=re.DOTALL)
     names = [parts[0], *(part.removeprefix(" ") for part in parts[1:])] if parts else []
     return tuple(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL) for name in names)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, max_names: int = 3) -> str:
+    """Returns "did you mean ...?" with the known names most like this one, or else `otherwise`.
+
+    Names that are clearly less alike than the closest one are left out.
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=max_names, cutoff=0.75)
+    if not close:
+        return otherwise
+    likeness = [difflib.SequenceMatcher(None, each, name).ratio() for each in close]
+    alike = [
+        each for each, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - 0.05
+    ]
+    *others, last = alike
+    return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"
 
 
 def printable(path: str | Path) -> str:

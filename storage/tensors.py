@@ -57,7 +57,8 @@ def load_tensors(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        what = " is a folder, not a model file" if path.is_dir() else ": no such file"
+        raise FileNotFoundError(f"{path}{what}")
     with path.open("rb") as file:  # here a file without permission to read is an OSError
         start = file.read(MAX_PICKLED_BYTES)
     is_zip = start.startswith(b"PK\x03\x04")
@@ -70,7 +71,7 @@ def load_tensors(path: str | Path) -> Any:
         _check_values(contents, path.stat().st_size)
     except Exception as error:  # torch.load documents no closed set of errors for damaged files
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a readable file of tensors ({reason})") from error
+        raise ValueError(f"{path}: not a model file ({reason})") from error
     return contents
 
 
@@ -85,7 +86,7 @@ def check_alike(found: Any, expected: Any, name: str) -> None:
         if not isinstance(found, torch.Tensor):
             raise ValueError(f"{name} is not a tensor")
         if found.shape != expected.shape:
-            raise ValueError(f"{name} is {tuple(found.shape)}, not {tuple(expected.shape)}")
+            raise ValueError(f"{name} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
         if found.is_floating_point() != expected.is_floating_point():
             raise ValueError(f"{name} is {found.dtype}, not {expected.dtype}")
         # As it will be used: what float64 holds can be too large for float32.
@@ -127,17 +128,17 @@ def _read_pickle(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("it is compressed, which no file of tensors is")
+            raise ValueError("it is compressed")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("it claims to hold more bytes than it has")
+            raise ValueError("it claims more bytes than it has")
         damaged = archive.testzip()
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         pickles = [e for e in entries if e.filename.lower().endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError("a zip that torch.save did not write")
+            raise ValueError("a zip file that torch.save did not write")
         if pickles[0].file_size > MAX_PICKLED_BYTES:
-            raise ValueError("it holds too much beside tensors")
+            raise ValueError("it has too much data beside the tensors")
         return archive.read(pickles[0])
 
 
@@ -149,10 +150,10 @@ def _check_names(pickled: io.BytesIO) -> None:
             return
         for opcode, argument, _ in pickletools.genops(pickled):
             if opcode.name == "STACK_GLOBAL":
-                raise ValueError("it is pickled as no file of tensors is")
+                raise ValueError("it uses a pickle format that torch.save does not")
             if opcode.name in ("GLOBAL", "INST") and argument not in KNOWN_NAMES:
-                shown = ascii(str(argument).replace(" ", "."))[1:81]
-                raise ValueError(f"it asks for {shown}, which no file of weights needs")
+                shown = ascii(str(argument).replace(" ", "."))[1:-1][:80]
+                raise ValueError(f"it refers to {shown}, which no model needs")
 
 
 def _check_values(contents: Any, max_bytes: int) -> None:
@@ -167,7 +168,7 @@ def _check_values(contents: Any, max_bytes: int) -> None:
         if number > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES:,} values")
         if depth > MAX_DEPTH:
-            raise ValueError("its values are nested too deep")
+            raise ValueError("its values are nested too deeply")
         if isinstance(value, Mapping):
             waiting += [(part, depth + 1) for item in value.items() for part in item]
         elif isinstance(value, list | tuple):
@@ -175,9 +176,9 @@ def _check_values(contents: Any, max_bytes: int) -> None:
         elif isinstance(value, torch.Tensor):
             storage = value.untyped_storage().nbytes()
             if value.numel() * value.element_size() > min(storage, max_bytes):
-                raise ValueError("a tensor in it is larger than the numbers that it has for it")
+                raise ValueError("a tensor is larger than its data")
         elif value is not None and not isinstance(value, bool | int | float | str):
-            raise ValueError(f"it holds a {type(value).__name__}")
+            raise ValueError(f"it contains a {type(value).__name__}")
 
 
 def _num_bytes(contents: Any) -> int:

@@ -19,7 +19,7 @@ def download_weights(url: str | None, architecture: str, download: bool = True) 
     """
     if url is None:
         raise FileNotFoundError(
-            f"{architecture} has no default weights: give a file with --weights FILE, or start "
+            f"{architecture} has no default weights; give a file with --weights FILE, or start "
             "from random weights with --weights none"
         )
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
@@ -36,8 +36,8 @@ def download_weights(url: str | None, architecture: str, download: bool = True) 
     if path.exists():
         return path
     raise FileNotFoundError(
-        f"no ImageNet weights for {architecture} ({reason}): download {url} elsewhere and put it "
-        f"at {path}, or give a file with --weights FILE, or start from random weights with "
+        f"no ImageNet weights for {architecture} ({reason}); download {url} on another machine and "
+        f"save it as {path}, or give a file with --weights FILE, or start from random weights with "
         "--weights none"
     )
 
@@ -50,7 +50,7 @@ def load_weights(backbone: nn.Module, path: Path, architecture: str, classifier:
     weights, expected = load_tensors(path), backbone.state_dict()
     try:
         if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-            raise ValueError("not a dict of tensors by name")
+            raise ValueError("not a dict of named tensors")
         own = {name: tensor for name, tensor in weights.items() if not name.startswith(classifier)}
         # Checks what is in both; of what is missing or unexpected torch knows what may be.
         common = own.keys() & expected.keys()
@@ -58,4 +58,4 @@ def load_weights(backbone: nn.Module, path: Path, architecture: str, classifier:
         backbone.load_state_dict(own)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a state dict of {architecture} ({reason})") from error
+        raise ValueError(f"{path}: not the weights of a {architecture} ({reason})") from error

@@ -14,7 +14,9 @@ from augmentation import (
     add_noise_to_batch,
     adjust_batch_brightness,
     adjust_batch_contrast,
+    apply_views,
     augment_batch,
+    example_views,
     flip_batch_horizontally,
     flip_batch_vertically,
     resolve_policy,
@@ -372,6 +374,42 @@ def test_training_views_are_turned_brightened_changed_in_contrast_and_noisy():
 
 
 # Policies
+
+
+def test_the_examples_show_each_augmentation_alone_and_then_all_together():
+    names, views = example_views(seeded(), num_combined=3)
+    assert len(names) == len(views.angle) == 9
+    assert names[:2] == ["flipped left to right", "flipped top to bottom"]
+    assert names[6:] == ["all together"] * 3
+    image = random_images(1)
+    shown = apply_views(image.expand(9, -1, -1, -1), views)
+    torch.testing.assert_close(shown[0], image[0].flip(2))
+    torch.testing.assert_close(shown[1], image[0].flip(1))
+    brightness, contrast = (float(name.split(" ×\u00a0")[1]) for name in names[3:5])
+    torch.testing.assert_close(shown[3], (image[0] * brightness).clamp(0, 1), atol=0.006, rtol=0)
+    mean = image[0].mean()
+    expected = (mean + (image[0] - mean) * contrast).clamp(0, 1)
+    torch.testing.assert_close(shown[4], expected, atol=0.004, rtol=0)
+    deviation = float(names[5].removeprefix("noise of standard deviation "))
+    assert deviation == pytest.approx(views.noise_std[5].item(), abs=0.005) and deviation > 0
+    for alone in (views.angle[[0, 1, 3, 4, 5]].abs(), views.noise_std[:5], views.angle[2:3] == 0):
+        assert not alone.any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_example_of_a_rotation_says_by_how_much_and_which_way(seed):
+    names, views = example_views(seeded(seed))
+    words = names[2].split()
+    assert words[:2] == ["rotated", "by"]
+    # A dot right of the centre: clockwise, it goes down.
+    image = torch.zeros(1, 3, 101, 101)
+    image[..., 50, 90] = 1
+    shown = apply_views(image.expand(len(names), -1, -1, -1), views)[2, 0]
+    row, column = np.unravel_index(int(shown.argmax()), shown.shape)
+    clockwise = math.degrees(math.atan2(row - 50, column - 50))
+    degrees = float(words[2].removesuffix("°")) * (1 if words[3] == "clockwise" else -1)
+    assert clockwise == pytest.approx(degrees, abs=1.5)
+    assert 5 < abs(degrees) <= 10
 
 
 def test_policies_have_names_and_an_unknown_one_is_refused():

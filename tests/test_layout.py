@@ -13,7 +13,7 @@ ROOT_MODULES = {
 }  # fmt: skip
 # From bottom to top, as in ARCHITECTURE.md; a package stands for its modules in the order given.
 ORDER = (
-    "storage.files", "storage.tensors", "storage.weights",
+    "storage.files", "storage.progress", "storage.tensors", "storage.weights",
     "imaging.lesions", "imaging.decode", "imaging.heatmaps", "imaging.synthetic", "imaging.audit",
     "imaging.prepare", "imaging.sources", "imaging.splits", "imaging.cache", "imaging.batches",
     "augmentation", "dataset",
@@ -25,8 +25,8 @@ ORDER = (
     "training", "visualizations",
     "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings",
-    "experiment.report",
-    "experiment.results", "experiment.pipeline",
+    "experiment.run_files", "experiment.verdict", "experiment.report",
+    "experiment.results", "experiment.stages", "experiment.pipeline",
     "train_models", "predict",
 )  # fmt: skip
 # What users import, by the module that they import it from.

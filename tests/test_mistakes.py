@@ -6,6 +6,7 @@ writes that page again after a message has changed.
 """
 
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -80,6 +81,7 @@ command worked and found something; 0, that it only warned.
 MISTAKES = [
     ("no flags", None, "train_models.py"),
     ("a flag with a typing error", None, f"{TRAIN} --learning_rat 0.01"),
+    ("another flag with a typing error", None, f"{PREDICT} --grad-cam maps data"),
     ("a flag without its value", None, f"{TRAIN} --seed"),
     ("a word for a number", None, f"{TRAIN} --num_steps many"),
     ("a negative number of steps", None, f"{TRAIN} --num_steps -5"),
@@ -87,6 +89,7 @@ MISTAKES = [
     ("fractions that do not add up to 1", None, f"{TRAIN} --splits 0.7 0.2 0.2"),
     ("a model with a typing error", None,
      "train_models.py --data_dir data --models resnet_finetune"),
+    ("a model that nothing resembles", None, "train_models.py --data_dir data --models best"),
     ("an unknown depth", None, f"{TRAIN} --layers 19"),
     ("an image size that is too small", None, f"{TRAIN} --image_size 4"),
     ("a batch larger than the training split", None, f"{TRAIN} --batch_size 500"),
@@ -122,6 +125,7 @@ MISTAKES = [
     ("`--resume` with other settings", None, f"{TRAIN} --seed 1 --resume"),
     ("other settings in the same folder", None, f"{TRAIN} --seed 1"),
     ("a model that does not exist", None, "predict.py --model models/resnet/model.pth data"),
+    ("a folder given as a table", None, f"{TRAIN} --labels_csv data"),
     ("a model file that is damaged", corrupt_model, f"{PREDICT} data"),
     ("no images to predict", None, PREDICT),
     ("an image that does not exist", None, f"{PREDICT} lesion.jpg"),
@@ -173,6 +177,7 @@ def test_a_mistake_is_answered_as_the_page_says(
     message = capfd.readouterr().err.strip()
     assert status in (0, 1, 2) and message
     assert "Traceback" not in message
+    message = re.sub(r"finished \d{4}-\d\d-\d\d", "finished 2026-01-31", message)
     shown = command.replace(f"{SMALL} --num_steps 2", "")
     cells = (what, f"`{shown}`", message.replace("|", r"\|").replace("\n", "<br>"), str(status))
     page[what] = f"| {' | '.join(cells)} |\n"

@@ -1,6 +1,7 @@
 """The command and the function; what models make of images is in inference/test_ensemble.py."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -25,16 +26,59 @@ def test_the_command_prints_the_most_probable_classes_and_flags(
     table = predict(model, images, device="cpu")
     assert main(["--model", str(model), str(images), "--top-k", "2", "--device", "cpu"]) == 0
     header, *rows = capfd.readouterr().out.rstrip().split("\n")
-    assert header.split("  ")[0] == "image" and header.endswith("calibrated probabilities")
+    assert header.split("  ")[0] == "image" and header.endswith("most probable classes")
     assert len(rows) == 7 + 2
     for (_, row), line in zip(table.iterrows(), rows[:7], strict=True):
-        assert line.startswith(f"{row['path']}  {row['class']} ")
+        own = row[f"prob_{row['class']}"]
+        assert line.startswith(f"{row['path']}  {row['class']} {own:.3f}  ")
         ranked = row[PROBABILITIES].astype(float).sort_values(ascending=False)
         top = [f"{name.removeprefix('prob_')} {p:.3f}" for name, p in ranked.items()]
         assert line.endswith(f"  {top[0]}, {top[1]}")
         assert ("malignant" in line) == row["flag_malignant"]
     flagged = f"malignant {table['flag_malignant'].sum()}, melanoma {table['flag_melanoma'].sum()}"
     assert rows[-1] == f"7 images; flagged: {flagged}; precision {auto_precision}"
+
+
+def test_a_class_that_is_not_the_most_probable_is_marked_with_a_reason_below_the_table(
+    make_images, tmp_path, save_model, capfd
+):
+    root = make_images({"a": 25})
+    plain = predict(save_model(), root, device="cpu")
+    assert set(plain["class"]) == {"nevus"}
+    halfway = float(np.log(plain["prob_nevus"] / plain["prob_mole $1_x"]).median())
+    path = save_model(bias=[0.0, halfway, 0.0])
+    table = predict(path, root, device="cpu")
+    is_marked = (table["class"] != table["most_probable"]).tolist()
+    assert 0 < sum(is_marked) < 25
+    words = ["--model", str(path), str(root), "--device", "cpu", "--top_k", "1"]
+    assert main([*words, "--output", str(tmp_path / "out.csv")]) == 0
+    _, *rows, more, _, reason, _, _ = capfd.readouterr().out.rstrip().split("\n")
+    assert len(rows) == 20 and more == "... and 5 more"
+    for line, (_, row), marked in zip(rows, table.iterrows(), is_marked, strict=False):
+        _, predicted, highest = (cell.strip() for cell in re.split("  +", line))
+        assert predicted == f"{row['class']} {row['probability']:.3f}" + " *" * marked
+        assert highest.rpartition(" ")[0] == row["most_probable"]
+    assert reason.startswith(f"* {sum(is_marked)} of 25 images: another class is more probable")
+    assert main(["--model", str(save_model()), *words[2:]]) == 0
+    assert "*" not in capfd.readouterr().out
+
+
+def test_the_folder_of_a_model_stands_for_it(images, tmp_path, save_model, capfd):
+    for name in ("one", "two"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        save_model(f"models/{name}/model.pth", small_model(len(name)))
+    words = [str(images), "--device", "cpu", "--model"]
+    printed = []
+    for path in ("models/one/model.pth", "models/one"):
+        assert main([*words, str(tmp_path / path)]) == 0
+        printed.append(capfd.readouterr().out)
+    assert printed[0] == printed[1]
+    assert main([*words, str(tmp_path / "models")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "models has 2 models; choose one, or name each" in line
+    assert line.endswith(f"{tmp_path}/models/one, {tmp_path}/models/two")
+    assert main([*words, str(images)]) == 2
+    assert "images: no model.pth in this folder or below it" in capfd.readouterr().err
 
 
 def test_with_a_file_for_the_table_the_first_rows_are_printed(
@@ -66,8 +110,9 @@ def test_flags_of_the_command_do_what_the_function_does(
     )  # fmt: skip
     table = pd.read_csv(tmp_path / "out.csv")
     assert list(table.columns) == list(expected.columns)
-    assert table.drop(columns=PROBABILITIES).equals(expected.drop(columns=PROBABILITIES))
-    assert np.allclose(table[PROBABILITIES], expected[PROBABILITIES], atol=1e-6)
+    numbers = ["probability", *PROBABILITIES]
+    assert table.drop(columns=numbers).equals(expected.drop(columns=numbers))
+    assert np.allclose(table[numbers], expected[numbers], atol=1e-6)
     assert len(list((tmp_path / "cam").iterdir())) == 7
 
 
@@ -110,14 +155,20 @@ def test_exit_statuses_are_0_for_all_read_1_for_some_and_2_for_a_mistake(
     ("words", "error"),
     [
         (["a.png"], "--model"),
-        (["--model", "m.pth"], "name the images"),
-        (["--model", "m.pth", "a.png", "--threshold", "nevus"], "'nevus' is not of the form"),
+        (["--model", "m.pth"], "give the images"),
+        (
+            ["--model", "m.pth", "a.png", "--threshold", "nevus"],
+            "must be of the form NAME=0.2, not 'nevus'",
+        ),
         (
             ["--model", "m.pth", "a.png", "--threshold", "nevus=x"],
-            "--threshold: 'x' is not a number",
+            "--threshold: must be a number, not 'x'",
         ),
-        (["--model", "m.pth", "a.png", "--tta", "x"], "--tta: 'x' is not a whole number"),
-        (["--model", "m.pth", "a.png", "--top_k", "0"], "--top_k: 0 is not 1 or more"),
+        (["--model", "m.pth", "a.png", "--tta", "x"], "--tta: must be a whole number, not 'x'"),
+        (
+            ["--model", "m.pth", "a.png", "--top_k", "0"],
+            "--top_k: must be at least 1",
+        ),
         (["--model", "m.pth", "a.png", "--export", "m.onnx"], "--export takes no images"),
         (["--model", "m", "--model", "n", "--export", "m.onnx"], "--export takes one --model"),
         (["--model", "m.pth", "--export", "m.onx"], "must end in .onnx"),

@@ -261,24 +261,24 @@ def test_a_flag_without_effect_is_refused_and_named_before_anything_is_read(
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--batch_size", "0"], "--batch_size: 0 is not 1 or more"),
-        (["--batch_size", "-3"], "--batch_size: -3 is not 1 or more"),
-        (["--batch_size", "1" + 5000 * "0"], "is not a whole number"),
+        (["--batch_size", "0"], "--batch_size: must be at least 1"),
+        (["--batch_size", "-3"], "--batch_size: must be at least 1"),
+        (["--batch_size", "1" + 5000 * "0"], "must be a whole number"),
         (["--batch_size", str(2**31)], "less than 2**31"),
-        (["--batch_size", "2.5"], "--batch_size: '2.5' is not a whole number"),
-        (["--num_workers", "0"], "--num_workers: 0 is not 1 or more"),
-        (["--top_k", "0"], "--top_k: 0 is not 1 or more"),
-        (["--tta", "0"], "--tta: 0 is not from 1 to 8"),
-        (["--tta", "9"], "--tta: 9 is not from 1 to 8"),
-        (["--threshold", "nevus=nan"], "nan is not a probability from 0 to 1"),
-        (["--threshold", "nevus=inf"], "inf is not a probability"),
-        (["--threshold", "nevus=-1e-9"], "-1e-9 is not a probability"),
-        (["--threshold", "nevus=20%"], "'20%' is not a number"),
-        (["--threshold", "=0.5"], "'=0.5' is not of the form NAME=0.2"),
-        (["--threshold", " =0.5"], "' =0.5' is not of the form NAME=0.2"),
+        (["--batch_size", "2.5"], "--batch_size: must be a whole number, not '2.5'"),
+        (["--num_workers", "0"], "--num_workers: must be at least 1"),
+        (["--top_k", "0"], "--top_k: must be at least 1"),
+        (["--tta", "0"], "--tta: must be from 1 to 8, not 0"),
+        (["--tta", "9"], "--tta: must be from 1 to 8, not 9"),
+        (["--threshold", "nevus=nan"], "must be a probability from 0 to 1, not nan"),
+        (["--threshold", "nevus=inf"], "must be a probability from 0 to 1, not inf"),
+        (["--threshold", "nevus=-1e-9"], "must be a probability from 0 to 1, not -1e-9"),
+        (["--threshold", "nevus=20%"], "must be a number, not '20%'"),
+        (["--threshold", "=0.5"], "must be of the form NAME=0.2, not '=0.5'"),
+        (["--threshold", " =0.5"], "must be of the form NAME=0.2, not ' =0.5'"),
         (["--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
         *(
-            ([f"--{flag}", value], f"--{flag}: is empty")
+            ([f"--{flag}", value], f"--{flag}: must not be empty")
             for flag in ("output", "gradcam", "labels_csv", "label_column", "evaluate", "export")
             for value in ("", " ")
         ),
@@ -299,10 +299,10 @@ def test_a_value_out_of_range_is_refused_before_anything_is_read(
     ("words", "error"),
     [
         (["--threshold", "nevus=0.2", "--threshold", "nevus=0.3"], "--threshold nevus is given tw"),
-        (["--overwrite"], "--overwrite has no effect without a file to write"),
+        (["--overwrite"], "--overwrite has no effect without --output"),
         (["--label_column", "dx", "--evaluate", "out"], "--label_column needs the table"),
         (["--evaluate", "out", "more"], "--evaluate takes one folder of labelled images"),
-        (["--evaluate", "out", "--export", "m.onnx"], "give one of them at a time"),
+        (["--evaluate", "out", "--export", "m.onnx"], "give one at a time"),
         (["--export", "m.onnx"], "has no effect with --export"),
     ],
 )
@@ -343,7 +343,7 @@ def test_a_file_that_exists_is_refused_before_anything_is_read(here, capfd, mode
     before = files(here)
     assert main([*BASES[mode], *words]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert f"{words[1]} exists and would be lost; --overwrite replaces it, or choose" in line
+    assert f"{words[1]} already exists; replace it with --overwrite, or choose" in line
     assert files(here) == before and not (here / "nowhere").exists()
 
 
@@ -371,7 +371,7 @@ def test_what_is_read_is_not_written_over(here, capfd, more):
         ["--model", "m/model.pth", "--output", "image.csv", "images/nevus/0000.png"],
     ):
         assert main([*words, *more]) == 2
-        assert "is to be read as well; choose another name" in capfd.readouterr().err
+        assert "is also an input; choose another name" in capfd.readouterr().err
     assert files(here) == before
 
 
@@ -384,8 +384,8 @@ def test_overlays_of_the_same_images_are_not_replaced_and_other_files_stay(here,
     other = ["--model", "n/model.pth", *words[2:]]
     assert main([*other, "images/melanoma", "images/nevus/0001.png"]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert "overlays has overlays of 1 of these images, such as 0001-" in error
-    assert "--overwrite replaces them, or choose another folder" in error
+    assert "overlays already has overlays of 1 of these images, such as 0001-" in error
+    assert "replace them with --overwrite, or choose another folder" in error
     assert files(here) == before
     assert main([*other, "images/melanoma"]) == 0
     assert before.items() < files(here).items() and len(files(here)) == len(before) + 4
@@ -398,5 +398,5 @@ def test_overlays_of_the_same_images_are_not_replaced_and_other_files_stay(here,
 def test_a_table_and_a_folder_do_not_get_the_same_name(here, capfd, output, folder):
     words = ["--output", output, "--gradcam", folder]
     assert main([*BASES["predict"], *words]) == 2
-    assert "is to be a folder, and a.csv a file" in capfd.readouterr().err
+    assert "cannot be a folder, as a.csv is a file" in capfd.readouterr().err
     assert not (here / "a.csv").exists()

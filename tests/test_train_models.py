@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from torchvision.models import resnet50
 
+import visualizations
 from dataset import DatasetBuilder, create_dataloaders
 from evaluation import Calibration
 from imaging.cache import ArrayCache
@@ -126,7 +127,7 @@ def test_a_run_is_never_gone_on_with_in_another_precision(arguments, tmp_path, m
     monkeypatch.setattr("learning.hardware.computes_in_bfloat16", lambda device: False)
     before = snapshot(tmp_path / "out")
     assert main([*words, "--resume"]) == 2
-    assert "precision was bf16, is fp32" in capfd.readouterr().err
+    assert "precision is fp32, but was bf16" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
     assert main([*words, "--resume", "--precision", "bf16"]) == 0
 
@@ -214,6 +215,43 @@ def test_a_model_alone_is_the_same_as_among_others(arguments, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in first.state_dict().items())
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rates_drawn_are_those_trained_with(arguments, schedule, monkeypatch):
+    drawn = []
+    plot = "experiment.pipeline.plot_learning_curves"
+    monkeypatch.setattr(plot, lambda history, **options: drawn.append((history, options)))
+    chosen = ["--models", "simple_cnn", "--eval_every", "1", "--schedule", schedule]
+    assert main([*arguments, *chosen]) == 0
+    ((history, options),) = drawn
+    assert history["step"] == [1, 2, 3, 4]
+    assert options["learning_rates"] == history["learning_rate"]
+    assert len(set(options["learning_rates"])) == (1 if schedule == "constant" else 4)
+
+
+def test_figures_name_the_files_that_they_show(arguments, tmp_path, monkeypatch, quick_figures):
+    shown = {}
+
+    def watch(name):
+        plot = getattr(visualizations, name)
+
+        def watched(*data, **options):
+            shown.setdefault(name, []).append((data, options))
+            return plot(*data, **options)
+
+        monkeypatch.setattr(visualizations, name, watched)
+
+    for name in ("plot_mistakes", "plot_gradcams"):
+        watch(name)
+    assert main([*arguments, "--models", "simple_cnn", "resnet_scratch"]) == 0
+    assert len(shown["plot_gradcams"]) == 2
+    for (_, *columns), options in shown["plot_mistakes"] + shown["plot_gradcams"]:
+        table = pd.read_csv(tmp_path / "out" / options["title"] / "predictions.csv")
+        rows = table.set_index("path").loc[options["names"]]
+        true, predicted = [column for column in columns if np.ndim(column) == 1][:2]
+        assert rows["true_class"].tolist() == list(true)
+        assert rows["predicted_class"].tolist() == list(predicted)
+
+
 def test_resume_passes_over_what_is_finished_and_finishes_the_rest(arguments, tmp_path, capfd):
     chosen = ["--models", "simple_cnn", "resnet_scratch"]
     main([*arguments, *chosen])
@@ -233,7 +271,7 @@ def test_resume_with_other_settings_is_refused(arguments, tmp_path, capfd):
     main([*arguments, "--models", "simple_cnn"])
     before = snapshot(tmp_path / "out")
     assert main([*arguments, "--models", "simple_cnn", "--resume", "--num_steps", "6"]) == 2
-    assert "num_steps was 4, is 6" in capfd.readouterr().err
+    assert "num_steps is 6, but was 4" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
 
 
@@ -243,12 +281,12 @@ def test_resume_never_compares_models_of_different_runs(arguments, tmp_path, cap
     main([*arguments, "--models", "resnet_scratch", "--num_steps", "3"])
     both = [*arguments, "--models", "simple_cnn", "resnet_scratch", "--resume", "--num_steps", "3"]
     assert main(both) == 2
-    assert "simple_cnn belongs to another run: num_steps was 4, is 3" in capfd.readouterr().err
+    assert "simple_cnn belongs to another run: num_steps is 3, but was 4" in capfd.readouterr().err
     assert main([*simple, "--resume", "--save_dir", str(tmp_path / "out")]) == 0
     (Path(arguments[1]) / "Train/melanoma/0000.png").unlink()
     before = snapshot(tmp_path / "out")
     assert main([*simple, "--resume"]) == 2
-    assert "images and splits was" in capfd.readouterr().err
+    assert "images or splits differ" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
 
 
@@ -266,7 +304,7 @@ def test_the_demo_leaves_a_real_run_alone(arguments, tmp_path, monkeypatch, capf
     before = snapshot(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert main(["--demo", "--device", "cpu", "--save_dir", "out"]) == 2
-    assert "out holds what this run would replace: simple_cnn" in capfd.readouterr().err
+    assert "out contains results of another run: simple_cnn" in capfd.readouterr().err
     assert snapshot(tmp_path / "out") == before
 
 
@@ -303,7 +341,7 @@ def test_a_class_of_one_image_works_with_a_warning(arguments, make_images, capfd
     root = make_images({"a": 12, "b": 12, "lonely": 1}, name="lonely")
     options = ["--data_dir", str(root), "--models", "simple_cnn", "--class_weights", "balanced"]
     assert main([*arguments, *options]) == 0
-    assert "warning: not every split has every class: lonely" in capfd.readouterr().err
+    assert "warning: some splits lack a class: lonely" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------- screening
@@ -347,7 +385,7 @@ def test_images_of_a_class_that_is_not_known_are_no_negatives(quick, make_images
     root = make_images({"melanoma (in situ)": 14, "nevus": 14, "UNK": 14}, name="unknown")
     assert main(quick(root)) == 0
     printed, counted = capfd.readouterr(), "malignant: melanoma (in situ); benign: nevus"
-    assert f"counted as {counted}; not known: UNK\n" in printed.out
+    assert f"counted as {counted}; unknown: UNK\n" in printed.out
     assert "left out of the screening metrics: UNK;" in printed.err
     metrics = json.loads((tmp_path / "out/simple_cnn/metrics.json").read_text())
     for target in ("malignant", "melanoma"):
@@ -364,7 +402,7 @@ def test_a_malignant_class_that_there_is_not_is_named_with_the_nearest_before_an
     wanted = ["--malignant_classes", "melanoma", "bsal cell carcinoma"]
     assert main([*quick(root), *wanted]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "matches bsal cell carcinoma; did you mean basal cell carcinoma" in line
+    assert "unknown class bsal cell carcinoma; did you mean basal cell carcinoma" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -376,7 +414,7 @@ def test_splits_of_a_table_that_are_not_used_are_said(quick, make_images, tmp_pa
     table.to_csv(tmp_path / "splits.csv", index=False)
     more = ["--splits_csv", str(tmp_path / "splits.csv"), "--save_dir", str(tmp_path / "again")]
     assert main([*quick(root), *more]) == 0
-    said = "2 images are in splits that are not train, valid, test and are not used: trian"
+    said = "2 images are not used, as their split is trian, not train, valid or test"
     assert said in capfd.readouterr().err
 
 
@@ -397,7 +435,7 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(
     main([*arguments, *options, "--batch_size", "8", "--save_dir", str(tmp_path / "one")])
     (printed, errors), (printed_by_second, _) = (each.communicate(timeout=240) for each in both)
     assert [each.returncode for each in both] == [0, 0], errors
-    assert "2 processes, together with batches of 8 images" in printed
+    assert "2 processes with batches of 8 images in all" in printed
     assert printed.count("Everything is in") == 1 and printed_by_second == ""
     assert names(tmp_path / "out/simple_cnn") - {"mistakes.png"} == MODEL_FILES
 
@@ -486,7 +524,7 @@ def test_when_one_process_is_to_stop_both_do_after_the_same_step(
     wait_for(last, both[0], lambda: both[0].communicate()[1])
     both[1].send_signal(signal.SIGTERM)
     assert [each.wait(timeout=60) for each in both] == [143, -signal.SIGTERM]
-    said = "stopped by SIGTERM; to go on: torchrun --nproc_per_node=2 train_models.py"
+    said = "stopped by SIGTERM; continue with: torchrun --nproc_per_node=2 train_models.py"
     assert said in both[0].communicate()[1]
     assert not last.with_name("metrics.json").exists()
 
@@ -534,21 +572,25 @@ def mistakes(make_images, tmp_path):
         (["--data_dir", str(tmp_path / "bare")], ["bare: no images"]),
         (["--data_dir", str(single)], ["one class, a"]),
         (["--data_dir", str(broken)], ["a/cut.jpg (", "b/text.jpg (", "--skip_unreadable"]),
-        (["--data_dir", str(tiny), "--batch_size", "2"], ["no images are left for valid, test"]),
-        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["lies in"]),
-        (["--batch_size", "0"], ["--batch_size: 0 is not 1 or more"]),
-        (["--num_steps", "ten"], ["--num_steps: 'ten'"]),
-        (["--learning_rate", "nan"], ["--learning_rate: nan"]),
-        (["--models", "nonsense"], ["no model is named 'nonsense'", "resnet"]),
-        (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 sums to 0.9"]),
+        (["--data_dir", str(tiny), "--batch_size", "2"], ["none are left for valid, test"]),
+        (["--data_dir", str(root), "--save_dir", str(root / "out")], ["is inside"]),
+        (["--batch_size", "0"], ["--batch_size: must be at least 1"]),
+        (["--num_steps", "ten"], ["--num_steps: must be a whole number, not 'ten'"]),
+        (["--learning_rate", "nan"], ["--learning_rate: must be greater than 0, not nan"]),
+        (["--models", "nonsense"], ["unknown model 'nonsense'", "resnet"]),
+        (["--splits", "0.5", "0.2", "0.2"], ["--splits 0.5 0.2 0.2 adds up to 0.9"]),
         (["--weights", "imagenet"], ["resnet18-f37072fd.pth", "--weights none"]),
         (["--weights", str(tmp_path / "gone.pth")], ["gone.pth: no such file"]),
         (["--device", "nonsense"], ["device nonsense"]),
-        (["--image_size", "8"], ["--image_size: 8"]),
+        (["--image_size", "8"], ["--image_size: must be at least 16, not 8"]),
         (["--demo"], ["--demo", "--data_dir"]),
         (["--device", "meta"], ["device meta"]),
-        (["--models", "simple_cnn", "--weights", str(root)], ["none of the chosen models"]),
-        (["--mistyped"], ["--mistyped"]),
+        (
+            ["--models", "simple_cnn", "--weights", str(root)],
+            ["all chosen models start from random weights"],
+        ),
+        (["--mistyped"], ["unknown flag --mistyped; see --help"]),
+        (["--learning_rat", "1"], ["did you mean --learning_rate?"]),
     ]
 
 
@@ -593,7 +635,7 @@ def test_a_compiler_that_is_not_there_is_one_line(arguments, tmp_path):
     result = subprocess.run(words, env=os.environ | env, capture_output=True, text=True)
     (line,) = errors(result.stderr)
     assert result.returncode == 2
-    assert "--compile does not work here (" in line and "run without it" in line
+    assert "--compile does not work here (" in line and "leave it out" in line
 
 
 def test_a_warning_and_an_error_have_no_traceback_in_a_real_process(tmp_path):

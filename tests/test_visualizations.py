@@ -129,8 +129,10 @@ def draw_samples(names, title, save_path):
 
 
 def draw_augmentations(names, title, save_path):
-    images = colour_tiles("red", "green", "blue")
-    return plot_augmentations(images[0], images[1:] / 255, title=title, save_path=save_path)
+    originals = colour_tiles(*["red"] * len(names))
+    views = np.stack([colour_tiles("green", "blue")] * len(names))
+    columns = {"view_names": ["rotated by 9° clockwise", "all together"], "image_names": names}
+    return plot_augmentations(originals, views, **columns, title=title, save_path=save_path)
 
 
 def draw_model_comparison(names, title, save_path):
@@ -162,14 +164,16 @@ def draw_class_metrics(names, title, save_path):
 
 def draw_mistakes(names, title, save_path):
     images, others = colour_tiles(*["red"] * len(names)), [*names[1:], names[0]]
-    shares = np.linspace(0.9, 0.1, len(names))
-    return plot_mistakes(images, names, others, shares, title=title, save_path=save_path)
+    shares, paths = np.linspace(0.9, 0.1, len(names)), [f"{n}/ISIC_0024306.jpg" for n in names]
+    options = {"names": paths, "title": title, "save_path": save_path}
+    return plot_mistakes(images, names, others, shares, **options)
 
 
 def draw_gradcams(names, title, save_path):
     images, others = colour_tiles(*["red"] * len(names)), [*names[1:], names[0]]
-    heatmaps = np.full((len(names), 8, 8), 0.5)
-    return plot_gradcams(images, heatmaps, names, others, title=title, save_path=save_path)
+    heatmaps, classes = np.full((len(names), 8, 8), 0.5), (names, others)
+    paths = [f"{name}/ISIC_0024306.jpg" for name in names]
+    return plot_gradcams(images, heatmaps, *classes, names=paths, title=title, save_path=save_path)
 
 
 DRAWN_WITH_NAMES = [
@@ -177,6 +181,7 @@ DRAWN_WITH_NAMES = [
     draw_class_distribution,
     draw_class_metrics,
     draw_samples,
+    draw_augmentations,
     draw_model_comparison,
 ]
 DRAWN_WITH_CAPTIONS = [draw_mistakes, draw_gradcams]
@@ -184,7 +189,6 @@ ALL_DRAWN = [
     draw_learning_curves,
     draw_roc_pr_curves,
     draw_reliability,
-    draw_augmentations,
     draw_pairs,
     *DRAWN_WITH_CAPTIONS,
     *DRAWN_WITH_NAMES,
@@ -394,6 +398,15 @@ def test_the_learning_curves_are_the_history(history):
     assert learning_rate.get_yscale() == "log"
 
 
+def test_the_learning_rate_is_drawn_at_every_step_where_it_is_given():
+    rates = np.linspace(1e-4, 1e-3, 400)
+    figure = plot_learning_curves(HISTORY, learning_rates=pd.Series(rates, index=range(7, 407)))
+    (line, _) = figure.axes[3].lines  # and the best evaluation
+    assert line.get_xdata().tolist() == list(range(1, 401))
+    np.testing.assert_array_equal(line.get_ydata(), rates)
+    assert figure.axes[0].lines[0].get_xdata().tolist() == HISTORY["step"]
+
+
 def test_the_best_evaluation_is_the_most_accurate_then_the_one_with_the_lower_loss():
     figure = plot_learning_curves(HISTORY)
     assert [ax.lines[-1].get_xdata() for ax in figure.axes] == [[300, 300]] * 4
@@ -436,17 +449,16 @@ def test_a_history_that_does_not_fit_is_refused():
 # --- confusion matrix -------------------------------------------------------------------------
 
 
-def test_each_cell_shows_its_count_and_its_share_of_the_true_class():
+def test_each_cell_with_images_shows_their_count_and_their_share_of_the_true_class():
     figure = plot_confusion_matrix(CONFUSION, ["a", "b", "c"])
     cells = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
     assert cells.pop((1, 1)) == "no images"
     assert cells == {  # keys are (predicted, true)
-        (0, 0): "3\n75%",
-        (1, 0): "1\n25%",
-        (2, 0): "0\n0%",
-        (0, 2): "1\n<1%",
-        (1, 2): "1\n<1%",
-        (2, 2): "998\n>99%",
+        (0, 0): "3\n75 %",
+        (1, 0): "1\n25 %",  # that of no images, beside it, is empty
+        (0, 2): "1\n<1 %",
+        (1, 2): "1\n<1 %",
+        (2, 2): "998\n>99 %",
     }
 
 
@@ -541,6 +553,31 @@ def test_a_class_without_images_has_no_curve_and_the_others_keep_their_lines():
             assert look(line) == look(same)
 
 
+def test_melanoma_and_then_the_other_malignant_classes_are_first_in_front_and_thicker():
+    names = ["nevus", "bcc", "vascular lesion", "MEL"]
+    for ax in draw_roc_pr_curves(names, None, None).axes:
+        shown = [text.split("  ")[1].split(" (n = ")[0] for text in legend_texts(ax.get_legend())]
+        assert shown == ["MEL", "bcc", "nevus", "vascular lesion"]
+        curves = ax.lines[:4]
+        melanoma, carcinoma, *rest = [line.get_linewidth() for line in curves]
+        assert melanoma > carcinoma > max(rest)
+        melanoma, carcinoma, *rest = [line.get_zorder() for line in curves]
+        assert melanoma > carcinoma > max(rest)
+
+
+def test_the_classes_named_malignant_are_first_and_classes_that_nobody_knows_are_alike():
+    y_true, y_prob = predictions(3)
+    named = plot_roc_pr_curves(y_true, y_prob, ["melanoma", "b", "c"], malignant=["c"]).axes[0]
+    assert [text.split("  ")[1] for text in legend_texts(named.get_legend())] == [
+        "c", "melanoma", "b",
+    ]  # fmt: skip
+    areas = [float(text.split("  ")[0]) for text in legend_texts(named.get_legend())]
+    expected = [roc_auc_score(y_true == label, y_prob[:, label]) for label in (2, 0, 1)]
+    np.testing.assert_allclose(areas, expected, atol=0.0005)
+    unknown = plot_roc_pr_curves(y_true, y_prob, ["a", "b", "c"]).axes[0]
+    assert len({line.get_linewidth() for line in unknown.lines[:3]}) == 1
+
+
 def test_images_of_one_class_have_no_curve_and_the_figure_says_so():
     figure = plot_roc_pr_curves([1, 1], [[0.5, 0.5], [0.2, 0.8]], ["a", "b"])
     for ax in figure.axes:
@@ -601,6 +638,28 @@ def test_accuracy_is_drawn_over_confidence_and_empty_bins_leave_a_gap():
     np.testing.assert_array_equal(after.get_ydata(), [0.25, 0.75, np.nan])
     assert before.get_marker() != after.get_marker()
     assert before.get_linestyle() != after.get_linestyle()
+
+
+def test_bins_of_equal_count_have_their_points_with_intervals_where_both_curves_have_them():
+    bins = {"confidence": [0.4, 0.9], "accuracy": [0.5, 0.6], "count": [4, 3]}
+    before = BEFORE | {"equal_count_bins": bins | {"accuracy_interval": [[0.2, 0.8], [0.3, 0.7]]}}
+    bins = {"confidence": [0.45], "accuracy": [0.75], "count": [7]}
+    after = AFTER | {"equal_count_bins": bins | {"accuracy_interval": [[0.4, 0.95]]}}
+    figure = plot_reliability(before, after)
+    diagram, counts = figure.axes
+    points = [line.get_xydata().tolist() for line in diagram.lines[1:]]
+    assert points == [[[0.4, 0.5], [0.9, 0.6]], [[0.45, 0.75]]]
+    drawn = [
+        [segment.T.tolist() for segment in lines.get_segments()] for lines in diagram.collections
+    ]
+    assert drawn == [
+        [[[0.4, 0.4], [0.2, 0.8]], [[0.9, 0.9], [0.3, 0.7]]],
+        [[[0.45, 0.45], [0.4, 0.95]]],
+    ]
+    assert diagram.get_ylabel() == "Share that is right (95 % interval)"
+    heights = [[bar.get_height() for bar in bars] for bars in counts.containers]
+    assert heights == [[0, 2, 5], [4, 3, 0]]  # those of the equal bins
+    assert plot_reliability(before, AFTER).axes[0].get_ylabel() == "Share that is right"
 
 
 def test_each_bin_has_bars_as_high_as_its_numbers_of_images():
@@ -683,10 +742,15 @@ def test_class_metrics_that_do_not_fit_are_refused():
 
 def test_the_bars_are_as_long_as_the_counts():
     figure = plot_class_distribution(METADATA)
-    assert row_names(figure) == ["melanoma", "nevus"]  # the larger first
+    assert row_names(figure) == ["melanoma", "nevus"]
     lengths = [[bar.get_width() for bar in bars] for bars in figure.axes[0].containers]
     assert lengths == [[6, 2], [2, 1], [0, 1], [0, 1]]
     assert texts(figure) == ["6", "2", "2", "1", "0", "1", "0", "1"]
+
+
+def test_classes_come_in_the_order_of_their_labels_however_large_they_are():
+    table = pd.DataFrame({"class": ["c", "c", "b", "a", "b", "c"], "split": ["train"] * 6})
+    assert row_names(plot_class_distribution(table)) == ["a", "b", "c"]
 
 
 def test_splits_come_as_train_valid_test_and_then_the_others():
@@ -738,6 +802,52 @@ def test_the_original_comes_first_and_is_marked():
     assert texts(figure) == ["original"]
 
 
+def test_several_images_have_a_row_each_and_their_views_are_named_above_the_columns():
+    originals = colour_tiles("red", "blue")
+    views = np.stack([colour_tiles("lime", "black", "white"), colour_tiles("gray", "cyan", "pink")])
+    columns = ["flipped $x$", "brightness × 1.13", "all together"]
+    figure = plot_augmentations(originals, views, view_names=columns, image_names=["a", "b"])
+    canvas, ax = pixels_of(figure), figure.axes[0]
+    assert canvas.shape == (17, 4 * 9 - 1, 3)
+    for row in range(2):
+        for column, image in enumerate([originals[row], *views[row]]):
+            top, left = 9 * row, 9 * column
+            np.testing.assert_array_equal(canvas[top : top + 8, left : left + 8], image)
+    assert [patch.get_bbox().bounds for patch in ax.patches] == [(0, 0, 8, 8), (0, 9, 8, 8)]
+    assert [text.replace("\n", " ") for text in texts(figure)] == ["original", *columns]
+    assert [text.get_position()[0] for text in ax.texts] == [4, 13, 22, 31]
+    assert not any(text.get_parse_math() for text in ax.texts)
+    assert row_names(figure) == ["a", "b"]
+
+
+def test_the_names_of_views_are_whole_and_clear_of_one_another():
+    names = ["rotated by 10° anticlockwise", "noise of standard deviation 0.03", "contrast × 0.83"]
+    originals, views = colour_tiles("red", "blue"), np.zeros((2, 3, 8, 8, 3), np.uint8)
+    figure = plot_augmentations(originals, views, view_names=names, title="a title")
+    boxes = [text.get_window_extent() for text in [figure.texts[0], *figure.axes[0].texts]]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_the_named_views_of_one_image_are_in_one_row():
+    images = colour_tiles("red", "lime", "blue", "black")
+    figure = plot_augmentations(images[0], images[1:], view_names=["1", "2", "3"])
+    assert pixels_of(figure).shape == (8, 4 * 9 - 1, 3)
+    assert texts(figure) == ["original", "1", "2", "3"]
+
+
+def test_views_and_names_that_do_not_fit_are_refused():
+    originals, views = colour_tiles("red", "blue"), np.zeros((2, 3, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="view_names has 2 names for 3 images"):
+        plot_augmentations(originals, views, view_names=["1", "2"])
+    with pytest.raises(ValueError, match="image_names has 1 names for 2 images"):
+        plot_augmentations(originals, views, image_names=["a"])
+    with pytest.raises(ValueError, match=r"\(3, 8, 8, 3\); it must be \(R, N, H, W, 3\)"):
+        plot_augmentations(originals, views[0])
+    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8, 3\).*\(2, 8, 8, 3\)"):
+        plot_augmentations(originals, views[:1])
+
+
 def pairs(*rows):
     return pd.DataFrame(rows, columns=["kinds", "images", "classes", "distance"])
 
@@ -787,12 +897,31 @@ def test_mistakes_come_most_confident_first_with_both_classes_and_the_probabilit
     table = pd.DataFrame(columns, index=[8, 1, 0])  # rows of a larger table
     figure = plot_mistakes(images, table["true"], table["predicted"], table["prob"])
     assert captions(figure) == [
-        "true: b\npredicted: c\nprobability: >99%",
-        "true: c\npredicted: a\nprobability: 75%",
-        "true: a\npredicted: b\nprobability: 50%",
+        "true: b\npredicted: c\nprobability: >99 %",
+        "true: c\npredicted: a\nprobability: 75 %",
+        "true: a\npredicted: b\nprobability: 50 %",
     ]
     for ax, image in zip(figure.axes, images[[1, 2, 0]], strict=True):
         np.testing.assert_array_equal(ax.images[0].get_array(), image)
+
+
+def test_the_file_of_a_mistake_and_of_a_heatmap_is_named_below_it():
+    images, paths = colour_tiles("red", "lime"), np.array(["a/_$1$.jpg", "b/2.jpg"], object)
+    figure = plot_mistakes(images, ["a", "b"], ["b", "a"], [0.5, 0.75], names=paths)
+    assert [caption.split("\n")[-1] for caption in captions(figure)] == ["b/2.jpg", "a/_$1$.jpg"]
+    figure = plot_gradcams(images, np.zeros((2, 8, 8)), ["a", "b"], ["a", "c"], names=paths)
+    assert captions(figure) == ["true: a\na/_$1$.jpg", "true: b\npredicted: c\nb/2.jpg"]
+    long = ["Train/seborrheic keratosis/seborrheic_keratosis_train_0005.jpg", "b/2.jpg"]
+    figure = plot_mistakes(images, ["a", "b"], ["b", "a"], [0.75, 0.5], names=long)
+    assert captions(figure)[0].split("\n")[3:] == [
+        "Train/seborrheic keratosis/",
+        "seborrheic_keratosis_train_",
+        "0005.jpg",
+    ]
+    with pytest.raises(ValueError, match="names has 1 names for 2 images"):
+        plot_mistakes(images, ["a", "b"], ["b", "a"], [0.5, 0.75], names=paths[:1])
+    with pytest.raises(ValueError, match="names has 1 names for 2 images"):
+        plot_gradcams(images, np.zeros((2, 8, 8)), ["a", "b"], ["a", "c"], names=paths[:1])
 
 
 def test_twelve_mistakes_are_shown_at_most_and_equals_keep_their_order():
@@ -898,7 +1027,7 @@ def test_images_that_do_not_fit_are_refused():
         plot_augmentations(images[0].astype(np.float32), images)
     with pytest.raises(ValueError, match="from nan to nan"):
         plot_augmentations(images[0] * np.nan, images)
-    with pytest.raises(ValueError, match=r"\(4, 8, 3\).*\(8, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 8, 3\).*\(8, 8, 3\)"):
         plot_augmentations(images[0], images[:, :4])
 
 
@@ -951,7 +1080,7 @@ def test_a_metric_with_low_and_high_has_its_interval_and_its_value_clear_of_it()
     ax = figure.axes[0]
     drawn = [intervals_in(ax, index) for index in range(4)]
     assert drawn == [[(0.35, 0.5), (0.7, 0.74)], [(0.4, 0.44)], [], [(0.4, 0.5)]]
-    assert ax.get_xlabel() == "Score, with its 95% interval"
+    assert ax.get_xlabel() == "Score, with its 95 % interval"
     ends = [text.xy[0] for text in ax.texts]
     assert ends == [0.5, 0.74, 0.44, 0.73, 0.43, 0.74, 0.5, 0]
     lengths = [[bar.get_width() for bar in bars] for bars in ax.containers]

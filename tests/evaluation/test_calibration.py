@@ -12,6 +12,7 @@ from evaluation import (
     Calibration,
     fit_calibration,
     reliability,
+    wilson_interval,
 )
 from tests.evaluation.cases import predictions, simulated
 
@@ -75,6 +76,43 @@ def test_reliability_of_a_small_case_counted_by_hand():
     assert found["accuracy"][0] is None
     assert found["expected_calibration_error"] == pytest.approx((0.4 + 2 * 0.4 + 0) / 4)
     assert found["maximum_calibration_error"] == pytest.approx(0.4)
+
+
+def test_bins_of_equal_count_have_as_many_images_each_with_wilsons_intervals():
+    confidence = np.linspace(0.5, 0.9, 40)
+    is_right = np.arange(40) % 10 < 7
+    order = np.random.default_rng(0).permutation(40)
+    y_prob = np.stack([confidence, 1 - confidence], axis=1)[order]
+    found = reliability((~is_right).astype(int)[order], y_prob)["equal_count_bins"]
+    assert found["count"] == [10] * 4
+    assert found["confidence"] == pytest.approx(confidence.reshape(4, 10).mean(axis=1))
+    assert found["accuracy"] == pytest.approx([0.7] * 4)
+    assert found["accuracy_interval"] == [pytest.approx(wilson_interval(7, 10))] * 4
+
+
+def test_images_of_equal_probability_share_a_bin_of_equal_count():
+    y_prob = np.full((100, 2), 0.5)
+    y_prob[:15] = [0.9, 0.1]
+    found = reliability(np.arange(100) % 2, y_prob)["equal_count_bins"]
+    assert found["count"] == [85, 15]
+    assert found["confidence"] == pytest.approx([0.5, 0.9])
+    assert found["accuracy"] == pytest.approx([42 / 85, 8 / 15])
+
+
+def test_there_are_ten_bins_of_equal_count_at_most_and_one_for_a_single_image():
+    y_true, y_prob = np.zeros(3007, int), np.random.default_rng(0).dirichlet(np.ones(3), 3007)
+    counts = reliability(y_true, y_prob)["equal_count_bins"]["count"]
+    assert len(counts) == 10 and set(counts) == {300, 301}
+    assert reliability(y_true[:1], y_prob[:1])["equal_count_bins"]["count"] == [1]
+
+
+def test_copies_of_an_image_make_the_interval_of_a_bin_no_narrower():
+    y_true, y_prob = np.array([0, 0, 1, 0, 1]), np.linspace([0.6, 0.4], [0.9, 0.1], 5)
+    once = reliability(y_true, y_prob)["equal_count_bins"]
+    copies = np.repeat(y_true, 3), np.repeat(y_prob, 3, axis=0)
+    thrice = reliability(*copies, groups=np.repeat(np.arange(5), 3))["equal_count_bins"]
+    assert thrice["count"] == [15]
+    np.testing.assert_allclose(thrice["accuracy_interval"], once["accuracy_interval"])
 
 
 def test_reliability_is_that_of_the_class_decided_for():

@@ -46,6 +46,21 @@ def test_decisions_are_the_models_own_and_probabilities_the_calibrated_ones():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_what_is_flagged_as_melanoma_counts_as_flagged_as_malignant():
+    y_true = np.repeat([0, 1, 2], 20)  # melanoma, basal cell carcinoma, nevus
+    y_prob = np.random.default_rng(0).dirichlet(np.ones(3), size=60)
+    names, none = ["mel", "bcc", "nv"], Calibration(1.0, (0.0, 0.0, 0.0))
+    aims = {"sensitivity 95%": 0.9, "specificity 95%": 0.9}
+    thresholds = {"malignant": aims, "melanoma": {"sensitivity 95%": 0.1, "specificity 95%": 0.1}}
+    found = evaluate_predictions(y_true, y_prob, names, none, thresholds)
+    flagged = y_prob[:, :2].sum(axis=1) >= 0.9
+    either = flagged | (y_prob[:, 0] >= 0.1)
+    points = {point["aim"]: point for point in found["screening"]["malignant"]["points"]}
+    assert points["sensitivity 95%"]["sensitivity"] == either[:40].mean() > flagged[:40].mean()
+    assert points["sensitivity 95%"]["specificity"] == (~either[40:]).mean()
+    assert points["specificity 95%"]["sensitivity"] == flagged[:40].mean()
+
+
 @settings(deadline=None, max_examples=50)
 @given(predictions(), st.data())
 def test_with_any_calibration_the_metrics_of_decisions_agree_with_each_other(case, data):

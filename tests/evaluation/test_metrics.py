@@ -27,6 +27,7 @@ from evaluation import (
     HEADLINES,
     best_evaluation,
     compute_metrics,
+    format_percent,
     most_confident_mistakes,
     typical_examples,
 )
@@ -283,3 +284,10 @@ def test_an_evaluation_is_the_best_so_far_exactly_when_it_beats_all_before_it(ev
         so_far = evaluations[: number + 1]
         names = ("valid_balanced_accuracy", "valid_loss")
         assert best_evaluation(dict(zip(names, zip(*so_far, strict=True), strict=True))) == best
+
+
+def test_only_nothing_is_0_percent_and_only_all_is_100_percent():
+    shares = [0, 1e-9, 0.004, 0.006, 0.954, 0.994, 0.996, 1]
+    assert [format_percent(share) for share in shares] == [
+        "0 %", "<1 %", "<1 %", "1 %", "95 %", "99 %", ">99 %", "100 %",
+    ]  # fmt: skip

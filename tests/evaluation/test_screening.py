@@ -24,7 +24,7 @@ from tests.evaluation.cases import copied
 def test_classes_are_matched_whatever_the_case_hyphens_and_plurals():
     names = ["Basal_Cell-Carcinomas", "nevus", "MELANOMA", "actinic keratosis", "naevi"]
     assert match_classes(names, MALIGNANT) == [0, 2, 3]
-    with pytest.raises(ValueError, match="none of the classes cat, dog matches melanoma"):
+    with pytest.raises(ValueError, match="unknown classes melanoma, .*the classes are cat, dog"):
         match_classes(["cat", "dog"], MALIGNANT)
 
 
@@ -40,14 +40,16 @@ def test_an_exact_spelling_goes_before_a_similar_one_and_that_before_the_diagnos
 
 def test_a_wanted_name_of_no_class_is_an_error_that_names_it_and_the_nearest_class():
     names = ["melanoma", "basal cell carcinoma", "nevus"]
-    words = r"matches bsal cell carcinoma; did you mean basal cell carcinoma\?$"
+    words = r"unknown class bsal cell carcinoma; did you mean basal cell carcinoma\? \(the classes"
     for wanted in (["melanoma", "bsal cell carcinoma"], ["bsal cell carcinoma"]):
         for function in (match_classes, group_by_malignancy, screening_targets):
             with pytest.raises(ValueError, match=words):
                 function(names, wanted)
-    with pytest.raises(ValueError, match=r"matches melonama, nevu5; did you mean mel.*, nevus\?$"):
+    with pytest.raises(
+        ValueError, match=r"unknown classes melonama, nevu5; did you mean mel.*, nevus\? \("
+    ):
         match_classes(names, ["nevus", "melonama", "nevu5"])
-    with pytest.raises(ValueError, match="matches ---"):
+    with pytest.raises(ValueError, match="unknown class ---"):
         match_classes(["...", "nevus"], ["---"])
 
 
@@ -178,8 +180,16 @@ def test_thresholds_reach_their_aim_on_validation_and_no_better_one_does(seed, h
         assert point["sensitivity"] == max(sens for sens, spec in rates if spec >= level)
 
 
+def test_what_is_flagged_for_another_reason_counts_as_flagged():
+    is_positive, score = np.array([1.0, 1.0, 0.0, 0.0, np.nan]), np.array([0.9, 0.1, 0.8, 0.2, 1])
+    aims = {"sensitivity 95%": 0.85, "specificity 95%": 0.85}
+    implied = {"sensitivity 95%": np.array([False, True, False, True, False])}
+    points = screen(is_positive, score, aims, implied=implied)["points"]
+    assert [(p["sensitivity"], p["specificity"]) for p in points] == [(1.0, 0.5), (0.5, 1.0)]
+
+
 def test_screening_without_one_of_the_kinds_is_refused():
-    with pytest.raises(ValueError, match="and all of these are positive"):
+    with pytest.raises(ValueError, match="but all of these are positive"):
         screen([1, 1], [0.1, 0.9], {"sensitivity 95%": 0.5})
-    with pytest.raises(ValueError, match="and all of these are negative"):
+    with pytest.raises(ValueError, match="but all of these are negative"):
         choose_thresholds([0, 0], [0.5, 0.6])

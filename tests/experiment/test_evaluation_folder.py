@@ -111,9 +111,9 @@ def config_of_another_program(folder):
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (training_run, "another kind of run (training)"),
-        (training_run_of_today, "another kind of run (training)"),
-        (audit, "another kind of run (audit)"),
+        (training_run, "contains a training run"),
+        (training_run_of_today, "contains a training run"),
+        (audit, "contains an audit"),
         (config_of_another_program, "config.json was not written by this program"),
     ],
 )
@@ -137,7 +137,7 @@ def test_the_folder_of_a_model_in_a_training_run_is_refused(tmp_path, images, ca
     before = contents(tmp_path)
     assert command(tmp_path / "no model is read.pth", images, tmp_path / "out" / name) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "of a model in the training run" in line
+    assert "to a model of the training run" in line
     assert contents(tmp_path) == before
 
 
@@ -182,13 +182,15 @@ def test_other_files_in_the_folder_stay(tmp_path, images, save_model):
 @pytest.mark.parametrize("out", ["images", "images/nevus", "images/new", "link/new"])
 def test_a_folder_among_the_images_is_refused(tmp_path, images, out):
     (tmp_path / "link").symlink_to(images)
-    with pytest.raises(ValueError, match=r"lies in .*; choose a folder elsewhere"):
+    with pytest.raises(
+        ValueError, match=r"is (inside .*|the folder of the images); choose another"
+    ):
         evaluate_folder([tmp_path / "none.pth"], images, tmp_path / out)
 
 
 def test_the_folder_of_a_model_that_would_lie_among_the_images_is_refused(tmp_path, make_images):
     images = make_images(dict.fromkeys(CLASSES, 2), name="out/cnn")
-    with pytest.raises(ValueError, match=r"cnn lies in .*cnn, where"):
+    with pytest.raises(ValueError, match="cnn is the folder of the images"):
         evaluate_folder([tmp_path / "models/cnn/model.pth"], images, tmp_path / "out")
 
 
@@ -212,7 +214,7 @@ def test_the_same_evaluation_again_is_passed_over_and_its_report_drawn_anew(
     for where in (images, tmp_path / "moved"):  # it is the contents that count
         assert command(model, where, out, "--batch_size", "2") == 0
         captured = capfd.readouterr()
-        assert "cnn measured on these images already and passed over" in captured.err
+        assert "skipped cnn, already evaluated on these images" in captured.err
         assert captured.err.count("\n") == 1 and captured.out == printed
         assert contents(out) == before
     assert measured == ["cnn"]
@@ -264,8 +266,8 @@ def test_another_evaluation_is_refused_and_says_what_would_be_lost(
     capfd.readouterr()
     assert command(model, images, out, *more) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert f"{out} holds an evaluation of cnn with {words}, which would be lost" in line
-    assert "--overwrite replaces it, or choose another folder" in line
+    assert f"{out} contains an evaluation of cnn with {words}; replace it" in line
+    assert "replace it with --overwrite, or choose another folder" in line
     assert contents(out) == before
     assert command(model, images, out, *more, "--overwrite") == 0
     assert contents(out) != before
@@ -276,7 +278,7 @@ def test_what_can_be_told_without_the_images_is_told_before_they_are_prepared(
 ):
     evaluate_folder([save_model()], images, tmp_path / "out")
     monkeypatch.setattr(results.DatasetBuilder, "prepare", lambda self: pytest.fail("too late"))
-    with pytest.raises(ValueError, match="with another model.pth, which would be lost"):
+    with pytest.raises(ValueError, match="with another model.pth; replace it"):
         evaluate_folder([save_model(seed=1)], images, tmp_path / "out")
 
 
@@ -294,7 +296,7 @@ def test_other_models_measured_on_the_same_images_stay_in_the_comparison(
     assert config(out)["runs"]["one"]["precision"] == "float32"
     assert config(out)["runs"]["two"]["precision"] == "bfloat16"
     assert all(f">{name}<" in (out / "report.html").read_text() for name in ("one", "two"))
-    with pytest.warns(UserWarning, match="out: one measured"):
+    with pytest.warns(UserWarning, match="out: skipped one"):
         comparison, _ = evaluate_folder([one], images, out, EvaluationSettings(precision="fp32"))
     assert comparison["model"].tolist() == ["one", "two"] and measured == ["one", "two"]
 
@@ -302,7 +304,7 @@ def test_other_models_measured_on_the_same_images_stay_in_the_comparison(
 def test_models_of_other_classes_are_not_compared_in_one_folder(tmp_path, images, save_model):
     evaluate_folder([save_model("one")], images, tmp_path / "out")
     model = save_model("two", classes=[*CLASSES, "other"])
-    with pytest.raises(ValueError, match="evaluation of one with other classes, which would be"):
+    with pytest.raises(ValueError, match="evaluation of one with other classes; replace it"):
         evaluate_folder([model], images, tmp_path / "out")
 
 
@@ -353,7 +355,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_same_command(
         patch.setattr(results, "save_results", stop_at_two)
         assert command(models, images, out, *more) == 143
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("predict.py: stopped by SIGTERM; the same command goes on")
+    assert line.startswith("predict.py: stopped by SIGTERM; repeat the command")
     assert measured == ["one"] and not (out / "report.html").exists()
     assert command(models, images, out) == 0
     assert measured == ["one", "two"]
@@ -383,7 +385,7 @@ def test_an_evaluation_from_before_there_was_a_record_is_not_lost_either(
     evaluate_folder([model], images, out)
     old = {"command": "predict", "settings": {"data_dir": str(images)}}
     (out / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="with no record of its images, which would"):
+    with pytest.raises(ValueError, match="with no record of its images; replace it"):
         evaluate_folder([model], images, out)
     evaluate_folder([model], images, out, overwrite=True)
     assert config(out)["kind"] == "evaluation"

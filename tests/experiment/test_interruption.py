@@ -221,7 +221,7 @@ def arguments(make_images, tmp_path):
 
 def said_command(line):
     """The arguments of the command that a line says how to go on with."""
-    words = shlex.split(line.partition("to go on: ")[2])
+    words = shlex.split(line.partition("continue with: ")[2])
     assert words[:2] == ["python", "train_models.py"]
     return words[2:]
 
@@ -260,7 +260,7 @@ def test_a_signal_while_images_are_prepared_leaves_nothing(arguments, tmp_path, 
         patch.setattr(cache, "make_thumbnail", interrupted)
         assert main(arguments) == 130
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == "train_models.py: stopped by SIGINT; nothing had been started"
+    assert line == "train_models.py: stopped by SIGINT; nothing was changed"
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "processed").rglob("*.npy"))
     assert main([*arguments, "--resume"]) == 0
@@ -344,8 +344,8 @@ def test_a_prediction_can_be_stopped_at_any_moment(
 def test_overlays_are_whole_when_drawing_them_is_stopped(prediction, tmp_path, monkeypatch, capfd):
     save, drawn = Image.Image.save, []
 
-    def stop_at_the_third(image, path):
-        save(image, path)
+    def stop_at_the_third(image, path, **options):
+        save(image, path, **options)
         drawn.append(path)
         if len(drawn) == 3:
             signal.raise_signal(signal.SIGINT)
@@ -356,7 +356,7 @@ def test_overlays_are_whole_when_drawing_them_is_stopped(prediction, tmp_path, m
     (line,) = capfd.readouterr().err.splitlines()
     assert line == "predict.py: stopped by SIGINT; the overlays drawn so far are in cam"
     overlays = list((tmp_path / "cam").iterdir())
-    assert len(overlays) == 2
+    assert overlays  # several threads draw them
     for overlay in overlays:
         with Image.open(overlay) as image:
             image.load()
@@ -525,7 +525,7 @@ def test_a_loss_that_is_not_finite_names_what_is_kept(loaders, tmp_path):
             self.calls += self.training
             return self.inner(images) * (float("nan") if self.calls >= 8 else 1)
 
-    message = r"nan at step 8 \(learning rate .*m/last.pth is that of step 6, .*of step [36]"
+    message = r"nan at step 8 \(learning rate .*m/last.pth is from step 6, .*from step [36]"
     with pytest.raises(NonFiniteLossError, match=message):
         run(loaders, tmp_path / "m", model=Breaks())
     assert (tmp_path / "m/model.pth").exists()
@@ -550,7 +550,7 @@ def test_weights_that_are_not_finite_are_never_saved(loaders, tmp_path, at_step,
 def test_before_the_first_checkpoint_there_is_none_to_name(loaders, tmp_path, at_step):
     model = get_model("simple_cnn", 3, image_size=32, seed=0)
     at_step(1, lambda: model.head[-1].bias.detach().fill_(torch.nan))
-    with pytest.raises(NonFiniteLossError, match="no checkpoint had been written before"):
+    with pytest.raises(NonFiniteLossError, match="no checkpoint was written before"):
         run(loaders, tmp_path, model=model)
 
 
@@ -583,5 +583,7 @@ def test_resuming_with_another_torch_or_machine_is_a_warning(loaders, tmp_path, 
     assert contents["environment"].keys() == {"torch", "threads", "device"}
     contents["environment"] |= {"torch": "1.0", "device": "an abacus"}
     torch.save(contents, tmp_path / "last.pth")
-    with pytest.warns(UserWarning, match=r"device was an abacus, is cpu.*; torch was 1.0, is "):
+    with pytest.warns(
+        UserWarning, match=r"device is cpu.*, but was an abacus; torch is .*, but was 1.0"
+    ):
         assert run(loaders, tmp_path, resume=True)[1]["step"] == [3, 6, 9, 10]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import recall_score
 
-from experiment.results import EvaluationSettings, evaluate_folder, find_label
+from experiment.results import EvaluationSettings, compare_models, evaluate_folder, find_label
 from models import ModelInfo
 from predict import main as predict_main
 from storage.tensors import load_tensors, save_tensors
@@ -89,7 +90,7 @@ def test_a_class_that_the_model_does_not_know_is_one_line(trained, make_images, 
     words = ["--model", str(trained[0]), "--evaluate", str(tmp_path / "found"), "--device", "cpu"]
     assert predict_main([*words, str(other)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "the images have a class cat, the model only melanoma, nevus, vascular lesion" in line
+    assert "the model does not know the class cat, only melanoma, nevus, vascular lesion" in line
     assert not (tmp_path / "found").exists()
 
 
@@ -109,7 +110,7 @@ def test_images_are_labelled_by_diagnosis_where_the_model_has_another_name_for_i
 
 def test_a_class_of_the_images_that_may_be_several_of_the_model_is_refused():
     classes = ["melanoma in situ", "Melanoma Invasive", "nevus"]
-    with pytest.raises(ValueError, match="class mel, which may be several .* in situ, Melanoma"):
+    with pytest.raises(ValueError, match="class mel could be any of .* in situ, Melanoma"):
         find_label("mel", classes)
     assert find_label("Melanoma, invasive", classes) == 1
     assert find_label("melanoma", ["melanoma in situ", "melanoma"]) == 1
@@ -135,7 +136,7 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
     contents = torch.load(model, weights_only=True)
     (tmp_path / "twin").mkdir()
     torch.save(contents | {"preprocessors": "abc"}, tmp_path / "twin/model.pth")
-    with pytest.raises(ValueError, match="twin was trained with preprocessors of its own"):
+    with pytest.raises(ValueError, match="twin was trained with custom preprocessors"):
         evaluate_folder([model, tmp_path / "twin/model.pth"], root, tmp_path / "found")
     shutil.copytree(model.parent, tmp_path / "again/simple_cnn")
     comparison, _ = evaluate_folder(
@@ -146,6 +147,28 @@ def test_models_that_differ_are_measured_by_themselves(trained, tmp_path):
     assert comparison.loc[0, ["gap_to_best_low", "gap_to_best_high"]].tolist() == [0, 0]
     # A twin may be better or worse on other images, the best never than itself.
     assert comparison["gap_to_best_low"][1] < 0 < comparison["gap_to_best_high"][1]
+
+
+def test_the_figure_of_the_comparison_has_the_best_model_on_top(tmp_path, monkeypatch):
+    labels, classes = np.arange(30) % 3, ["a", "b", "c"]
+    for model, num_right in {"worse": 10, "better": 20}.items():
+        predicted = np.where(np.arange(30) < num_right, labels, (labels + 1) % 3)
+        names = ("precision", "recall", "f1", "accuracy", "balanced_accuracy")
+        metrics = {"model": model, "test": dict.fromkeys(names, num_right / 30)}
+        metrics["test_intervals"] = dict.fromkeys(names, (0, 1))
+        metrics |= {"training_time": 1, "parameters": 2, "trainable_parameters": 2}
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "metrics.json").write_text(json.dumps(metrics))
+        table = pd.DataFrame({"predicted_class": [classes[label] for label in predicted]})
+        table.to_csv(tmp_path / model / "predictions.csv")
+    drawn = []
+    plot = "visualizations.plot_model_comparison"
+    monkeypatch.setattr(plot, lambda table, **options: drawn.append(table["model"].tolist()))
+    metadata = pd.DataFrame({"group": range(30)})
+    dataset = SimpleNamespace(classes=classes, labels=labels, metadata=metadata)
+    comparison = compare_models(tmp_path, ["worse", "better"], dataset)
+    assert drawn == [["better", "worse"]]
+    assert comparison["model"].tolist() == ["better", "worse"]
 
 
 @pytest.mark.draws

@@ -67,16 +67,20 @@ def make_folder(root, models):
     ("state", "record", "refusal"),
     [
         ("finished", RUN, None),
-        ("finished", OTHER_SETTINGS, "num_steps was 60, is 2"),
-        ("finished", OTHER_DATA, "images and splits was those, is these"),
-        ("finished", RUN | {METADATA: "a"}, "columns of metadata_csv was a, is None"),
-        ("finished", None, "its settings are not known"),
-        ("unfinished", RUN, "Go on with --resume, start afresh with --overwrite or choose"),
-        ("unfinished", OTHER_SETTINGS, "num_steps was 60, is 2. Start afresh with --overwrite or"),
-        ("unfinished", None, "its settings are not known. Start afresh with --overwrite or"),
+        ("finished", OTHER_SETTINGS, "num_steps is 2, but was 60"),
+        ("finished", OTHER_DATA, "images or splits differ"),
+        ("finished", RUN | {METADATA: "a"}, "columns of metadata_csv differ"),
+        ("finished", None, "its settings are unknown"),
+        ("unfinished", RUN, "Continue with --resume, start over with --overwrite, or choose"),
+        (
+            "unfinished",
+            OTHER_SETTINGS,
+            "num_steps is 2, but was 60. Start over with --overwrite, or",
+        ),
+        ("unfinished", None, "its settings are unknown. Start over with --overwrite, or"),
         ("begun", RUN, None),
-        ("begun", OTHER_SETTINGS, "num_steps was 60, is 2"),
-        ("begun", None, "its settings are not known"),  # a model.pth that someone put there
+        ("begun", OTHER_SETTINGS, "num_steps is 2, but was 60"),
+        ("begun", None, "its settings are unknown"),  # a model.pth that someone put there
         ("nothing", OTHER_DATA, None),
     ],
 )
@@ -126,9 +130,9 @@ def test_what_would_be_lost_is_named_with_what_a_person_knows_it_by(tmp_path):
     with pytest.raises(ValueError) as raised:
         folder.check(["cnn", "net"], RUN, resume=False, may_replace=False)
     assert str(raised.value) == (
-        f"{tmp_path / 'out'} holds what this run would replace: cnn (60 steps, balanced accuracy "
-        "0.512, finished 2026-03-01); num_steps was 60, is 2. net (2 steps, unfinished). Go on "
-        "with --resume, start afresh with --overwrite or choose another --save_dir"
+        f"{tmp_path / 'out'} contains results of another run: cnn (60 steps, balanced accuracy "
+        "0.512, finished 2026-03-01); num_steps is 2, but was 60. net (2 steps, unfinished). "
+        "Continue with --resume, start over with --overwrite, or choose another --save_dir"
     )
 
 
@@ -229,7 +233,7 @@ def test_only_overwrite_loses_a_finished_model(arguments, tmp_path, capfd):
     before = snapshot(out)
     message = refusal([*arguments, "--num_steps", "3"], capfd)
     assert "simple_cnn (2 steps, balanced accuracy 0." in message
-    assert "num_steps was 2, is 3. Start afresh with --overwrite or choose another" in message
+    assert "num_steps is 3, but was 2. Start over with --overwrite, or choose another" in message
     assert snapshot(out) == before
     assert main([*arguments, "--num_steps", "3", "--overwrite"]) == 0
     assert list(pd.read_csv(out / "simple_cnn/history.csv")["step"]) == [2, 3]
@@ -246,7 +250,7 @@ def test_an_unfinished_model_needs_resume_or_overwrite(arguments, tmp_path, capf
     out = tmp_path / "out"
     (out / "simple_cnn/metrics.json").unlink()
     before = snapshot(out)
-    assert "with --resume, start afresh with --overwrite" in refusal(arguments, capfd)
+    assert "with --resume, start over with --overwrite" in refusal(arguments, capfd)
     assert snapshot(out) == before
     assert main([*arguments, "--resume"]) == 0
     (out / "simple_cnn/metrics.json").unlink()
@@ -272,7 +276,7 @@ def test_other_models_of_the_same_data_stay_in_the_report_with_their_settings(
     models = ["resnet_scratch", "simple_cnn"]
     for name, of_model in {"num_steps": "32", "layers": ["18", "50"]}.items():
         row = table[0].partition(f">{name}<")[2].partition("</tr")[0]
-        cells = [cell.partition("</td")[0] for cell in row.split("<td>")[1:]]
+        cells = [cell.partition(">")[2].partition("</td")[0] for cell in row.split("<td")[1:]]
         order = [table[0].index(f">{model}<") for model in models]
         assert (cells if order[0] < order[1] else cells[::-1]) == list(of_model)
     assert "seed" not in table[0]
@@ -288,10 +292,10 @@ def test_models_of_other_data_are_never_compared(arguments, tmp_path, capfd):
     options = ["--models", "resnet_scratch", "--layers", "18"]
     other = [*arguments, *options, "--seed", "7"]  # other splits
     message = refusal(other, capfd)
-    assert "out holds models of other images or splits" in message and "simple_cnn (2" in message
+    assert "out contains models of other images or splits" in message and "simple_cnn (2" in message
     assert snapshot(out) == before
     (Path(arguments[1]) / "nevus/0000.png").unlink()
-    assert "images and splits was" in refusal(arguments, capfd)
+    assert "images or splits differ" in refusal(arguments, capfd)
     assert snapshot(out) == before
     assert main([*other, "--overwrite"]) == 0
     assert [path.name for path in (out / "simple_cnn").iterdir()] == ["notes.txt"]
@@ -305,7 +309,7 @@ def test_a_table_of_other_columns_is_other_data(arguments, tmp_path, capfd):
     table = pd.DataFrame({"path": names, "site": [name[-5] for name in names]})
     table.to_csv(tmp_path / "sites.csv", index=False)
     words = [*arguments, "--metadata_csv", str(tmp_path / "sites.csv")]
-    assert "columns of metadata_csv was None, is " in refusal(words, capfd)
+    assert "columns of metadata_csv differ" in refusal(words, capfd)
 
 
 def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capfd):
@@ -321,7 +325,7 @@ def test_an_evaluation_is_replaced_by_no_other_command(arguments, tmp_path, capf
     before = snapshot(elsewhere)
     options = ["--save_dir", str(elsewhere)]
     for words in (arguments, [*arguments, "--overwrite"], [*arguments[:2], "--audit_only"]):
-        assert "elsewhere holds an evaluation" in refusal([*words, *options], capfd)
+        assert "elsewhere contains an evaluation" in refusal([*words, *options], capfd)
     assert snapshot(elsewhere) == before
 
 
@@ -343,7 +347,7 @@ def test_an_audit_is_shared_by_a_run_on_the_same_images_and_replaced_by_one_on_o
     assert main([*of_audit, "--audit_only"]) == 0
     assert read_config(out) == config
     before = snapshot(out)
-    assert "out holds a training run on other images" in refusal(on_others, capfd)
+    assert "out contains a training run on other images" in refusal(on_others, capfd)
     (Path(arguments[1]) / "nevus/0000.png").write_bytes(
         (Path(arguments[1]) / "nevus/0001.png").read_bytes()
     )  # the same names, other contents
@@ -377,22 +381,22 @@ def test_the_demo_replaces_its_own_folder_alone(demo, tmp_path, capfd):
     assert main([*demo, "--num_steps", "3"]) == 0
     assert list(pd.read_csv(out / "simple_cnn/history.csv")["step"]) == [3]
     (out / "simple_cnn/metrics.json").unlink()
-    assert "num_steps was 3, is 2" in refusal([*demo, "--resume"], capfd)
+    assert "num_steps is 2, but was 3" in refusal([*demo, "--resume"], capfd)
     assert main([*demo, "--num_steps", "3", "--resume"]) == 0
     (out / "simple_cnn/metrics.json").unlink()
     assert main([*demo, "--seed", "7"]) == 0  # unfinished, and other splits
     shutil.copytree(out, tmp_path / "own")
     message = refusal([*demo, "--save_dir", "own"], capfd)
-    assert "own holds what this run would replace" in message and "seed was 7, is 42" in message
+    assert "own contains results of another run" in message and "seed is 42, but was 7" in message
 
 
 def test_the_demo_never_replaces_a_run_on_other_images(demo, arguments, tmp_path, capfd):
     main([*arguments, "--save_dir", "models/demo"])
     before = snapshot(tmp_path / "models/demo")
     for words, said in (
-        (demo, "models/demo holds what this run would replace: simple_cnn"),
+        (demo, "models/demo contains results of another run: simple_cnn"),
         ([*demo, "--resume"], "models/demo/simple_cnn belongs to another run"),
-        (["--demo", "--audit_only"], "models/demo holds a training run on other images"),
+        (["--demo", "--audit_only"], "models/demo contains a training run on other images"),
     ):
         assert said in refusal(words, capfd)
     assert snapshot(tmp_path / "models/demo") == before
@@ -424,15 +428,15 @@ def no_image_is_read(monkeypatch):
 
 # A mistake of each kind and what is said of it, in the order in which they are looked for.
 MISTAKES = {
-    "flags": (["--splits", "0.5", "0.2", "0.2"], "sums to 0.9"),
+    "flags": (["--splits", "0.5", "0.2", "0.2"], "adds up to 0.9"),
     "folder": (["--data_dir", "nowhere"], "nowhere: no such folder"),
     "no images": (["--data_dir", "empty"], "empty: no images"),
-    "table": (["--labels_csv", "other.csv"], "other.csv: matches no image"),
+    "table": (["--labels_csv", "other.csv"], "other.csv: no row matches an image"),
     "classes": (["--malignant_classes", "bsal cell carcinoma"], "bsal cell carcinoma"),
-    "batch size": (["--batch_size", "4096"], "--batch_size 4096 is more than the 34 images"),
+    "batch size": (["--batch_size", "4096"], "--batch_size 4096 is larger than the 34 images"),
     "device": (["--device", "nonsense"], "device nonsense"),
     "precision": (["--precision", "fp16"], "precision fp16 needs CUDA"),
-    "save_dir": (["--save_dir", "occupied"], "occupied holds what this run would replace"),
+    "save_dir": (["--save_dir", "occupied"], "occupied contains results of another run"),
     "weights": (["--weights", "gone.pth"], "gone.pth: no such file"),
 }
 
@@ -466,10 +470,10 @@ def test_of_two_mistakes_the_one_that_is_cheaper_to_see_is_said(
         (["--metadata_csv", "t.csv", "--label_column", "dx"], "t.csv: no column dx"),
         (["--metadata_csv", "gone.csv"], "gone.csv: no such file"),
         (["--splits_csv", "t.csv"], "t.csv: no column split"),
-        (["--splits_csv", "s.csv"], "s.csv: has no split valid, test"),
-        (["--split_by", "folders"], "is in no folder named Train, Valid or Test"),
+        (["--splits_csv", "s.csv"], "s.csv: no images in valid, test"),
+        (["--split_by", "folders"], "is not in a folder named Train, Valid or Test"),
         (["--save_dir", "t.csv/out"], "t.csv, which is a file"),
-        (["--batch_size", "35"], "--batch_size 35 is more than the 34 images in all"),
+        (["--batch_size", "35"], "--batch_size 35 is larger than the 34 images"),
         (["--device", "meta"], "device meta"),
     ],
 )
@@ -488,7 +492,7 @@ def test_what_flags_and_folders_tell_is_said_before_any_image_is_read(
     ("words", "said"),
     [
         (["--device", "nonsense"], "device nonsense"),
-        (["--save_dir", "occupied"], "occupied holds what this run would replace"),
+        (["--save_dir", "occupied"], "occupied contains results of another run"),
         (["--weights", "gone.pth"], "gone.pth: no such file"),
     ],
 )
@@ -502,7 +506,7 @@ def test_the_demo_draws_nothing_before_it_is_checked(
 
 def test_the_batch_size_is_held_against_the_training_images(arguments, tmp_path, capfd):
     message = refusal([*arguments, "--batch_size", "30"], capfd)  # of 34 images 24 are for training
-    assert "--batch_size 30 is more than the 24 training images" in message
+    assert "--batch_size 30 is larger than the 24 training images" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -511,7 +515,7 @@ def test_of_several_processes_the_batches_count_together(arguments, monkeypatch,
     for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     message = refusal([*arguments, "--batch_size", "9"], capfd)
-    assert "--batch_size 9 in 4 processes, 36 together, is more than the 34 images" in message
+    assert "--batch_size 9 in 4 processes, 36 in all, is larger than the 34 images" in message
 
 
 def test_finished_models_need_no_weights(arguments, tmp_path, capfd):

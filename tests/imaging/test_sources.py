@@ -76,7 +76,7 @@ def test_folders_that_cannot_be_used_are_named(make_images, tmp_path):
         find_images(make_images({"Train/a": 1, "Test/a": 1}, name="single"))
     stray = make_images({"a": 1, "b": 1}, name="stray")
     shutil.copy(stray / "a/0000.png", stray / "loose.png")
-    with pytest.raises(ValueError, match="loose.png is in no class folder"):
+    with pytest.raises(ValueError, match="loose.png is not in a class folder"):
         find_images(stray)
 
 
@@ -141,11 +141,15 @@ def test_the_columns_of_a_table_come_into_the_metadata_and_its_groups_stay_whole
 @pytest.mark.parametrize(
     ("table", "options", "message"),
     [
-        ({"path": ["x.png"], "class": ["a"]}, {"labels_csv": 1}, "matches no image"),
+        ({"path": ["x.png"], "class": ["a"]}, {"labels_csv": 1}, "no row matches an image"),
         ({"path": ["a/0000.png"] * 2, "class": ["a"] * 2}, {"labels_csv": 1}, "more than one row"),
         ({"path": [], "class": []}, {"labels_csv": 1}, "has no rows"),
-        ({"path": ["a/0000.png"]}, {"labels_csv": 1}, "no column class; it has path"),
-        ({"name": ["a/0000.png"], "class": ["a"]}, {"labels_csv": 1}, "no column path, image_id"),
+        ({"path": ["a/0000.png"]}, {"labels_csv": 1}, "no column class; its columns are path"),
+        (
+            {"name": ["a/0000.png"], "class": ["a"]},
+            {"labels_csv": 1},
+            "names the images: path, image_id",
+        ),
         (
             {"path": ["a/0000.png"]},
             {"metadata_csv": 1, "group_by": ["lesion_id"]},
@@ -226,9 +230,9 @@ def test_tables_add_to_and_correct_what_a_reader_gives(indexed, tmp_path):
     assert metadata["class"].tolist() == ["bcc"] * 6 + ["nv", "mel"] * 3
     assert metadata.columns.tolist()[-4:] == ["lesion", "width_given", "age", "class_given"]
     write(table, {"image_id": names, "lesion": range(12)})
-    with pytest.raises(ValueError, match=r"t\.csv: more than one column would be called lesion"):
+    with pytest.raises(ValueError, match=r"t\.csv: two columns would be called lesion"):
         build(indexed, metadata_csv=table)
-    with pytest.raises(ValueError, match="group_by needs metadata_csv: the folder has no patient"):
+    with pytest.raises(ValueError, match="group_by: no column patient; give its table"):
         build(indexed, group_by=["patient"])
 
 
@@ -237,6 +241,6 @@ def test_a_reader_that_leaves_something_out_is_named(indexed, monkeypatch, colum
     reader = Reader(lambda folder: True, lambda folder: read_index(folder).drop(columns=column))
     monkeypatch.setitem(sources.READERS, "half an index", reader)
     with pytest.raises(
-        ValueError, match=f"the reader of half an index gave images without {column}"
+        ValueError, match=f"the reader of half an index returned images without {column}"
     ):
         build(indexed)

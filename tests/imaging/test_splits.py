@@ -139,7 +139,7 @@ def test_folds_are_stratified_and_each_row_is_validated_once(sizes, k):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     metadata = pd.DataFrame({"label": labels, "group": np.arange(len(labels)) // 2})
     if metadata["group"].nunique() < k:
-        with pytest.raises(ValueError, match="k is"):
+        with pytest.raises(ValueError, match="k must be from 2 to"):
             k_fold_splits(metadata, k)
         return
     folds = k_fold_splits(metadata, k)

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from torch import nn
 
@@ -24,6 +26,8 @@ from predict import Ensemble, find_files, main, predict, predict_batches
 from storage.files import read_csv
 from tests.samples import CLASSES, PROBABILITIES, THRESHOLDS, break_files, small_model
 from training import evaluate
+
+COLUMNS = ["path", "class", "probability", "most_probable", *PROBABILITIES]
 
 # ---------------------------------------------------------------------------- what the models see
 
@@ -73,7 +77,7 @@ def test_probabilities_are_those_of_evaluate_calibrated(make_images, save_model,
     model, _ = models.load_model(path)
     expected = evaluate(model, LesionLoader(test, device="cpu"), device="cpu").probabilities
     table = predict(path, [root / p for p in test.metadata["path"]], device="cpu")
-    assert list(table.columns) == ["path", "class", *PROBABILITIES]
+    assert list(table.columns) == COLUMNS
     calibrated = Calibration(1.7, (0.4, -0.1, -0.3)).apply(expected)
     assert np.allclose(table[PROBABILITIES], calibrated, atol=1e-6)
     assert not np.allclose(table[PROBABILITIES], expected, atol=0.01)
@@ -86,6 +90,22 @@ def test_the_decided_class_need_not_be_the_most_probable(images, save_model):
     assert set(moved[PROBABILITIES].idxmax(axis=1)) == {"prob_mole $1_x"}
     assert moved["class"].tolist() == plain["class"].tolist()
     assert set(plain["class"]) != {"mole $1_x"}
+    assert plain["most_probable"].tolist() == plain["class"].tolist()
+    assert set(moved["most_probable"]) == {"mole $1_x"}
+    for table in (plain, moved):
+        own = [row[f"prob_{row['class']}"] for row in table.to_dict("records")]
+        assert table["probability"].tolist() == own
+
+
+def test_of_equally_probable_classes_the_predicted_one_is_the_most_probable(images, save_model):
+    undecided = small_model()
+    with torch.no_grad():
+        undecided.head[-1].weight.zero_()
+        undecided.head[-1].bias.copy_(torch.tensor([0.0, 0.0, 1e-14]))
+    path = save_model(model=undecided, temperature=1e3)
+    table = predict(path, images, device="cpu", precision="fp32")
+    assert len(np.unique(table[PROBABILITIES])) == 1
+    assert set(table["class"]) == set(table["most_probable"]) == {"nevus"}
 
 
 def test_the_size_of_batches_and_the_number_of_threads_change_nothing(
@@ -259,7 +279,7 @@ def test_flags_are_set_by_the_thresholds_that_the_model_brings(images, save_mode
 def test_given_thresholds_take_the_place_of_those_it_brings(images, save_model):
     model = save_model(thresholds=THRESHOLDS, malignant_classes=["nevus"])
     plain = predict(model, images, thresholds={}, device="cpu")
-    assert list(plain.columns) == ["path", "class", *PROBABILITIES]
+    assert list(plain.columns) == COLUMNS
     middle = float(plain["prob_mole $1_x"].median())
     given = {"Mole-$1_x": middle, "MALIGNANT": float(plain["prob_nevus"].min()), "Melanomas": 1}
     table = predict(model, images, thresholds=given, device="cpu")
@@ -292,6 +312,53 @@ def test_published_codes_name_classes_and_melanoma_all_classes_of_it(images, sav
         assert 0 < table[f"flag_{name}"].sum() < len(table)
 
 
+@pytest.fixture(scope="module")
+def ensemble_of_seven_classes(tmp_path_factory):
+    """An ensemble in which bcc and two melanomas are malignant; its probabilities do not matter."""
+    classes = ["bcc", "mel", "melanoma (in situ)", "nevus", "df", "vasc", "bkl"]
+    model = models.get_model("simple_cnn", 7, weights=None, image_size=32)
+    info = models.ModelInfo(
+        config=model.config, classes=classes, image_size=32, malignant_classes=classes[:3]
+    )
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    info.save(path, model.state_dict())
+    return Ensemble(path, device="cpu")
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["malignant", "MALIGNANT", "melanoma", "MEL", "bcc", "nevus"]),
+        st.floats(0, 1),
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_what_is_flagged_as_melanoma_is_flagged_as_malignant(
+    ensemble_of_seven_classes, thresholds, seed
+):
+    probabilities = np.random.default_rng(seed).dirichlet(np.full(7, 0.3), size=20)
+    flags = ensemble_of_seven_classes.flags(thresholds)
+    flagged = ensemble_of_seven_classes.flagged(probabilities, flags)
+    assert list(flagged) == list(thresholds)
+    reached = {
+        name: probabilities[:, labels].sum(axis=1) >= thresholds[name]
+        for name, (labels, _) in flags.items()
+    }
+    implying = [reached[name] for name in thresholds if name != "nevus"]
+    for name in thresholds:
+        is_malignant = name.lower() == "malignant"
+        expected = np.any(implying, axis=0) if is_malignant else reached[name]
+        assert flagged[name].tolist() == expected.tolist()
+
+
+def test_melanoma_counts_as_malignant_in_flags_whatever_else_was_said_to(save_model):
+    model = Ensemble(save_model(malignant_classes=["nevus"]), device="cpu")
+    flags = model.flags({"melanoma": 0.5, "malignant": 0.5})
+    flagged = model.flagged(np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]), flags)
+    assert flagged["melanoma"].tolist() == [True, False, False]
+    assert flagged["malignant"].tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("num_models", "tta", "words"),
     [(2, 1, "with 2 models they"), (1, 4, "with 4 views they"), (2, 8, "2 models and 8 views")],
@@ -308,7 +375,7 @@ def test_thresholds_that_were_not_chosen_for_what_is_used_are_warned_of(
     assert len(warned) == 1
     message = str(warned[0].message)
     assert "the thresholds of malignant, melanoma were chosen for one model and one view" in message
-    assert "need not find 95 %" in message and "--threshold" in message
+    assert "may not find 95 %" in message and "--threshold" in message
     assert "flag_melanoma" in table
 
 
@@ -337,10 +404,10 @@ def test_without_thresholds_an_ensemble_has_nothing_to_warn_of(images, save_mode
 @pytest.mark.parametrize(
     ("thresholds", "words"),
     [
-        ({"dermatofibroma": 0.2}, "none of the classes .* matches dermatofibroma"),
-        ({"malignant": 0.2}, "none of the classes"),  # this model says none of its classes is
-        ({"nevus": 1.2}, "threshold of nevus is 1.2"),
-        ({"nevus": float("nan")}, "threshold of nevus is nan"),
+        ({"dermatofibroma": 0.2}, "unknown class dermatofibroma"),
+        ({"malignant": 0.2}, "unknown class malignant"),  # this model says none of its classes is
+        ({"nevus": 1.2}, "threshold of nevus must be from 0 to 1, not 1.2"),
+        ({"nevus": float("nan")}, "threshold of nevus must be from 0 to 1, not nan"),
     ],
 )
 def test_a_threshold_of_nothing_is_an_error(images, save_model, thresholds, words):
@@ -378,11 +445,11 @@ def test_what_is_not_there_is_named_all_at_once(images, tmp_path, save_model):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="nothing: no images"):
         predict(save_model(), tmp_path / "nothing")
-    with pytest.raises(ValueError, match="no images are given"):
+    with pytest.raises(ValueError, match="no images given"):
         predict(save_model(), [])
     with pytest.raises(FileNotFoundError, match="gone.pth"):
         predict(tmp_path / "gone.pth", images)
-    with pytest.raises(ValueError, match="no model is given"):
+    with pytest.raises(ValueError, match="no model given"):
         predict([], images)
 
 
@@ -403,7 +470,7 @@ def test_where_nothing_can_be_read_the_table_has_no_rows(images, save_model, tmp
         with pytest.warns(UserWarning, match="3 images"):
             table = predict(model, paths, output=tmp_path / name, batch_size=2, device="cpu")
         assert len(table) == 0
-        assert list(table.columns[:2]) == ["path", "class"] and len(table.columns) == 7
+        assert list(table.columns) == [*COLUMNS, "flag_malignant", "flag_melanoma"]
     assert list(pd.read_csv(tmp_path / "out.csv").columns) == list(table.columns)
     assert json.loads((tmp_path / "out.json").read_text()) == []
 
@@ -476,12 +543,12 @@ def test_an_output_that_cannot_be_written_is_an_error_before_the_work(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tta": 0}, "tta is 0; it must be from 1 to 8"),
-        ({"tta": 9}, "tta is 9"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"num_workers": 0}, "num_workers is 0"),
+        ({"tta": 0}, "tta must be from 1 to 8, not 0"),
+        ({"tta": 9}, "tta must be from 1 to 8, not 9"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"num_workers": 0}, "num_workers must be at least 1, not 0"),
         ({"device": "gpu"}, "device gpu cannot be used"),
-        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"precision": "fp8"}, "precision must be .*, not 'fp8'"),
     ],
 )
 def test_arguments_out_of_range_are_errors(images, save_model, options, words):
@@ -502,11 +569,11 @@ def test_a_model_with_preprocessors_needs_them_and_the_command_cannot_know_them(
     assert main(["--model", str(model), str(images)]) == 2
     error = capfd.readouterr().err
     assert (
-        "custom preprocessors, which the command does not know" in error and error.count("\n") == 1
+        "custom preprocessors, which the command does not have" in error and error.count("\n") == 1
     )
-    with pytest.raises(ValueError, match="other preprocessors"):
+    with pytest.raises(ValueError, match="preprocessors other than those given"):
         predict(model, images, preprocessors=[resize])
-    with pytest.raises(ValueError, match="other preprocessors .* is none, not"):
+    with pytest.raises(ValueError, match="other than those given .*none, not"):
         predict(save_model("plain.pth"), images, preprocessors=[darken])
     dark = predict(model, images, preprocessors=[darken], device="cpu")
     plain = predict(save_model("plain.pth"), images, device="cpu")

@@ -11,7 +11,8 @@ from torch import nn
 
 import dataset
 import models
-from inference.explain import gradcam
+from imaging.heatmaps import FIGURE_SIDE
+from inference.explain import describe_prediction, gradcam
 from models import MODELS
 from predict import predict
 from tests.samples import CLASSES, small_model
@@ -45,7 +46,7 @@ def test_gradcam_of_small_images_still_tells_places_apart(size):
     model = small_model(name="resnet_finetuned")
     images = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     heatmaps = gradcam(model, images, np.arange(8) % len(CLASSES))
-    is_empty = heatmaps.max(axis=(1, 2)) == 0  # nothing in the image speaks for the class
+    is_empty = heatmaps.max(axis=(1, 2)) == 0  # no region raises the output for the class
     assert not is_empty.all()
     assert (np.ptp(heatmaps[~is_empty], axis=(1, 2)) > 0.1).all()
 
@@ -143,30 +144,99 @@ def test_overlays_have_names_of_their_own_and_stay_in_their_folder(
     for overlay in overlays:
         assert overlay.name.isprintable() and overlay.suffix == ".png"
         with Image.open(overlay) as image:
-            assert image.size == (32, 32) and image.mode == "RGB"
+            assert image.width > 2 * FIGURE_SIDE and image.height > FIGURE_SIDE
+            assert image.mode == "RGB"
     assert [path.name for path in overlays if path.name.startswith("0000-")]
     made = {tmp_path / "model.pth", tmp_path / "cam", tmp_path / "cam" / "new", *overlays}
     assert set(tmp_path.rglob("*")) - set(before) == made
 
 
-def test_an_overlay_shows_the_decided_class_and_keeps_the_rest_of_the_image(
-    images, tmp_path, save_model
+def test_an_overlay_shows_the_file_s_own_pixels_beside_the_map_of_the_decided_class(
+    make_images, tmp_path, save_model
 ):
+    folder = make_images({"a": 1}, size=900)
     model = save_model(model=small_model(2))
-    table = predict(model, images / "a/0001.png", gradcam=tmp_path / "cam", device="cpu")
+    table = predict(model, folder, gradcam=tmp_path / "cam", device="cpu")
     (path,) = (tmp_path / "cam").iterdir()
-    overlay = np.asarray(Image.open(path)).astype(int)
-    image = dataset.prepare_image(images / "a/0001.png", 32)
-    pixels = dataset.to_float(torch.from_numpy(image.copy())[None])
+    figure = np.asarray(Image.open(path))
+    image = dataset.prepare_image(folder / "a/0000.png", FIGURE_SIDE)  # what is cropped is the same
+    top, left = find_image(figure, image)
+    overlay = figure[top : top + FIGURE_SIDE, left + FIGURE_SIDE + 1 :]
+    seen = dataset.prepare_image(folder / "a/0000.png", 32)
+    pixels = dataset.to_float(torch.from_numpy(seen.copy())[None])
     label = CLASSES.index(table["class"][0])
     heatmap = gradcam(small_model(2), pixels, [label])[0]
-    assert (heatmap == 0).sum() > 0 and (heatmap > 0.5).any()
-    assert (overlay[heatmap == 0] == image[heatmap == 0]).all()
-    assert np.abs(overlay[heatmap > 0.5] - image[heatmap > 0.5]).mean() > 10
+    heatmap = np.kron(heatmap, np.ones((16, 16)))
+    overlay = overlay[:, np.argmax((overlay != 255).any(axis=(0, 2))) :][:, :FIGURE_SIDE]
+    changed = np.abs(overlay.astype(int) - image).mean(axis=2)
+    assert np.corrcoef(changed.ravel(), heatmap.ravel())[0, 1] > 0.7
+    is_far_from_zero = F.max_pool2d(torch.tensor(heatmap)[None], 65, 1, 32)[0].numpy() == 0
+    assert (changed[is_far_from_zero] == 0).all()
+
+
+def test_an_overlay_shows_what_the_preprocessors_made_of_the_image(images, tmp_path, save_model):
+    def invert(image):
+        return 255 - image
+
+    model = save_model(preprocessors=dataset.fingerprint([invert]))
+    file = images / "a/0001.png"
+    predict(model, file, gradcam=tmp_path / "cam", preprocessors=[invert], device="cpu")
+    (path,) = (tmp_path / "cam").iterdir()
+    shown = dataset.prepare_image(file, FIGURE_SIDE, [invert])
+    assert find_image(np.asarray(Image.open(path)), shown)
+
+
+def find_image(figure, image):
+    """The corner at which the figure shows the image."""
+    for top, left in np.argwhere((figure == image[0, 0]).all(axis=2)):
+        shown = figure[top : top + len(image), left : left + len(image)]
+        if shown.shape == image.shape and (shown == image).all():
+            return top, left
+    raise ValueError("the figure does not show the image")
+
+
+ROW = {
+    "path": "a/x.png", "class": "nevus", "probability": 0.1234, "most_probable": "nevus",
+    "prob_nevus": 0.1234, "prob_mel": 0.5, "flag_malignant": True, "flag_mel": False,
+}  # fmt: skip
+
+
+def test_a_prediction_is_described_by_class_flags_and_file():
+    assert describe_prediction(ROW) == ["nevus, probability 0.123", "flagged: malignant", "x.png"]
+    other = ROW | {"most_probable": "mel", "flag_mel": True}
+    first, flags, _ = describe_prediction(other)
+    assert first == "nevus, probability 0.123 (more probable: mel, 0.500)"
+    assert flags == "flagged: malignant, mel"
+    assert describe_prediction(ROW | {"flag_malignant": False})[1] == "no flags"
+    without = {name: value for name, value in ROW.items() if not name.startswith("flag_")}
+    assert len(describe_prediction(without)) == 2
+    odd = describe_prediction(
+        without | {"class": "a\nb", "most_probable": "a\nb", "path": "\udcff"}
+    )
+    assert odd == ["'a\\nb', probability 0.123", "'\\udcff'"]
+
+
+def test_overlays_of_an_ensemble_are_drawn_where_one_model_finds_nothing(
+    images, tmp_path, save_model
+):
+    nothing = small_model()
+    nn.init.zeros_(nothing.head[-1].weight)
+    for name, model in (("nothing", nothing), ("something", small_model(2))):
+        save_model(f"{name}.pth", model)
+        folder = tmp_path / name
+        predict(tmp_path / f"{name}.pth", images / "a/0001.png", gradcam=folder, device="cpu")
+    figures = [next((tmp_path / n).iterdir()) for n in ("nothing", "something")]
+    both = [tmp_path / "nothing.pth", tmp_path / "something.pth"]
+    predict(both, images / "a/0001.png", gradcam=tmp_path / "both", device="cpu")
+    figures.append(next((tmp_path / "both").iterdir()))
+    has_scale = [
+        len(np.unique(np.asarray(Image.open(f))[100:500, -70], axis=0)) > 9 for f in figures
+    ]
+    assert has_scale == [False, True, True]
 
 
 def test_overlays_do_not_go_where_they_would_be_taken_for_images(images, tmp_path, save_model):
-    with pytest.raises(ValueError, match="lies in .*; choose a folder elsewhere"):
+    with pytest.raises(ValueError, match="is inside .*; choose another folder"):
         predict(save_model(), images, gradcam=images / "cam")
     assert not (images / "cam").exists()
     with pytest.raises(ValueError, match="model.pth is a file"):

@@ -111,9 +111,9 @@ def many_times_over():
         ("malignant_classes", [["melanoma"]], "malignant_classes"),
         ("unknown_classes", ["wart"], "unknown_classes"),
         ("unknown_classes", "melanoma", "unknown_classes"),
-        ("metrics", {"a": b"bytes"}, "asks for _codecs.encode"),
-        ("metrics", {"a": 1j}, "asks for"),
-        ("metrics", {"a": torch.float32}, "asks for torch.float32"),
+        ("metrics", {"a": b"bytes"}, "refers to _codecs.encode"),
+        ("metrics", {"a": 1j}, "refers to"),
+        ("metrics", {"a": torch.float32}, "refers to torch.float32"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -449,7 +449,7 @@ def test_a_file_of_anything_else_is_no_checkpoint_to_resume_from(run, tmp_path):
     path = tmp_path / "last.pth"
     for value in (None, [], {"settings": {}}, torch.zeros(3), contents()):
         save_tensors(path, value)
-        assert "not a checkpoint of this project" in refusal(lambda _: run(resume=True), path)
+        assert "not a checkpoint of this program" in refusal(lambda _: run(resume=True), path)
     path.write_bytes(b"")
     refusal(lambda _: run(resume=True), path)
 
@@ -470,4 +470,4 @@ def test_loading_takes_no_more_memory_than_the_file_needs_whatever_it_claims(tmp
         message = refusal(load_model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-    assert "backbone.7.weight is (256, 64), not (256, 16000000)" in message
+    assert "backbone.7.weight has shape (256, 64), not (256, 16000000)" in message

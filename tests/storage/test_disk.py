@@ -132,6 +132,6 @@ def test_a_folder_that_may_not_be_written_is_one_line_and_stays_as_it_is(
     (out / folder).chmod(0o555)
     with without_the_rights_of_root():
         line = error_of(arguments(root, tmp_path), capfd)
-    reason = "no permission to write there" if folder == "." else "Permission denied"
+    reason = "no permission to write" if folder == "." else "Permission denied"
     assert reason in line and str(out / folder) in line
     assert not list((out / "simple_cnn").iterdir())

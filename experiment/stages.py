@@ -1,0 +1,70 @@
+"""The stages of a run, and how much work each is, for an estimate of the time left."""
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiment.settings import Settings
+from models import get_model
+from storage.progress import Stage
+
+# Seconds per stage of a kind before one of them has been measured.
+GUESSES = {"figures": 10.0, "report": 10.0}
+
+
+def make_stages(
+    settings: Settings,
+    is_finished: Mapping[str, bool],
+    num_images: Mapping[str, int],
+    num_processes: int = 1,
+) -> list[Stage]:
+    """Returns the stages of a run: three of each model that is not finished, and the report.
+
+    `num_images` are those of each split. Training and evaluating are of one kind, and their work is
+    in images through a model, weighted by its floating-point operations.
+    """
+    costs = _relative_costs([name for name in settings.models if not is_finished[name]], settings)
+    stages = []
+    images_per_step = settings.batch_size * settings.accumulate * num_processes
+    num_evaluations = -(-settings.num_steps // settings.eval_every)
+    for number, name in enumerate(settings.models, 1):
+        if is_finished[name]:
+            continue
+        subject = f"{name} ({number} of {len(settings.models)})"
+        # The backward pass takes twice the operations of the forward pass; a frozen backbone has
+        # none.
+        passes = 1 if name.endswith("_head") else 3
+        training = passes * settings.num_steps * images_per_step
+        training += num_evaluations * num_images["valid"]
+        stages += [
+            Stage(subject, "training", "model", costs[name] * training),
+            Stage(subject, "evaluating", "model", costs[name] * num_images["test"]),
+            Stage(subject, "metrics and figures", "figures"),
+        ]
+    return [*stages, Stage("", "comparison and report", "report")]
+
+
+def _relative_costs(names: Sequence[str], settings: Settings) -> dict[str, float]:
+    """Returns by model how many times as much work an image is as for the others."""
+    if len(names) < 2:
+        return dict.fromkeys(names, 1.0)
+    known = {}
+    for name in names:
+        # A backbone of the user's may do what needs real numbers, and counts as the mean of the
+        # others then.
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            known[name] = float(count_operations(name, settings.layers, settings.image_size))
+    mean = sum(known.values()) / len(known) if known else 1.0
+    return {name: known.get(name, mean) for name in names}
+
+
+@functools.cache
+def count_operations(name: str, layers: int, image_size: int) -> int:
+    """Returns the floating-point operations of one image through a model, without computing any."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)
+        model.eval()(torch.empty(1, 3, image_size, image_size))
+    return counter.get_total_flops()
