@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.samples import save_few_pixels
+from tests.samples import save_all_figures_as_few_pixels, save_few_pixels
 
 # A shell without job control starts its background jobs with SIGINT ignored, and the tests'
 # subprocesses would inherit that.
@@ -101,13 +101,18 @@ def fork_server() -> Any:
 
 
 @pytest.fixture
-def start(fork_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+def start(
+    fork_server: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Callable]:
     """A function that starts a script in a process of its own, without the seconds of importing.
 
     The environment is set before the script runs, but after torch was imported. `calls` are made
-    first of all, such as `(resource.setrlimit, (kind, limits))`.
+    first of all, such as `(resource.setrlimit, (kind, limits))`. Figures are a few pixels, unless
+    the test is marked with `draws`.
     """
-    running = []
+    running: list[Started] = []
+    is_drawn = request.node.get_closest_marker("draws") is not None
+    first = [] if is_drawn else [(save_all_figures_as_few_pixels, ())]
 
     def start_script(
         script: Path,
@@ -126,7 +131,7 @@ def start(fork_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "environment": dict(env),
             "folder": str(cwd or Path.cwd()),
             "streams": [str(stream) for stream in streams],
-            "calls": list(calls),
+            "calls": [*first, *calls],
         }
         process = fork_server.Process(
             target=runpy.run_path, args=(str(Path(__file__).with_name("run_script.py")), given)

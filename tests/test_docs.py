@@ -68,6 +68,7 @@ BY_HAND = (
     ".venv/bin/pip",
     "find",
     "torchrun",  # in tests/test_train_models.py, with other flags
+    "python predict.py --model models/resnet_scratch/model.pth --export",  # in test_export.py
 )
 SMALL = "--models simple_cnn --image_size 16 --num_steps 2 --batch_size 8 --device cpu"
 
@@ -104,7 +105,7 @@ def folder_of_a_user(make_module_images, tmp_path_factory):
         rows.append(f"{image.stem},{number},{image.parent.name}")
     (folder / "HAM10000_metadata.csv").write_text("\n".join(rows))
     for name in ("simple_cnn", "resnet_scratch", "resnet_finetuned"):
-        model = models.get_model(name, 3, layers=18, weights=None, image_size=16, seed=0)
+        model = models.get_model("simple_cnn", 3, image_size=16, seed=0)
         (folder / "trained" / name).mkdir(parents=True)
         info = models.ModelInfo(config=model.config, classes=classes, image_size=16)
         info.save(folder / "trained" / name / "model.pth", model.state_dict())

@@ -5,6 +5,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from imaging.synthetic import make_dataset
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -13,6 +15,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     (tmp_path / "notebooks").mkdir()
+    make_dataset(tmp_path / "data/demo", num_images=520, size=48)  # smaller than the notebook's
     notebook = nbformat.read(ROOT / "notebooks/quickstart.ipynb", as_version=4)
     (training,) = (cell for cell in notebook.cells if "num_steps = len" in cell.source)
     training.source = training.source.replace(

@@ -20,7 +20,8 @@ from augmentation import POLICIES
 from dataset import DatasetBuilder, LesionLoader, create_dataloaders
 from evaluation import best_evaluation, choose_thresholds
 from learning.losses import LOSSES
-from models import get_model, load_model
+from models import BACKBONES, get_model, load_model
+from tests.samples import small_backbone
 from training import (
     evaluate,
     make_optimizer,
@@ -286,9 +287,10 @@ def test_the_history_has_the_rate_of_the_last_step(loaders):
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("simple_cnn", "fp32"), ("simple_cnn", "bf16"), ("resnet_scratch", "fp32")],
+    [("simple_cnn", "fp32"), ("simple_cnn", "bf16"), ("small_scratch", "fp32")],
 )
-def test_the_same_seed_ends_in_identical_weights(loaders, name, precision):
+def test_the_same_seed_ends_in_identical_weights(loaders, name, precision, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "small", small_backbone())
     options = {"name": name, "precision": precision}
     torch.manual_seed(1)
     first, _ = run(loaders, **options)
@@ -602,9 +604,13 @@ def stop_after(number):
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate"), [("simple_cnn", 1), ("simple_cnn", 3), ("resnet_scratch", 1)]
+    ("name", "accumulate"), [("simple_cnn", 1), ("simple_cnn", 3), ("small_scratch", 1)]
 )
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(loaders, tmp_path, name, accumulate):
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(
+    loaders, tmp_path, monkeypatch, name, accumulate
+):
+    monkeypatch.setitem(BACKBONES, "small", small_backbone())
+
     def go(path, stop_at=None, resume=False):
         model = get_model(name, 3, layers=18, image_size=32, seed=0)
         optimizer = make_optimizer(model)
