@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from experiment.settings import Settings
 from models import get_model
@@ -24,7 +24,7 @@ def make_stages(
     """Returns the stages of a run: three of each model that is not finished, and the report.
 
     `num_images` are those of each split. Training and evaluating are of one kind, and their work is
-    in images through a model, weighted by its floating-point operations.
+    in images through a model, weighted by its multiplications.
     """
     costs = _relative_costs([name for name in settings.models if not is_finished[name]], settings)
     stages = []
@@ -63,8 +63,21 @@ def _relative_costs(names: Sequence[str], settings: Settings) -> dict[str, float
 
 @functools.cache
 def count_operations(name: str, layers: int, image_size: int) -> int:
-    """Returns the floating-point operations of one image through a model, without computing any."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Returns the multiplications of one image in the convolutions and dense layers of a backbone.
+
+    Nothing is computed: the model is built without memory for its weights.
+    """
+    total = 0
+
+    def add(module: nn.Module, inputs: object, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * module.weight[0].numel()
+
+    with torch.device("meta"):
         model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)
-        model.eval()(torch.empty(1, 3, image_size, image_size))
-    return counter.get_total_flops()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(add)
+    with torch.no_grad():
+        model.eval().features(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return total
