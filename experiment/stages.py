@@ -71,7 +71,8 @@ def count_operations(name: str, layers: int, image_size: int) -> int:
 
     def add(module: nn.Module, inputs: object, output: Tensor) -> None:
         nonlocal total
-        total += output.numel() * module.weight[0].numel()
+        weight = next(module.parameters())
+        total += output.numel() * weight[0].numel()
 
     with torch.device("meta"):
         model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)

@@ -18,7 +18,7 @@ def test_training_weighs_as_much_as_the_model_and_a_frozen_backbone_a_third():
     settings = Settings(data_dir="x", models=("simple_cnn", "resnet_head", "resnet_finetuned"))
     stages = make_stages(settings, dict.fromkeys(settings.models, False), IMAGES)
     work = {s.subject.split()[0]: s.work for s in stages if s.name == "training"}
-    assert work["resnet_finetuned"] > 100 * work["simple_cnn"]
+    assert work["resnet_finetuned"] > 50 * work["simple_cnn"]
     assert work["resnet_head"] == pytest.approx(work["resnet_finetuned"] / 3, rel=0.01)
 
 
