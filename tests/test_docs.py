@@ -68,7 +68,7 @@ BY_HAND = (
     ".venv/bin/pip",
     "find",
     "torchrun",  # in tests/test_train_models.py, with other flags
-    "python predict.py --model models/resnet_scratch/model.pth --export",  # in test_export.py
+    "python predict.py --model models/resnet_scratch --export",  # in test_export.py
 )
 SMALL = "--models simple_cnn --image_size 16 --num_steps 2 --batch_size 8 --device cpu"
 
