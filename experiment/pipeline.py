@@ -485,7 +485,7 @@ def _print_comparison(comparison: pd.DataFrame) -> None:
         "precision": "precision",
         "recall": "recall",
         "balanced accuracy": "balanced_accuracy",
-        "gap to the best": "gap_to_best",
+        "gap to the first": "gap_to_best",
     }.items():
         columns = comparison[[name, f"{name}_low", f"{name}_high"]].to_numpy()
         shown[heading] = [f"{value:.3f} ({low:.2f} to {high:.2f})" for value, low, high in columns]
