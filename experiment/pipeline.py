@@ -479,7 +479,6 @@ def _training_time(history: dict[str, list[float]], settings: Settings) -> float
 
 
 def _print_comparison(comparison: pd.DataFrame) -> None:
-    comparison = comparison.sort_values("balanced_accuracy", ascending=False, kind="stable")
     shown = comparison[["model"]].copy()
     for heading, name in {
         "precision": "precision",

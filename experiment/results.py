@@ -188,7 +188,8 @@ def compare_models(
     """
     files = [save_dir / name / "metrics.json" for name in models]
     rows = [_comparison_row(json.loads(path.read_text(encoding="utf-8"))) for path in files]
-    best = max(rows, key=lambda row: row["balanced_accuracy"])["model"]
+    rows.sort(key=lambda row: -row["balanced_accuracy"])
+    best = rows[0]["model"]
     label_of = {name: label for label, name in enumerate(dataset.classes)}
     predicted = {}
     for name in models:
@@ -203,7 +204,6 @@ def compare_models(
             gap = compare(dataset.labels, *pair, groups, seed=seed)["balanced_accuracy"]
         row["gap_to_best"] = gap["difference"]
         row["gap_to_best_low"], row["gap_to_best_high"] = gap["interval"]
-    rows.sort(key=lambda row: -row["balanced_accuracy"])
     comparison = pd.DataFrame(rows)
     write_csv(comparison, save_dir / "comparison.csv")
     visualizations.plot_model_comparison(comparison, save_path=save_dir / "comparison.png")
