@@ -1,6 +1,7 @@
 """Image folders → metadata → memory-mapped arrays → stratified splits → loaders."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -145,7 +146,9 @@ class DatasetBuilder:
         `content_hash` the files are read as by `build`, and the column of that name identifies
         their contents. Raises what `build` raises for a folder or tables that cannot be used.
         """
-        images, _ = self._read_tables()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `prepare` and `build` warn of the same
+            images, _ = self._read_tables()
         split = self._given_splits(images)
         if split is not None:
             images["split"] = split

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from imaging.classes import unify_class_names
 from storage.files import is_utf8, printable, read_csv
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -54,6 +55,7 @@ def read_folder(data_dir: str | Path) -> pd.DataFrame:
                 f"{printable(data_dir)}: the reader of {name} returned images without {column}"
             )
     columns = [*IMAGE_COLUMNS, *images.columns.drop(IMAGE_COLUMNS)]
+    images = images.assign(**{"class": unify_class_names(images["class"])})
     return images[columns].sort_values("path", kind="stable", ignore_index=True)
 
 
@@ -66,7 +68,8 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     followed. Whatever is named like an image is listed, so that reading it reports an error.
 
     Raises FileNotFoundError if the folder does not exist, ValueError if it has no images and, with
-    class folders, for images directly in `data_dir` and for fewer than two classes.
+    class folders, for images directly in `data_dir` and for fewer than two classes. Names that
+    differ only by case, spaces, hyphens and underscores are one class, with a warning.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -104,6 +107,7 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
             raise ValueError(
                 f"{folder}: the class folder {printable(name)} is not valid UTF-8; rename it"
             )
+    classes = unify_class_names(pd.Series(classes, dtype=object)).tolist()
     if len(set(classes)) < 2:
         raise ValueError(
             f"{folder}: all images are of one class, {printable(classes[0])}; two are needed"
@@ -205,6 +209,7 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
     if is_correction:
         labels = labels.fillna(images["class"])
     check_complete(labels, images["path"], name)
+    labels = unify_class_names(labels)
     if labels.nunique() < 2:
         raise ValueError(f"{printable(name)}: all images are of one class; two are needed")
     return images.assign(**{"class": labels})
