@@ -44,12 +44,9 @@ from imaging.sources import (
     IMAGE_SUFFIXES,
     METADATA_COLUMNS,
     SPLIT_FOLDERS,
-    STEM_COLUMNS,
     UNSUPPORTED_SUFFIXES,
     find_images,
     has_folder_of_split,
-    join_table,
-    read_table,
 )
 from imaging.splits import (
     check_at_least,
@@ -62,6 +59,7 @@ from imaging.splits import (
     warn_of_divided_groups,
     warn_of_missing_classes,
 )
+from imaging.tables import STEM_COLUMNS, check_id_column, join_table, read_table
 from storage.files import printable
 
 __all__ = [
@@ -105,8 +103,10 @@ class DatasetBuilder:
         one, Valid make; without a Valid it is taken out of Train
     splits_csv : a table whose column `split` gives the split of every image, such as an earlier
         run's `splits.csv`
+    id_column : the column of the tables that names the images; by default the one whose values
+        match most of them; a table without it is matched as if it were not given
 
-    Tables name the images as `join_table` describes.
+    Names of images match as `imaging.tables.ImageNames` describes.
     """
 
     data_dir: str | Path
@@ -123,6 +123,7 @@ class DatasetBuilder:
     group_by: Sequence[str] = ()
     split_by: str = "random"
     splits_csv: str | Path | None = None
+    id_column: str | None = None
 
     def __post_init__(self) -> None:
         check_at_least(8, image_size=self.image_size)
@@ -138,6 +139,10 @@ class DatasetBuilder:
             raise ValueError("give split_by='folders' or splits_csv, not both")
         if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
             raise ValueError("label_column needs the table that has it: labels_csv or metadata_csv")
+        if self.id_column is not None and not self._tables():
+            raise ValueError(
+                "id_column needs a table that has it: labels_csv, metadata_csv or splits_csv"
+            )
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
         """Returns `path`, `class` and `source_split` of each image, without decoding any.
@@ -222,7 +227,7 @@ class DatasetBuilder:
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
-            split = sources.read_columns(self.splits_csv, ["split"], metadata["path"])["split"]
+            split = self._read_splits(metadata, self.splits_csv)
         elif self.split_by == "random" and "split_given" in given:
             split = given["split_given"]
         else:
@@ -245,6 +250,10 @@ class DatasetBuilder:
         )
         return PreparedImages(metadata, given, cache, index)
 
+    def _tables(self) -> list[str | Path]:
+        tables = (self.labels_csv, self.metadata_csv, self.splits_csv)
+        return [table for table in tables if table is not None]
+
     def _cache(self, preprocessors: Sequence[Preprocessor]) -> ArrayCache:
         data_dir = Path(self.data_dir)
         default = Path(os.path.abspath(data_dir)).parent / "processed"
@@ -253,15 +262,17 @@ class DatasetBuilder:
 
     def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Returns `path`, `class` and `source_split` of each image, and the further columns."""
+        if self.id_column is not None:
+            check_id_column(self._tables(), self.id_column)
         name = self.labels_csv or self.metadata_csv
         if self.label_column is not None and name is not None:
             images = find_images(self.data_dir, has_class_folders=False)
-            images = sources.read_labels(images, name, self.label_column)
+            images = sources.read_labels(images, name, self.label_column, self.id_column)
         else:
             images = sources.read_folder(self.data_dir)
             if self.labels_csv is not None:
-                images = sources.read_labels(images, self.labels_csv, "class")
-        given = sources.read_metadata(images, self.metadata_csv, self.group_by)
+                images = sources.read_labels(images, self.labels_csv, "class", self.id_column)
+        given = sources.read_metadata(images, self.metadata_csv, self.group_by, self.id_column)
         return images[sources.IMAGE_COLUMNS].copy(), given
 
     def _resolve_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
@@ -279,12 +290,21 @@ class DatasetBuilder:
         self, images: pd.DataFrame, *, warn_unmatched: bool = False
     ) -> pd.Series | None:
         if self.splits_csv is not None:
-            return sources.read_columns(
-                self.splits_csv, ["split"], images["path"], warn_unmatched=warn_unmatched
-            )["split"]
+            return self._read_splits(images, self.splits_csv, warn_unmatched=warn_unmatched)
         if self.split_by == "folders":
             return sources.splits_of_folders(images, self.data_dir)
         return None
+
+    def _read_splits(
+        self, images: pd.DataFrame, name: str | Path, *, warn_unmatched: bool = False
+    ) -> pd.Series:
+        return sources.read_columns(
+            name,
+            ["split"],
+            images["path"],
+            warn_unmatched=warn_unmatched,
+            id_column=self.id_column,
+        )["split"]
 
     def _split(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
         labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()

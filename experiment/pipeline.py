@@ -112,6 +112,7 @@ def _make_builder(settings: Settings) -> DatasetBuilder:
         label_column=settings.label_column,
         label_conflicts=settings.label_conflicts,
         metadata_csv=settings.metadata_csv,
+        id_column=settings.id_column,
         group_by=settings.group_by,
         split_by=settings.split_by,
         splits_csv=settings.splits_csv,

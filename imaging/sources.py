@@ -2,19 +2,16 @@
 
 import os
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pandas as pd
 
 from imaging.classes import unify_class_names
-from storage.files import is_utf8, printable, read_csv
+from imaging.tables import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, join_table, read_table
+from storage.files import is_utf8, printable
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # images as well, so reported
-STEM_COLUMNS = ("image_id", "image_name", "isic_id")  # HAM10000's, the 2020 challenge's, ISIC's
 IMAGE_COLUMNS = ["path", "class", "source_split"]  # which every reader gives
 METADATA_COLUMNS = (
     "path", "class", "label", "source_split", "width", "height", "content_hash", "picture", "group",
@@ -136,76 +133,32 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
             yield path
 
 
-def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Returns a CSV file with a row for each image, named in `path` or one of `STEM_COLUMNS`.
-
-    All cells are text, and only empty ones are missing (see `read_csv`). Raises FileNotFoundError
-    if there is no such file, and ValueError if it is no such table or lacks one of `columns`.
-    """
-    if not Path(path).is_file():
-        reason = "is a folder, not a table" if Path(path).is_dir() else "no such file"
-        raise FileNotFoundError(f"{printable(path)}: {reason}")
-    table = read_csv(path)
-    missing = [name for name in columns if name not in table]
-    if missing:
-        known = ", ".join(map(printable, table.columns))
-        raise ValueError(
-            f"{printable(path)}: no column {', '.join(missing)}; its columns are {known}"
-        )
-    return table
-
-
-def join_table(
-    paths: Iterable[str], table: pd.DataFrame, name: str | Path, *, warn_unmatched: bool = False
-) -> pd.DataFrame:
-    """Returns the table's row for each image, in the images' order; empty values where it has none.
-
-    Images are matched by `path`, relative to the data's folder, or else by the file's name without
-    its suffix in one of `STEM_COLUMNS`. `name` is what errors call the table. Raises ValueError if
-    the table has no such column, has two rows for an image, or matches no image. With
-    `warn_unmatched`, warns of rows that match no image.
-    """
-    keys = ("path", *STEM_COLUMNS)
-    key = next((column for column in keys if column in table), None)
-    if key is None:
-        raise ValueError(f"{printable(name)}: no column that names the images: {', '.join(keys)}")
-    if len(table) == 0:
-        raise ValueError(f"{printable(name)}: the table has no rows")
-    wanted = pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
-    rows = table.set_index(key)
-    is_wanted = rows.index.isin(wanted)
-    found, others = rows[is_wanted], rows.index[~is_wanted]
-    if len(found) == 0:
-        raise ValueError(
-            f"{printable(name)}: no row matches an image; its column {key} has values like "
-            f"{rows.index[0]!r}, but the images have {wanted[0]!r}"
-        )
-    if found.index.has_duplicates:
-        twice = found.index[found.index.duplicated()][0]
-        raise ValueError(f"{printable(name)}: more than one row for {printable(twice)}")
-    if warn_unmatched and len(others) > 0:
-        warnings.warn(
-            f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such as "
-            f"{printable(others[0])}",
-            stacklevel=6,
-        )
-    return found.reindex(wanted).reset_index(drop=True)
-
-
 def read_columns(
-    name: str | Path, columns: Sequence[str], paths: Iterable[str], *, warn_unmatched: bool = False
+    name: str | Path,
+    columns: Sequence[str],
+    paths: Iterable[str],
+    *,
+    warn_unmatched: bool = False,
+    id_column: str | None = None,
 ) -> pd.DataFrame:
-    """Returns a CSV file's row for each image, see `read_table` and `join_table`."""
-    return join_table(paths, read_table(name, columns), name, warn_unmatched=warn_unmatched)
+    """Returns these columns of a table, a row for each image, see `read_table`, `join_table`."""
+    table = read_table(name, columns)
+    return join_table(
+        paths, table, name, warn_unmatched=warn_unmatched, id_column=id_column, columns=columns
+    )
 
 
-def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataFrame:
+def read_labels(
+    images: pd.DataFrame, name: str | Path, column: str, id_column: str | None = None
+) -> pd.DataFrame:
     """Returns the images with the classes in a table's column, or their own if these are missing.
 
     Raises ValueError for an image that has neither, and if all are of one class.
     """
     is_correction = "class" in images
-    labels = read_columns(name, [column], images["path"], warn_unmatched=is_correction)[column]
+    labels = read_columns(
+        name, [column], images["path"], warn_unmatched=is_correction, id_column=id_column
+    )[column]
     if is_correction:
         labels = labels.fillna(images["class"])
     check_complete(labels, images["path"], name)
@@ -216,7 +169,10 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
 
 
 def read_metadata(
-    images: pd.DataFrame, name: str | Path | None, required: Sequence[str]
+    images: pd.DataFrame,
+    name: str | Path | None,
+    required: Sequence[str],
+    id_column: str | None = None,
 ) -> pd.DataFrame:
     """Returns the columns beside `IMAGE_COLUMNS`: those of the folder's reader and of a table.
 
@@ -225,7 +181,8 @@ def read_metadata(
     given = images.drop(columns=IMAGE_COLUMNS)
     missing = [column for column in required if column not in given]
     if name is not None:
-        given = pd.concat([given, read_columns(name, missing, images["path"])], axis=1)
+        rows = join_table(images["path"], read_table(name, missing), name, id_column=id_column)
+        given = pd.concat([given, rows], axis=1)
     elif missing:
         raise ValueError(
             f"group_by: no column {printable(missing[0])}; give its table as metadata_csv"

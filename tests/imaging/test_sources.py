@@ -142,13 +142,17 @@ def test_the_columns_of_a_table_come_into_the_metadata_and_its_groups_stay_whole
     ("table", "options", "message"),
     [
         ({"path": ["x.png"], "class": ["a"]}, {"labels_csv": 1}, "no row matches an image"),
-        ({"path": ["a/0000.png"] * 2, "class": ["a"] * 2}, {"labels_csv": 1}, "more than one row"),
+        (
+            {"path": ["a/0000.png"] * 2, "class": ["a", "b"]},
+            {"labels_csv": 1},
+            r"rows for a/0000\.png contradict each other: class is 'a' and 'b'",
+        ),
         ({"path": [], "class": []}, {"labels_csv": 1}, "has no rows"),
         ({"path": ["a/0000.png"]}, {"labels_csv": 1}, "no column class; its columns are path"),
         (
-            {"name": ["a/0000.png"], "class": ["a"]},
+            {"name": ["lesion 1"], "class": ["a"]},
             {"labels_csv": 1},
-            "names the images: path, image_id",
+            r"its column name has values like 'lesion 1', but .* like 'a/0000\.png'",
         ),
         (
             {"path": ["a/0000.png"]},
