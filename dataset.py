@@ -28,6 +28,7 @@ from imaging.batches import (
     to_float,
 )
 from imaging.cache import ArrayCache, PreparedImages
+from imaging.classes import check_class_names, find_implausible_classes
 from imaging.decode import UnreadableImageError
 from imaging.prepare import (
     MAX_REPETITIONS,
@@ -103,6 +104,8 @@ class DatasetBuilder:
         one, Valid make; without a Valid it is taken out of Train
     splits_csv : a table whose column `split` gives the split of every image, such as an earlier
         run's `splits.csv`
+    accept_class_names : go on with classes that do not look like classes, such as a folder named
+        images or test, which are an error otherwise (`imaging.classes.find_implausible_classes`)
     id_column : the column of the tables that names the images; by default the one whose values
         match most of them; a table without it is matched as if it were not given
 
@@ -124,6 +127,7 @@ class DatasetBuilder:
     split_by: str = "random"
     splits_csv: str | Path | None = None
     id_column: str | None = None
+    accept_class_names: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(8, image_size=self.image_size)
@@ -154,6 +158,8 @@ class DatasetBuilder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `prepare` and `build` warn of the same
             images, _ = self._read_tables()
+        if not self.accept_class_names:
+            check_class_names(images, self.data_dir)
         split = self._given_splits(images)
         if split is not None:
             images["split"] = split
@@ -189,6 +195,8 @@ class DatasetBuilder:
         check_splits(splits)
         # Until the end, the index of the table is the row of the image in the array.
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
+        if not self.accept_class_names:
+            check_class_names(metadata, self.data_dir)
         readable = index.check_readable(skip_unreadable=self.skip_unreadable)
         metadata = self._resolve_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
@@ -202,8 +210,7 @@ class DatasetBuilder:
 
         names = list(splits)
         if self.splits_csv is not None or self.split_by == "folders":
-            usual = [name for name in DEFAULT_SPLITS if name in set(split)]
-            names = [*usual, *sorted(set(split) - set(usual))]
+            names = [name for name in DEFAULT_SPLITS if name in set(split)]
         warn_of_missing_classes(metadata, names)
         datasets, array_path = {}, cache.folder / index.array
         for name in names:
@@ -227,20 +234,21 @@ class DatasetBuilder:
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
-            split = self._read_splits(metadata, self.splits_csv)
+            split = sources.read_splits(metadata, self.splits_csv, id_column=self.id_column)
         elif self.split_by == "random" and "split_given" in given:
             split = given["split_given"]
         else:
             split = sources.split_of_folder(metadata["source_split"])
         metadata["split"] = split.fillna("")
-        return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
+        implausible = () if self.accept_class_names else find_implausible_classes(metadata)
+        return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index), implausible)
 
     def prepare(self, preprocessors: Sequence[Preprocessor] = ()) -> PreparedImages:
         """Finds and reads all images, once for both `audit` and `build`.
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        metadata, given = self._read_tables()
+        metadata, given = self._read_tables(warn_unmatched=True)
         cache = self._cache(preprocessors)
         index = cache.load(metadata["path"].tolist())
         for name in ("width", "height", "content_hash"):
@@ -260,19 +268,37 @@ class DatasetBuilder:
         cache_dir = default if self.cache_dir is None else Path(self.cache_dir)
         return ArrayCache(data_dir, cache_dir, self.image_size, preprocessors, self.num_workers)
 
-    def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _read_tables(self, *, warn_unmatched: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Returns `path`, `class` and `source_split` of each image, and the further columns."""
         if self.id_column is not None:
             check_id_column(self._tables(), self.id_column)
         name = self.labels_csv or self.metadata_csv
         if self.label_column is not None and name is not None:
             images = find_images(self.data_dir, has_class_folders=False)
-            images = sources.read_labels(images, name, self.label_column, self.id_column)
+            images = sources.read_labels(
+                images,
+                name,
+                self.label_column,
+                id_column=self.id_column,
+                warn_unmatched=warn_unmatched and self.labels_csv is not None,
+            )
         else:
             images = sources.read_folder(self.data_dir)
             if self.labels_csv is not None:
-                images = sources.read_labels(images, self.labels_csv, "class", self.id_column)
-        given = sources.read_metadata(images, self.metadata_csv, self.group_by, self.id_column)
+                images = sources.read_labels(
+                    images,
+                    self.labels_csv,
+                    "class",
+                    id_column=self.id_column,
+                    warn_unmatched=warn_unmatched,
+                )
+        given = sources.read_metadata(
+            images,
+            self.metadata_csv,
+            self.group_by,
+            id_column=self.id_column,
+            warn_unmatched=warn_unmatched,
+        )
         return images[sources.IMAGE_COLUMNS].copy(), given
 
     def _resolve_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
@@ -290,21 +316,12 @@ class DatasetBuilder:
         self, images: pd.DataFrame, *, warn_unmatched: bool = False
     ) -> pd.Series | None:
         if self.splits_csv is not None:
-            return self._read_splits(images, self.splits_csv, warn_unmatched=warn_unmatched)
+            return sources.read_splits(
+                images, self.splits_csv, id_column=self.id_column, warn_unmatched=warn_unmatched
+            )
         if self.split_by == "folders":
             return sources.splits_of_folders(images, self.data_dir)
         return None
-
-    def _read_splits(
-        self, images: pd.DataFrame, name: str | Path, *, warn_unmatched: bool = False
-    ) -> pd.Series:
-        return sources.read_columns(
-            name,
-            ["split"],
-            images["path"],
-            warn_unmatched=warn_unmatched,
-            id_column=self.id_column,
-        )["split"]
 
     def _split(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
         labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()

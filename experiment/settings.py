@@ -114,6 +114,10 @@ class Settings:
         None, "column that gives the classes in place of the folder names", "NAME",
         group="data", audit=True,
     )  # fmt: skip
+    accept_class_names: bool = flag(
+        False, "accept classes that do not look like classes, such as images or test",
+        group="data", audit=True, result=False,
+    )  # fmt: skip
     label_conflicts: str = flag(
         "keep", "what to do with copies of an image that have different classes",
         choices=("keep", "drop", "error"), group="data",

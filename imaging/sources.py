@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,31 +133,61 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
             yield path
 
 
-def read_columns(
+def read_splits(
+    images: pd.DataFrame,
     name: str | Path,
-    columns: Sequence[str],
-    paths: Iterable[str],
     *,
-    warn_unmatched: bool = False,
     id_column: str | None = None,
-) -> pd.DataFrame:
-    """Returns these columns of a table, a row for each image, see `read_table`, `join_table`."""
-    table = read_table(name, columns)
-    return join_table(
-        paths, table, name, warn_unmatched=warn_unmatched, id_column=id_column, columns=columns
-    )
+    warn_unmatched: bool = False,
+) -> pd.Series:
+    """Returns each image's split in a table's column `split`: train, valid or test, or missing.
+
+    The names are those of `SPLIT_FOLDERS`, in upper or lower case. `id_column` and `warn_unmatched`
+    are as in `join_table`. Raises ValueError for other names.
+    """
+    table = read_table(name, ["split"])
+    given = join_table(
+        images["path"],
+        table,
+        name,
+        warn_unmatched=warn_unmatched,
+        id_column=id_column,
+        columns=["split"],
+    )["split"]
+    split = given.map(lambda text: SPLIT_FOLDERS.get(text.strip().casefold()), na_action="ignore")
+    unknown = given[given.notna() & split.isna()]
+    if len(unknown) > 0:
+        path = printable(images["path"].iloc[unknown.index[0]])
+        value, count = unknown.iloc[0], (given == unknown.iloc[0]).sum()
+        raise ValueError(
+            f"{printable(name)}: split is {value!r} for {count:,} images, such as {path}; it "
+            f"has to be train, valid (or val, validation) or test"
+        )
+    return split.astype(object)
 
 
 def read_labels(
-    images: pd.DataFrame, name: str | Path, column: str, id_column: str | None = None
+    images: pd.DataFrame,
+    name: str | Path,
+    column: str,
+    *,
+    id_column: str | None = None,
+    warn_unmatched: bool = False,
 ) -> pd.DataFrame:
     """Returns the images with the classes in a table's column, or their own if these are missing.
 
-    Raises ValueError for an image that has neither, and if all are of one class.
+    `id_column` and `warn_unmatched` are as in `join_table`. Raises ValueError for an image that has
+    neither class, and if all are of one class.
     """
     is_correction = "class" in images
-    labels = read_columns(
-        name, [column], images["path"], warn_unmatched=is_correction, id_column=id_column
+    labels = join_table(
+        images["path"],
+        read_table(name, [column]),
+        name,
+        warn_unmatched=warn_unmatched,
+        is_correction=is_correction,
+        id_column=id_column,
+        columns=[column],
     )[column]
     if is_correction:
         labels = labels.fillna(images["class"])
@@ -172,16 +202,25 @@ def read_metadata(
     images: pd.DataFrame,
     name: str | Path | None,
     required: Sequence[str],
+    *,
     id_column: str | None = None,
+    warn_unmatched: bool = False,
 ) -> pd.DataFrame:
     """Returns the columns beside `IMAGE_COLUMNS`: those of the folder's reader and of a table.
 
-    Raises ValueError if a required one is in neither, and if two would have the same name.
+    `id_column` and `warn_unmatched` are as in `join_table`. Raises ValueError if a required one is
+    in neither, and if two would have the same name.
     """
     given = images.drop(columns=IMAGE_COLUMNS)
     missing = [column for column in required if column not in given]
     if name is not None:
-        rows = join_table(images["path"], read_table(name, missing), name, id_column=id_column)
+        rows = join_table(
+            images["path"],
+            read_table(name, missing),
+            name,
+            warn_unmatched=warn_unmatched,
+            id_column=id_column,
+        )
         given = pd.concat([given, rows], axis=1)
     elif missing:
         raise ValueError(

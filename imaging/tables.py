@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import itertools
+import logging
 import re
 import unicodedata
 import warnings
@@ -28,6 +29,7 @@ MIN_SHARE_MATCHED = (
     0.5  # of the rows or of the images, by a column that has none of the usual names
 )
 NUM_NEIGHBOURS = 100  # names in sorted order among which the nearest is looked for
+logger = logging.getLogger(__name__)
 
 
 def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -298,6 +300,7 @@ def join_table(
     name: str | Path,
     *,
     warn_unmatched: bool = False,
+    is_correction: bool = False,
     id_column: str | None = None,
     columns: Sequence[str] | None = None,
 ) -> pd.DataFrame:
@@ -306,7 +309,8 @@ def join_table(
     The column that names the images, see `find_id_column`, is left out; `columns` are those to
     return, by default all. `name` is what errors call the table. Rows that say the same of an image
     are one row. Raises ValueError if no row matches an image, and for rows that contradict each
-    other. With `warn_unmatched`, warns of rows that match no image.
+    other. With `warn_unmatched`, says in one line how much of the table was used, as a warning if
+    rows match no image or, unless it is a correction, images have no row.
     """
     if len(table) == 0:
         raise ValueError(f"{printable(name)}: the table has no rows")
@@ -317,15 +321,35 @@ def join_table(
     found = table[wanted].iloc[rows]
     found.index = pd.Index(numbers)
     found = _unify_rows(found, images.paths, name).reindex(range(len(images.paths)))
-    values = table[match.column]
-    others = values[values.notna() & ~values.isin(match.found)]
-    if warn_unmatched and len(others) > 0:
-        warnings.warn(
-            f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such as "
-            f"{printable(others.iloc[0])}",
-            stacklevel=6,
-        )
+    if warn_unmatched:
+        _say_use(table[match.column], match, images, name, is_correction)
     return found.apply(_decode_cells) if len(found.columns) else found
+
+
+def _say_use(
+    values: pd.Series, match: Match, images: ImageNames, name: str | Path, is_correction: bool
+) -> None:
+    is_used = values.isin(match.found)
+    matched = set(itertools.chain.from_iterable(match.found.values()))
+    without = [path for number, path in enumerate(images.paths) if number not in matched]
+    unused = [value if isinstance(value, str) else "" for value in values[~is_used]]
+    parts = [
+        f"{printable(name)}: {is_used.sum():,} of its {len(values):,} rows used, for "
+        f"{len(matched):,} of {len(images.paths):,} images, matched by {printable(match.column)}"
+    ]
+    for names, what, others in (
+        (unused, "rows match no image", images.paths),
+        (without, "images have no row", unused),
+    ):
+        if names:
+            nearest = nearest_name(names[0], others)
+            is_like = f" (nearest: {printable(nearest)})" if nearest else ""
+            example = printable(names[0]) or "one without a name"
+            parts.append(f"{len(names):,} {what}, such as {example}{is_like}")
+    if unused or (without and not is_correction):
+        warnings.warn("; ".join(parts), stacklevel=2)
+    else:
+        logger.info("%s", "; ".join(parts))
 
 
 def _decode_cells(cells: pd.Series) -> pd.Series:

@@ -90,15 +90,49 @@ def test_labels_from_a_table_override_those_of_the_folders(make_images, tmp_path
     assert found.drop(["a/0000.png", "b/0003.png"]).value_counts().to_dict() == {"a": 11, "b": 11}
 
 
-def test_rows_of_labels_that_match_no_image_are_warned_of(make_images, tmp_path):
+def test_a_table_says_how_much_of_it_was_used(make_images, tmp_path, caplog):
     root = make_images({"a": 12, "b": 12})
-    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "a/nine.png"], "class": ["b", "b"]})
-    with pytest.warns(UserWarning, match="l.csv: 1 of its 2 rows match no image, such as a/nine"):
+    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "a/00005.png"], "class": ["b", "b"]})
+    with pytest.warns(UserWarning) as caught:
         build(root, labels_csv=labels)
+    (said,) = [str(w.message) for w in caught if "l.csv" in str(w.message)]
+    assert said == (
+        f"{labels}: 1 of its 2 rows used, for 1 of 24 images, matched by path; 1 rows match no "
+        "image, such as a/00005.png (nearest: b/0005.png); 23 images have no row, such as "
+        "a/0001.png (nearest: a/00005.png)"
+    )
     write(labels, {"image_id": ["0000", "0001"], "class": ["b", "b"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.simplefilter("error")  # corrections need not be of all images
         build(root, labels_csv=labels)
+    used = "2 of its 2 rows used, for 4 of 24 images, matched by image_id; 20 images have no row"
+    assert [used in record.message for record in caplog.records] == [True]
+
+
+def test_images_without_metadata_are_warned_of_with_an_example(make_images, tmp_path):
+    root = make_images({"a": 12, "b": 12})
+    rows = {"image_id": ["a/0000", "a/0001", None], "age": [1, 2, 3]}
+    table = write(tmp_path / "m.csv", rows)
+    with pytest.warns(UserWarning, match=r"2 of its 3 rows used, for 2 of 24 images") as caught:
+        build(root, metadata_csv=table)
+    said = [str(warning.message) for warning in caught]
+    (line,) = [line for line in said if "m.csv" in line]
+    assert "1 rows match no image, such as one without a name; 22 images have no row" in line
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("train", "train"), ("Val", "valid"), (" validation ", "valid"), ("TEST", "test")],
+)
+def test_the_names_of_splits_in_a_table(make_images, tmp_path, written, meant):
+    paths = [f"{c}/{i:04d}.png" for c in "ab" for i in range(4)]
+    others = {"path": paths, "split": ["train", "test", "valid", written] * 2}
+    options = {"splits_csv": write(tmp_path / "s.csv", others)}
+    _, metadata = build(make_images({"a": 4, "b": 4}), **options)
+    assert metadata["split"].tolist() == ["train", "test", "valid", meant] * 2
+    write(tmp_path / "s.csv", {"path": paths, "split": ["train", "holdout"] * 4})
+    with pytest.raises(ValueError, match=r"'holdout' for 4 images, such as a/0001\.png; .* train"):
+        DatasetBuilder(tmp_path / "raw", **options).list_images()
 
 
 def test_a_flat_folder_trains_from_a_table_alone(make_images, tmp_path):
