@@ -272,34 +272,15 @@ class DatasetBuilder:
         """Returns `path`, `class` and `source_split` of each image, and the further columns."""
         if self.id_column is not None:
             check_id_column(self._tables(), self.id_column)
-        name = self.labels_csv or self.metadata_csv
-        if self.label_column is not None and name is not None:
-            images = find_images(self.data_dir, has_class_folders=False)
-            images = sources.read_labels(
-                images,
-                name,
-                self.label_column,
-                id_column=self.id_column,
-                warn_unmatched=warn_unmatched and self.labels_csv is not None,
-            )
-        else:
-            images = sources.read_folder(self.data_dir)
-            if self.labels_csv is not None:
-                images = sources.read_labels(
-                    images,
-                    self.labels_csv,
-                    "class",
-                    id_column=self.id_column,
-                    warn_unmatched=warn_unmatched,
-                )
-        given = sources.read_metadata(
-            images,
+        return sources.read_images(
+            self.data_dir,
+            self.labels_csv,
+            self.label_column,
             self.metadata_csv,
             self.group_by,
             id_column=self.id_column,
             warn_unmatched=warn_unmatched,
         )
-        return images[sources.IMAGE_COLUMNS].copy(), given
 
     def _resolve_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1

@@ -1,5 +1,6 @@
 """Reads folders and tables into one table with a row for each image."""
 
+import itertools
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from imaging.classes import unify_class_names
+from imaging.classes import SPLIT_WORDS, split_of_name, unify_class_names
 from imaging.tables import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, join_table, read_table
 from storage.files import is_utf8, printable
 
@@ -17,15 +18,7 @@ METADATA_COLUMNS = (
     "path", "class", "label", "source_split", "width", "height", "content_hash", "picture", "group",
     "split",
 )  # fmt: skip
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "valid",
-    "valid": "valid",
-    "validation": "valid",
-    "test": "test",
-    "testing": "test",
-}
+SPLIT_FOLDERS = SPLIT_WORDS  # what a column `split` may say, and what names of folders consist of
 
 
 @dataclass(frozen=True)
@@ -131,6 +124,38 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
             yield from inside or ([path] if is_named_like_an_image else [])
         elif is_named_like_an_image:
             yield path
+
+
+def read_images(
+    data_dir: str | Path,
+    labels_csv: str | Path | None,
+    label_column: str | None,
+    metadata_csv: str | Path | None,
+    required: Sequence[str],
+    *,
+    id_column: str | None = None,
+    warn_unmatched: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns `IMAGE_COLUMNS` of each image, and the further columns, of which some are required.
+
+    With a `label_column`, the classes are that column's of `labels_csv`, or else of `metadata_csv`;
+    without one, the column `class` of `labels_csv` overrides those of the folders.
+    """
+    name = labels_csv or metadata_csv
+    if label_column is not None and name is not None:
+        images = find_images(data_dir, has_class_folders=False)
+    else:
+        images, name, label_column = read_folder(data_dir), labels_csv, "class"
+    if name is not None:
+        # Of a table that gives labels and metadata it is said once, below.
+        is_said = warn_unmatched and labels_csv is not None
+        images = read_labels(
+            images, name, label_column, id_column=id_column, warn_unmatched=is_said
+        )
+    given = read_metadata(
+        images, metadata_csv, required, id_column=id_column, warn_unmatched=warn_unmatched
+    )
+    return images[IMAGE_COLUMNS].copy(), given
 
 
 def read_splits(
@@ -251,9 +276,23 @@ def check_complete(values: pd.Series, paths: pd.Series, name: str | Path) -> Non
 
 
 def split_of_folder(source_split: pd.Series) -> pd.Series:
-    """Returns the splits that the names of folders stand for, missing for other names."""
-    splits = [SPLIT_FOLDERS.get(folder.split("/")[0].casefold()) for folder in source_split]
-    return pd.Series(splits, index=source_split.index, dtype=object)
+    """Returns the splits that the names of folders stand for, missing for other names.
+
+    The outermost folder decides whose name is of a split, such as Train, val, dev, testing or
+    training_set; but a folder that all images lie in does so only if none below it does.
+    """
+    parts = {folder: folder.split("/") for folder in source_split.unique()}
+    levels = zip(*parts.values(), strict=False)
+    num_common = sum(1 for _ in itertools.takewhile(lambda names: len({*names}) == 1, levels))
+    splits = {folder: _first_split(names[num_common:]) for folder, names in parts.items()}
+    if not any(splits.values()):
+        splits = {folder: _first_split(names) for folder, names in parts.items()}
+    found = [splits[folder] for folder in source_split]
+    return pd.Series(found, index=source_split.index, dtype=object)
+
+
+def _first_split(folders: Sequence[str]) -> str | None:
+    return next((split for name in folders if (split := split_of_name(name)) is not None), None)
 
 
 def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
@@ -274,9 +313,14 @@ def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
 
 
 def has_folder_of_split(data_dir: str | Path, split: str) -> bool:
-    """Returns whether a folder in `data_dir` is named like this split: train, valid or test."""
-    folders = (path for path in Path(data_dir).glob("*") if path.is_dir())
-    return any(SPLIT_FOLDERS.get(path.name.casefold()) == split for path in folders)
+    """Returns whether a folder below `data_dir` stands for this split: train, valid or test."""
+    folders = [
+        (Path(parent) / name).relative_to(data_dir).as_posix()
+        for parent, names, _ in os.walk(data_dir)
+        for name in names
+        if not name.startswith(".")
+    ]
+    return split in set(split_of_folder(pd.Series(folders, dtype=object)))
 
 
 def given_name(column: str) -> str:

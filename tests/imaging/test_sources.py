@@ -6,6 +6,8 @@ import warnings
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dataset import DatasetBuilder
 from imaging import sources
@@ -282,3 +284,50 @@ def test_a_reader_that_leaves_something_out_is_named(indexed, monkeypatch, colum
         ValueError, match=f"the reader of half an index returned images without {column}"
     ):
         build(indexed)
+
+
+# ---------------------------------------------------------------------------- splits of folders
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "test"),
+    [
+        ("Train", "Valid", "Test"),
+        ("training_set", "val", "testing"),
+        ("outer/TRAIN", "outer/dev", "outer/test"),
+        ("test/a set/trainset", "test/a set/devset", "test/a set/testset"),  # all are in "test"
+        ("ISIC-2017_Training_Data", "ISIC-2017_Validation_Data", "ISIC-2017_Test_v2_Data"),
+        ("2019/train images", "2019/validation images", "2020/test images"),
+        ("Train/test", "validation", "test/train"),  # the outer one counts
+    ],
+)
+def test_folders_of_any_level_and_of_the_usual_names_give_the_splits(
+    make_images, train, valid, test
+):
+    counts = {f"{folder}/{name}": 4 for folder in (train, valid, test) for name in ("mel", "nv")}
+    root = make_images(counts)
+    _, metadata = build(root, split_by="folders")
+    expected = {f"{train}": "train", f"{valid}": "valid", f"{test}": "test"}
+    assert metadata["split"].tolist() == metadata["source_split"].map(expected).tolist()
+    assert sources.has_folder_of_split(root, "valid")
+
+
+def test_a_missing_validation_split_is_taken_out_of_a_training_set_of_any_level(make_images):
+    root = make_images({f"x/{s}/{c}": 9 for s in ("training_set", "test_set") for c in "ab"})
+    assert not sources.has_folder_of_split(root, "valid")
+    _, metadata = build(root, split_by="folders")
+    counts = metadata.groupby(["source_split", "split"]).size()
+    assert counts["x/test_set"].to_dict() == {"test": 18}
+    assert set(counts["x/training_set"].index) == {"train", "valid"}
+
+
+folders = st.text(st.sampled_from("ab/_ "), min_size=1, max_size=5).map(lambda name: name + "x")
+
+
+@given(st.lists(folders, min_size=2, max_size=5, unique=True), st.data())
+def test_no_folder_of_another_name_is_a_split(names, data):
+    assert sources.split_of_folder(pd.Series(names, dtype=object)).isna().all()
+    place = data.draw(st.integers(0, len(names) - 1))
+    with_split = [f"{name}/Test" if i == place else name for i, name in enumerate(names)]
+    found = sources.split_of_folder(pd.Series(with_split, dtype=object))
+    assert found.fillna("").tolist() == ["test" if i == place else "" for i in range(len(names))]

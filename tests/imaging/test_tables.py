@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataset import DatasetBuilder
-from imaging.tables import check_id_column, join_table, read_table
+from imaging.tables import check_id_column, decode_latin1, join_table, read_table
 from storage.files import write_csv
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1"]
@@ -218,3 +218,41 @@ def test_rows_that_contradict_each_other_are_an_error_with_an_example():
     assert (
         join_table(["1.png", "2.png"], table, "t.csv", columns=["dx"])["dx"].tolist() == ["nv"] * 2
     )
+
+
+# ---------------------------------------------------------------------------- any contents
+
+TABLE = (
+    'path;dx;"site"\nTrain/mel/ISIC_1.jpg;mel;"back; upper"\nISIC_2;n\xe4vus;\n"ISIC_3.png";,\t\n'
+)
+changes = st.lists(
+    st.tuples(
+        st.floats(0, 1),
+        st.integers(0, 4),
+        st.sampled_from(
+            [*";,\t\n\r\0\"' /\\x0", "\r\n", "ISIC_1", "\xef\xbb\xbf", "\xff\xfe", "\xe4"]
+        ),
+    ),
+    max_size=8,
+)
+
+
+@given(changes, st.sampled_from(ENCODINGS), st.booleans())
+@example([], "utf-16", True)
+def test_any_table_is_read_or_refused_in_a_line_and_gives_what_it_holds(path, edits, encoding, cut):
+    text = TABLE
+    for place, length, inserted in edits:
+        start = int(place * len(text))
+        text = text[:start] + inserted + text[start + length :]
+    contents = text.encode(encoding)
+    path.write_bytes(contents[:-1] if cut else contents)
+    images = ["Train/mel/ISIC_1.jpg", "Test/nv/ISIC_2.jpg", "ISIC_3.jpg"]
+    try:
+        table = read_table(path)
+        found = join_table(images, table, path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    held = {decode_latin1(cell) for column in table for cell in table[column].dropna()}
+    for column in found:
+        assert set(found[column].dropna()) <= held
