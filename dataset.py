@@ -1,6 +1,7 @@
 """Image folders → metadata → memory-mapped arrays → stratified splits → loaders."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from imaging.batches import (
     to_float,
 )
 from imaging.cache import ArrayCache, PreparedImages
+from imaging.classes import check_class_names, find_implausible_classes
 from imaging.decode import UnreadableImageError
 from imaging.prepare import (
     MAX_REPETITIONS,
@@ -43,12 +45,9 @@ from imaging.sources import (
     IMAGE_SUFFIXES,
     METADATA_COLUMNS,
     SPLIT_FOLDERS,
-    STEM_COLUMNS,
     UNSUPPORTED_SUFFIXES,
     find_images,
     has_folder_of_split,
-    join_table,
-    read_table,
 )
 from imaging.splits import (
     check_at_least,
@@ -61,6 +60,7 @@ from imaging.splits import (
     warn_of_divided_groups,
     warn_of_missing_classes,
 )
+from imaging.tables import STEM_COLUMNS, check_id_column, join_table, read_table
 from storage.files import printable
 
 __all__ = [
@@ -104,8 +104,12 @@ class DatasetBuilder:
         one, Valid make; without a Valid it is taken out of Train
     splits_csv : a table whose column `split` gives the split of every image, such as an earlier
         run's `splits.csv`
+    accept_class_names : go on with classes that do not look like classes, such as a folder named
+        images or test, which are an error otherwise (`imaging.classes.find_implausible_classes`)
+    id_column : the column of the tables that names the images; by default the one whose values
+        match most of them; a table without it is matched as if it were not given
 
-    Tables name the images as `join_table` describes.
+    Names of images match as `imaging.tables.ImageNames` describes.
     """
 
     data_dir: str | Path
@@ -122,6 +126,8 @@ class DatasetBuilder:
     group_by: Sequence[str] = ()
     split_by: str = "random"
     splits_csv: str | Path | None = None
+    id_column: str | None = None
+    accept_class_names: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(8, image_size=self.image_size)
@@ -137,6 +143,10 @@ class DatasetBuilder:
             raise ValueError("give split_by='folders' or splits_csv, not both")
         if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
             raise ValueError("label_column needs the table that has it: labels_csv or metadata_csv")
+        if self.id_column is not None and not self._tables():
+            raise ValueError(
+                "id_column needs a table that has it: labels_csv, metadata_csv or splits_csv"
+            )
 
     def list_images(self, *, content_hash: bool = False) -> pd.DataFrame:
         """Returns `path`, `class` and `source_split` of each image, without decoding any.
@@ -145,7 +155,11 @@ class DatasetBuilder:
         `content_hash` the files are read as by `build`, and the column of that name identifies
         their contents. Raises what `build` raises for a folder or tables that cannot be used.
         """
-        images, _ = self._read_tables()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `prepare` and `build` warn of the same
+            images, _ = self._read_tables()
+        if not self.accept_class_names:
+            check_class_names(images, self.data_dir)
         split = self._given_splits(images)
         if split is not None:
             images["split"] = split
@@ -181,6 +195,8 @@ class DatasetBuilder:
         check_splits(splits)
         # Until the end, the index of the table is the row of the image in the array.
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
+        if not self.accept_class_names:
+            check_class_names(metadata, self.data_dir)
         readable = index.check_readable(skip_unreadable=self.skip_unreadable)
         metadata = self._resolve_label_conflicts(metadata[readable])
         classes = sorted(metadata["class"].unique())
@@ -194,8 +210,7 @@ class DatasetBuilder:
 
         names = list(splits)
         if self.splits_csv is not None or self.split_by == "folders":
-            usual = [name for name in DEFAULT_SPLITS if name in set(split)]
-            names = [*usual, *sorted(set(split) - set(usual))]
+            names = [name for name in DEFAULT_SPLITS if name in set(split)]
         warn_of_missing_classes(metadata, names)
         datasets, array_path = {}, cache.folder / index.array
         for name in names:
@@ -219,20 +234,21 @@ class DatasetBuilder:
         metadata, given, cache, index = prepared or self.prepare(preprocessors)
         metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
-            split = sources.read_columns(self.splits_csv, ["split"], metadata["path"])["split"]
+            split = sources.read_splits(metadata, self.splits_csv, id_column=self.id_column)
         elif self.split_by == "random" and "split_given" in given:
             split = given["split_given"]
         else:
             split = sources.split_of_folder(metadata["source_split"])
         metadata["split"] = split.fillna("")
-        return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index))
+        implausible = () if self.accept_class_names else find_implausible_classes(metadata)
+        return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index), implausible)
 
     def prepare(self, preprocessors: Sequence[Preprocessor] = ()) -> PreparedImages:
         """Finds and reads all images, once for both `audit` and `build`.
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        metadata, given = self._read_tables()
+        metadata, given = self._read_tables(warn_unmatched=True)
         cache = self._cache(preprocessors)
         index = cache.load(metadata["path"].tolist())
         for name in ("width", "height", "content_hash"):
@@ -242,24 +258,29 @@ class DatasetBuilder:
         )
         return PreparedImages(metadata, given, cache, index)
 
+    def _tables(self) -> list[str | Path]:
+        tables = (self.labels_csv, self.metadata_csv, self.splits_csv)
+        return [table for table in tables if table is not None]
+
     def _cache(self, preprocessors: Sequence[Preprocessor]) -> ArrayCache:
         data_dir = Path(self.data_dir)
         default = Path(os.path.abspath(data_dir)).parent / "processed"
         cache_dir = default if self.cache_dir is None else Path(self.cache_dir)
         return ArrayCache(data_dir, cache_dir, self.image_size, preprocessors, self.num_workers)
 
-    def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _read_tables(self, *, warn_unmatched: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Returns `path`, `class` and `source_split` of each image, and the further columns."""
-        name = self.labels_csv or self.metadata_csv
-        if self.label_column is not None and name is not None:
-            images = find_images(self.data_dir, has_class_folders=False)
-            images = sources.read_labels(images, name, self.label_column)
-        else:
-            images = sources.read_folder(self.data_dir)
-            if self.labels_csv is not None:
-                images = sources.read_labels(images, self.labels_csv, "class")
-        given = sources.read_metadata(images, self.metadata_csv, self.group_by)
-        return images[sources.IMAGE_COLUMNS].copy(), given
+        if self.id_column is not None:
+            check_id_column(self._tables(), self.id_column)
+        return sources.read_images(
+            self.data_dir,
+            self.labels_csv,
+            self.label_column,
+            self.metadata_csv,
+            self.group_by,
+            id_column=self.id_column,
+            warn_unmatched=warn_unmatched,
+        )
 
     def _resolve_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
@@ -276,9 +297,9 @@ class DatasetBuilder:
         self, images: pd.DataFrame, *, warn_unmatched: bool = False
     ) -> pd.Series | None:
         if self.splits_csv is not None:
-            return sources.read_columns(
-                self.splits_csv, ["split"], images["path"], warn_unmatched=warn_unmatched
-            )["split"]
+            return sources.read_splits(
+                images, self.splits_csv, id_column=self.id_column, warn_unmatched=warn_unmatched
+            )
         if self.split_by == "folders":
             return sources.splits_of_folders(images, self.data_dir)
         return None

@@ -111,8 +111,10 @@ def _make_builder(settings: Settings) -> DatasetBuilder:
         skip_unreadable=settings.skip_unreadable,
         labels_csv=settings.labels_csv,
         label_column=settings.label_column,
+        accept_class_names=settings.accept_class_names,
         label_conflicts=settings.label_conflicts,
         metadata_csv=settings.metadata_csv,
+        id_column=settings.id_column,
         group_by=settings.group_by,
         split_by=settings.split_by,
         splits_csv=settings.splits_csv,
@@ -150,13 +152,6 @@ def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device
     datasets, metadata = builder.build(splits=fractions, prepared=prepared)
     _check_given_splits(set(datasets), settings)
     _check_batch_size(len(datasets["train"]), "training images", settings)
-    unused = {name: len(datasets[name]) for name in datasets if name not in SPLITS}
-    if unused:
-        warnings.warn(
-            f"--splits_csv {settings.splits_csv}: {sum(unused.values())} images are not used, as "
-            f"their split is {' or '.join(unused)}, not {', '.join(SPLITS[:-1])} or {SPLITS[-1]}",
-            stacklevel=2,
-        )
     loaders = create_dataloaders(
         datasets,
         settings.batch_size,

@@ -388,6 +388,7 @@ def _read_images(
         labels_csv=settings.labels_csv,
         label_column=settings.label_column,
         skip_unreadable=True,
+        accept_class_names=True,  # as they have to be the model's
     )
     prepared = builder.prepare()
     findings = builder.audit(prepared=prepared)

@@ -114,13 +114,21 @@ class Settings:
         None, "column that gives the classes in place of the folder names", "NAME",
         group="data", audit=True,
     )  # fmt: skip
+    accept_class_names: bool = flag(
+        False, "accept classes that do not look like classes, such as images or test",
+        group="data", audit=True, result=False,
+    )  # fmt: skip
     label_conflicts: str = flag(
         "keep", "what to do with copies of an image that have different classes",
         choices=("keep", "drop", "error"), group="data",
     )  # fmt: skip
     metadata_csv: str | None = flag(
-        None, "table to add, matched by path, image_id or isic_id", "FILE", group="data",
+        None, "table of more columns, such as age or patient", "FILE", group="data",
         audit=True, result=False,
+    )  # fmt: skip
+    id_column: str | None = flag(
+        None, "column of the tables that names the images (default: the one that matches most)",
+        "NAME", group="data", audit=True, result=False,
     )  # fmt: skip
     group_by: tuple[str, ...] = flag(
         (), "columns whose equal values keep images in one split", "NAME", group="data"

@@ -5,7 +5,7 @@ shape of the image. Images of the same original, identical files and near-duplic
 number in the column `picture`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,8 @@ MIN_DISTINCT_IMAGES = 10  # of a class, below which nothing can be learnt or mea
 # The kinds of findings, the gravest first, and how the summary names them.
 KINDS = {
     "unreadable": "files that cannot be read: {}",
+    "class name": "classes that look like splits, parts, masks or single images, and not like "
+    "classes, unless --accept_class_names says so: {}",
     "contradiction": "images with several labels: {}, each of which has at most one that is right; "
     "--labels_csv corrects them, --label_conflicts drop leaves these images out",
     "leakage": "images in several of the given splits: {}; new splits of the pooled images keep "
@@ -112,14 +114,18 @@ def number_originals(
 
 
 def audit(
-    metadata: pd.DataFrame, near_duplicates: pd.DataFrame, thumbnails: np.ndarray
+    metadata: pd.DataFrame,
+    near_duplicates: pd.DataFrame,
+    thumbnails: np.ndarray,
+    implausible_classes: Collection[str] = (),
 ) -> pd.DataFrame:
     """Returns what is wrong with the images, a row for each finding, the gravest first.
 
     `metadata` has a row for each image and the columns `path`, `class`, `content_hash`, `picture`
     (see `number_originals`), `width`, `height`, `split` (empty for none) and `error` (empty for
     images that could be read). `near_duplicates` comes from `find_near_duplicates`; `thumbnails`
-    (N, 32, 32) are in the same order.
+    (N, 32, 32) are in the same order. `implausible_classes` are those that
+    `imaging.classes.find_implausible_classes` finds.
 
     The columns: `kind`, see `KINDS`; `images` and `classes`, the paths and the class of each;
     `distance`, the largest between near-duplicates among them, 0 for identical files.
@@ -141,6 +147,7 @@ def audit(
 
     groups = {
         "unreadable": ("path", ~is_readable),
+        "class name": ("class", images["class"].isin(list(implausible_classes))),
         "contradiction": ("picture", num_different("class", "picture") > 1),
         "leakage": ("picture", num_different("split", "picture") > 1),
         "identical": ("content_hash", readable.duplicated("content_hash", keep=False)),
@@ -171,7 +178,7 @@ def summarise(findings: pd.DataFrame) -> str:
             continue
         line = text.format(len(rows))
         if kind not in PAIR_KINDS:
-            named = rows["classes"] if kind == "small class" else rows["images"]
+            named = rows["classes"] if kind in ("small class", "class name") else rows["images"]
             names = [printable(name) for name, *_ in named[:3]]
             line += f" ({', '.join(names)}{', …' if len(rows) > 3 else ''})"
         lines.append(line)

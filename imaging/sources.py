@@ -1,33 +1,24 @@
 """Reads folders and tables into one table with a row for each image."""
 
+import itertools
 import os
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pandas as pd
 
-from storage.files import is_utf8, printable, read_csv
+from imaging.classes import SPLIT_WORDS, split_of_name, unify_class_names
+from imaging.tables import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, join_table, read_table
+from storage.files import is_utf8, printable
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-UNSUPPORTED_SUFFIXES = {".gif", ".heic", ".heif", ".avif"}  # images as well, so reported
-STEM_COLUMNS = ("image_id", "image_name", "isic_id")  # HAM10000's, the 2020 challenge's, ISIC's
 IMAGE_COLUMNS = ["path", "class", "source_split"]  # which every reader gives
 METADATA_COLUMNS = (
     "path", "class", "label", "source_split", "width", "height", "content_hash", "picture", "group",
     "split",
 )  # fmt: skip
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "valid",
-    "valid": "valid",
-    "validation": "valid",
-    "test": "test",
-    "testing": "test",
-}
+SPLIT_FOLDERS = SPLIT_WORDS  # what a column `split` may say, and what names of folders consist of
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ def read_folder(data_dir: str | Path) -> pd.DataFrame:
                 f"{printable(data_dir)}: the reader of {name} returned images without {column}"
             )
     columns = [*IMAGE_COLUMNS, *images.columns.drop(IMAGE_COLUMNS)]
+    images = images.assign(**{"class": unify_class_names(images["class"])})
     return images[columns].sort_values("path", kind="stable", ignore_index=True)
 
 
@@ -66,7 +58,8 @@ def find_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     followed. Whatever is named like an image is listed, so that reading it reports an error.
 
     Raises FileNotFoundError if the folder does not exist, ValueError if it has no images and, with
-    class folders, for images directly in `data_dir` and for fewer than two classes.
+    class folders, for images directly in `data_dir` and for fewer than two classes. Names that
+    differ only by case, spaces, hyphens and underscores are one class, with a warning.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -100,6 +93,7 @@ def _classes_of(data_dir: Path, paths: list[str], parents: list[list[str]]) -> l
             raise ValueError(
                 f"{folder}: the class folder {printable(name)} is not valid UTF-8; rename it"
             )
+    classes = unify_class_names(pd.Series(classes, dtype=object)).tolist()
     if len(set(classes)) < 2:
         raise ValueError(
             f"{folder}: all images are of one class, {printable(classes[0])}; at least two classes "
@@ -129,79 +123,98 @@ def _walk(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]
             yield path
 
 
-def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Returns a CSV file with a row for each image, named in `path` or one of `STEM_COLUMNS`.
+def read_images(
+    data_dir: str | Path,
+    labels_csv: str | Path | None,
+    label_column: str | None,
+    metadata_csv: str | Path | None,
+    required: Sequence[str],
+    *,
+    id_column: str | None = None,
+    warn_unmatched: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns `IMAGE_COLUMNS` of each image, and the further columns, of which some are required.
 
-    All cells are text, and only empty ones are missing (see `read_csv`). Raises FileNotFoundError
-    if there is no such file, and ValueError if it is no such table or lacks one of `columns`.
+    With a `label_column`, the classes are that column's of `labels_csv`, or else of `metadata_csv`;
+    without one, the column `class` of `labels_csv` overrides those of the folders.
     """
-    if not Path(path).is_file():
-        what = " is a folder, not a table" if Path(path).is_dir() else ": no such file"
-        raise FileNotFoundError(f"{printable(path)}{what}")
-    table = read_csv(path)
-    missing = [name for name in columns if name not in table]
-    if missing:
-        known = ", ".join(map(printable, table.columns))
-        raise ValueError(
-            f"{printable(path)}: no column {', '.join(missing)}; its columns are {known}"
+    name = labels_csv or metadata_csv
+    if label_column is not None and name is not None:
+        images = find_images(data_dir, has_class_folders=False)
+    else:
+        images, name, label_column = read_folder(data_dir), labels_csv, "class"
+    if name is not None:
+        # Of a table that gives labels and metadata it is said once, below.
+        is_said = warn_unmatched and labels_csv is not None
+        images = read_labels(
+            images, name, label_column, id_column=id_column, warn_unmatched=is_said
         )
-    return table
+    given = read_metadata(
+        images, metadata_csv, required, id_column=id_column, warn_unmatched=warn_unmatched
+    )
+    return images[IMAGE_COLUMNS].copy(), given
 
 
-def join_table(
-    paths: Iterable[str], table: pd.DataFrame, name: str | Path, *, warn_unmatched: bool = False
-) -> pd.DataFrame:
-    """Returns the table's row for each image, in the images' order; empty values where it has none.
+def read_splits(
+    images: pd.DataFrame,
+    name: str | Path,
+    *,
+    id_column: str | None = None,
+    warn_unmatched: bool = False,
+) -> pd.Series:
+    """Returns each image's split in a table's column `split`: train, valid or test, or missing.
 
-    Images are matched by `path`, relative to the data's folder, or else by the file's name without
-    its suffix in one of `STEM_COLUMNS`. `name` is what errors call the table. Raises ValueError if
-    the table has no such column, has two rows for an image, or matches no image. With
-    `warn_unmatched`, warns of rows that match no image.
+    The names are those of `SPLIT_FOLDERS`, in upper or lower case. `id_column` and `warn_unmatched`
+    are as in `join_table`. Raises ValueError for other names.
     """
-    keys = ("path", *STEM_COLUMNS)
-    key = next((column for column in keys if column in table), None)
-    if key is None:
-        raise ValueError(f"{printable(name)}: no column that names the images: {', '.join(keys)}")
-    if len(table) == 0:
-        raise ValueError(f"{printable(name)}: the table has no rows")
-    wanted = pd.Index(paths if key == "path" else [PurePosixPath(path).stem for path in paths])
-    rows = table.set_index(key)
-    is_wanted = rows.index.isin(wanted)
-    found, others = rows[is_wanted], rows.index[~is_wanted]
-    if len(found) == 0:
+    table = read_table(name, ["split"])
+    given = join_table(
+        images["path"],
+        table,
+        name,
+        warn_unmatched=warn_unmatched,
+        id_column=id_column,
+        columns=["split"],
+    )["split"]
+    split = given.map(lambda text: SPLIT_FOLDERS.get(text.strip().casefold()), na_action="ignore")
+    unknown = given[given.notna() & split.isna()]
+    if len(unknown) > 0:
+        path = printable(images["path"].iloc[unknown.index[0]])
+        value, count = unknown.iloc[0], (given == unknown.iloc[0]).sum()
         raise ValueError(
-            f"{printable(name)}: no row matches an image; its column {key} has values like "
-            f"{rows.index[0]!r}, but the images have {wanted[0]!r}"
+            f"{printable(name)}: split is {value!r} for {count:,} images, such as {path}; it "
+            f"has to be train, valid (or val, validation) or test"
         )
-    if found.index.has_duplicates:
-        twice = found.index[found.index.duplicated()][0]
-        raise ValueError(f"{printable(name)}: more than one row for {printable(twice)}")
-    if warn_unmatched and len(others) > 0:
-        warnings.warn(
-            f"{printable(name)}: {len(others)} of its {len(table)} rows match no image, such as "
-            f"{printable(others[0])}",
-            stacklevel=6,
-        )
-    return found.reindex(wanted).reset_index(drop=True)
+    return split.astype(object)
 
 
-def read_columns(
-    name: str | Path, columns: Sequence[str], paths: Iterable[str], *, warn_unmatched: bool = False
+def read_labels(
+    images: pd.DataFrame,
+    name: str | Path,
+    column: str,
+    *,
+    id_column: str | None = None,
+    warn_unmatched: bool = False,
 ) -> pd.DataFrame:
-    """Returns a CSV file's row for each image, see `read_table` and `join_table`."""
-    return join_table(paths, read_table(name, columns), name, warn_unmatched=warn_unmatched)
-
-
-def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataFrame:
     """Returns the images with the classes in a table's column, or their own if these are missing.
 
-    Raises ValueError for an image that has neither, and if all are of one class.
+    `id_column` and `warn_unmatched` are as in `join_table`. Raises ValueError for an image that has
+    neither class, and if all are of one class.
     """
     is_correction = "class" in images
-    labels = read_columns(name, [column], images["path"], warn_unmatched=is_correction)[column]
+    labels = join_table(
+        images["path"],
+        read_table(name, [column]),
+        name,
+        warn_unmatched=warn_unmatched,
+        is_correction=is_correction,
+        id_column=id_column,
+        columns=[column],
+    )[column]
     if is_correction:
         labels = labels.fillna(images["class"])
     check_complete(labels, images["path"], name)
+    labels = unify_class_names(labels)
     if labels.nunique() < 2:
         raise ValueError(
             f"{printable(name)}: all images are of one class; at least two classes are needed"
@@ -210,16 +223,29 @@ def read_labels(images: pd.DataFrame, name: str | Path, column: str) -> pd.DataF
 
 
 def read_metadata(
-    images: pd.DataFrame, name: str | Path | None, required: Sequence[str]
+    images: pd.DataFrame,
+    name: str | Path | None,
+    required: Sequence[str],
+    *,
+    id_column: str | None = None,
+    warn_unmatched: bool = False,
 ) -> pd.DataFrame:
     """Returns the columns beside `IMAGE_COLUMNS`: those of the folder's reader and of a table.
 
-    Raises ValueError if a required one is in neither, and if two would have the same name.
+    `id_column` and `warn_unmatched` are as in `join_table`. Raises ValueError if a required one is
+    in neither, and if two would have the same name.
     """
     given = images.drop(columns=IMAGE_COLUMNS)
     missing = [column for column in required if column not in given]
     if name is not None:
-        given = pd.concat([given, read_columns(name, missing, images["path"])], axis=1)
+        rows = join_table(
+            images["path"],
+            read_table(name, missing),
+            name,
+            warn_unmatched=warn_unmatched,
+            id_column=id_column,
+        )
+        given = pd.concat([given, rows], axis=1)
     elif missing:
         raise ValueError(
             f"group_by: no column {printable(missing[0])}; give its table as metadata_csv"
@@ -249,9 +275,23 @@ def check_complete(values: pd.Series, paths: pd.Series, name: str | Path) -> Non
 
 
 def split_of_folder(source_split: pd.Series) -> pd.Series:
-    """Returns the splits that the names of folders stand for, missing for other names."""
-    splits = [SPLIT_FOLDERS.get(folder.split("/")[0].casefold()) for folder in source_split]
-    return pd.Series(splits, index=source_split.index, dtype=object)
+    """Returns the splits that the names of folders stand for, missing for other names.
+
+    The outermost folder decides whose name is of a split, such as Train, val, dev, testing or
+    training_set; but a folder that all images lie in does so only if none below it does.
+    """
+    parts = {folder: folder.split("/") for folder in source_split.unique()}
+    levels = zip(*parts.values(), strict=False)
+    num_common = sum(1 for _ in itertools.takewhile(lambda names: len({*names}) == 1, levels))
+    splits = {folder: _first_split(names[num_common:]) for folder, names in parts.items()}
+    if not any(splits.values()):
+        splits = {folder: _first_split(names) for folder, names in parts.items()}
+    found = [splits[folder] for folder in source_split]
+    return pd.Series(found, index=source_split.index, dtype=object)
+
+
+def _first_split(folders: Sequence[str]) -> str | None:
+    return next((split for name in folders if (split := split_of_name(name)) is not None), None)
 
 
 def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
@@ -272,9 +312,14 @@ def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
 
 
 def has_folder_of_split(data_dir: str | Path, split: str) -> bool:
-    """Returns whether a folder in `data_dir` is named like this split: train, valid or test."""
-    folders = (path for path in Path(data_dir).glob("*") if path.is_dir())
-    return any(SPLIT_FOLDERS.get(path.name.casefold()) == split for path in folders)
+    """Returns whether a folder below `data_dir` stands for this split: train, valid or test."""
+    folders = [
+        (Path(parent) / name).relative_to(data_dir).as_posix()
+        for parent, names, _ in os.walk(data_dir)
+        for name in names
+        if not name.startswith(".")
+    ]
+    return split in set(split_of_folder(pd.Series(folders, dtype=object)))
 
 
 def given_name(column: str) -> str:

@@ -14,8 +14,9 @@ ROOT_MODULES = {
 # From bottom to top, as in ARCHITECTURE.md; a package stands for its modules in the order given.
 ORDER = (
     "storage.files", "storage.progress", "storage.tensors", "storage.weights",
-    "imaging.lesions", "imaging.decode", "imaging.heatmaps", "imaging.synthetic", "imaging.audit",
-    "imaging.prepare", "imaging.sources", "imaging.splits", "imaging.cache", "imaging.batches",
+    "imaging.lesions", "imaging.classes", "imaging.decode", "imaging.heatmaps",
+    "imaging.synthetic", "imaging.audit", "imaging.prepare", "imaging.tables", "imaging.sources",
+    "imaging.splits", "imaging.cache", "imaging.batches",
     "augmentation", "dataset",
     "evaluation.metrics", "evaluation.intervals", "evaluation.calibration", "evaluation.screening",
     "evaluation.subgroups", "evaluation",

@@ -406,16 +406,16 @@ def test_a_malignant_class_that_there_is_not_is_named_with_the_nearest_before_an
     assert not (tmp_path / "out").exists()
 
 
-def test_splits_of_a_table_that_are_not_used_are_said(quick, make_images, tmp_path, capfd):
+def test_a_split_of_an_unknown_name_in_a_table_is_an_error(quick, make_images, tmp_path, capfd):
     root = make_images({"melanoma": 14, "nevus": 14}, name="two")
-    assert main(quick(root)) == 0
-    table = pd.read_csv(tmp_path / "out/splits.csv")
-    table.loc[table.index[table["split"] == "train"][:2], "split"] = "trian"
-    table.to_csv(tmp_path / "splits.csv", index=False)
-    more = ["--splits_csv", str(tmp_path / "splits.csv"), "--save_dir", str(tmp_path / "again")]
-    assert main([*quick(root), *more]) == 0
-    said = "2 images are not used, as their split is trian, not train, valid or test"
-    assert said in capfd.readouterr().err
+    paths = [f"{name}/{i:04d}.png" for name in ("melanoma", "nevus") for i in range(14)]
+    splits = ["trian", *["train"] * 17, *["VAL"] * 5, *["Test"] * 5]
+    pd.DataFrame({"path": paths, "split": splits}).to_csv(tmp_path / "splits.csv", index=False)
+    words = [*quick(root), "--splits_csv", str(tmp_path / "splits.csv")]
+    assert main(words) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "split is 'trian' for 1 images, such as melanoma/0000.png; it has to be train" in line
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------- several processes

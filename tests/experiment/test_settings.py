@@ -37,6 +37,8 @@ FLAGS = {
     "label_conflicts": (["--label_conflicts", "drop"], []),
     "metadata_csv": (["--metadata_csv", "table.csv"], []),
     "group_by": (["--group_by", "patient"], ["--metadata_csv", "table.csv"]),
+    "accept_class_names": (["--accept_class_names"], []),
+    "id_column": (["--id_column", "path"], ["--metadata_csv", "table.csv"]),
     "audit_only": (["--audit_only"], []),
     "image_size": (["--image_size", "48"], []),
     "models": (["--models", "resnet_scratch"], []),

@@ -6,6 +6,8 @@ import warnings
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dataset import DatasetBuilder
 from imaging import sources
@@ -90,15 +92,49 @@ def test_labels_from_a_table_override_those_of_the_folders(make_images, tmp_path
     assert found.drop(["a/0000.png", "b/0003.png"]).value_counts().to_dict() == {"a": 11, "b": 11}
 
 
-def test_rows_of_labels_that_match_no_image_are_warned_of(make_images, tmp_path):
+def test_a_table_says_how_much_of_it_was_used(make_images, tmp_path, caplog):
     root = make_images({"a": 12, "b": 12})
-    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "a/nine.png"], "class": ["b", "b"]})
-    with pytest.warns(UserWarning, match="l.csv: 1 of its 2 rows match no image, such as a/nine"):
+    labels = write(tmp_path / "l.csv", {"path": ["a/0000.png", "a/00005.png"], "class": ["b", "b"]})
+    with pytest.warns(UserWarning) as caught:
         build(root, labels_csv=labels)
+    (said,) = [str(w.message) for w in caught if "l.csv" in str(w.message)]
+    assert said == (
+        f"{labels}: 1 of its 2 rows used, for 1 of 24 images, matched by path; 1 rows match no "
+        "image, such as a/00005.png (nearest: b/0005.png); 23 images have no row, such as "
+        "a/0001.png (nearest: a/00005.png)"
+    )
     write(labels, {"image_id": ["0000", "0001"], "class": ["b", "b"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.simplefilter("error")  # corrections need not be of all images
         build(root, labels_csv=labels)
+    used = "2 of its 2 rows used, for 4 of 24 images, matched by image_id; 20 images have no row"
+    assert [used in record.message for record in caplog.records] == [True]
+
+
+def test_images_without_metadata_are_warned_of_with_an_example(make_images, tmp_path):
+    root = make_images({"a": 12, "b": 12})
+    rows = {"image_id": ["a/0000", "a/0001", None], "age": [1, 2, 3]}
+    table = write(tmp_path / "m.csv", rows)
+    with pytest.warns(UserWarning, match=r"2 of its 3 rows used, for 2 of 24 images") as caught:
+        build(root, metadata_csv=table)
+    said = [str(warning.message) for warning in caught]
+    (line,) = [line for line in said if "m.csv" in line]
+    assert "1 rows match no image, such as one without a name; 22 images have no row" in line
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("train", "train"), ("Val", "valid"), (" validation ", "valid"), ("TEST", "test")],
+)
+def test_the_names_of_splits_in_a_table(make_images, tmp_path, written, meant):
+    paths = [f"{c}/{i:04d}.png" for c in "ab" for i in range(4)]
+    others = {"path": paths, "split": ["train", "test", "valid", written] * 2}
+    options = {"splits_csv": write(tmp_path / "s.csv", others)}
+    _, metadata = build(make_images({"a": 4, "b": 4}), **options)
+    assert metadata["split"].tolist() == ["train", "test", "valid", meant] * 2
+    write(tmp_path / "s.csv", {"path": paths, "split": ["train", "holdout"] * 4})
+    with pytest.raises(ValueError, match=r"'holdout' for 4 images, such as a/0001\.png; .* train"):
+        DatasetBuilder(tmp_path / "raw", **options).list_images()
 
 
 def test_a_flat_folder_trains_from_a_table_alone(make_images, tmp_path):
@@ -142,13 +178,17 @@ def test_the_columns_of_a_table_come_into_the_metadata_and_its_groups_stay_whole
     ("table", "options", "message"),
     [
         ({"path": ["x.png"], "class": ["a"]}, {"labels_csv": 1}, "no row matches an image"),
-        ({"path": ["a/0000.png"] * 2, "class": ["a"] * 2}, {"labels_csv": 1}, "more than one row"),
+        (
+            {"path": ["a/0000.png"] * 2, "class": ["a", "b"]},
+            {"labels_csv": 1},
+            r"rows for a/0000\.png contradict each other: class is 'a' and 'b'",
+        ),
         ({"path": [], "class": []}, {"labels_csv": 1}, "has no rows"),
         ({"path": ["a/0000.png"]}, {"labels_csv": 1}, "no column class; its columns are path"),
         (
-            {"name": ["a/0000.png"], "class": ["a"]},
+            {"name": ["lesion 1"], "class": ["a"]},
             {"labels_csv": 1},
-            "names the images: path, image_id",
+            r"its column name has values like 'lesion 1', but .* like 'a/0000\.png'",
         ),
         (
             {"path": ["a/0000.png"]},
@@ -244,3 +284,50 @@ def test_a_reader_that_leaves_something_out_is_named(indexed, monkeypatch, colum
         ValueError, match=f"the reader of half an index returned images without {column}"
     ):
         build(indexed)
+
+
+# ---------------------------------------------------------------------------- splits of folders
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "test"),
+    [
+        ("Train", "Valid", "Test"),
+        ("training_set", "val", "testing"),
+        ("outer/TRAIN", "outer/dev", "outer/test"),
+        ("test/a set/trainset", "test/a set/devset", "test/a set/testset"),  # all are in "test"
+        ("ISIC-2017_Training_Data", "ISIC-2017_Validation_Data", "ISIC-2017_Test_v2_Data"),
+        ("2019/train images", "2019/validation images", "2020/test images"),
+        ("Train/test", "validation", "test/train"),  # the outer one counts
+    ],
+)
+def test_folders_of_any_level_and_of_the_usual_names_give_the_splits(
+    make_images, train, valid, test
+):
+    counts = {f"{folder}/{name}": 4 for folder in (train, valid, test) for name in ("mel", "nv")}
+    root = make_images(counts)
+    _, metadata = build(root, split_by="folders")
+    expected = {f"{train}": "train", f"{valid}": "valid", f"{test}": "test"}
+    assert metadata["split"].tolist() == metadata["source_split"].map(expected).tolist()
+    assert sources.has_folder_of_split(root, "valid")
+
+
+def test_a_missing_validation_split_is_taken_out_of_a_training_set_of_any_level(make_images):
+    root = make_images({f"x/{s}/{c}": 9 for s in ("training_set", "test_set") for c in "ab"})
+    assert not sources.has_folder_of_split(root, "valid")
+    _, metadata = build(root, split_by="folders")
+    counts = metadata.groupby(["source_split", "split"]).size()
+    assert counts["x/test_set"].to_dict() == {"test": 18}
+    assert set(counts["x/training_set"].index) == {"train", "valid"}
+
+
+folders = st.text(st.sampled_from("ab/_ "), min_size=1, max_size=5).map(lambda name: name + "x")
+
+
+@given(st.lists(folders, min_size=2, max_size=5, unique=True), st.data())
+def test_no_folder_of_another_name_is_a_split(names, data):
+    assert sources.split_of_folder(pd.Series(names, dtype=object)).isna().all()
+    place = data.draw(st.integers(0, len(names) - 1))
+    with_split = [f"{name}/Test" if i == place else name for i, name in enumerate(names)]
+    found = sources.split_of_folder(pd.Series(with_split, dtype=object))
+    assert found.fillna("").tolist() == ["test" if i == place else "" for i in range(len(names))]
