@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from augmentation import Policy, resolve_policy
-from imaging import audit, sources
+from imaging import audit
 from imaging.batches import (
     MAX_GPU_FRACTION,
     MAX_REPEATS,
@@ -46,17 +46,27 @@ from imaging.sources import (
     METADATA_COLUMNS,
     SPLIT_FOLDERS,
     UNSUPPORTED_SUFFIXES,
+    Images,
+    Sources,
+    default_groups,
     find_images,
-    has_folder_of_split,
+    given_name,
+    read_images,
 )
 from imaging.splits import (
     check_at_least,
     check_seed,
     check_splits,
     derive_seed,
+    given_splits,
     group_images,
+    has_folder_of_split,
     k_fold_splits,
+    read_splits,
+    split_of_folder,
+    splits_of_folders,
     stratified_split,
+    take_valid_out_of_train,
     warn_of_divided_groups,
     warn_of_missing_classes,
 )
@@ -73,37 +83,45 @@ __all__ = [
 ]  # fmt: skip
 
 DEFAULT_SPLITS = {"train": 0.70, "valid": 0.20, "test": 0.10}
+SPLIT_BY = ("random", "folders", "official")
 EVALUATION_BATCHES = 4  # times as many images in a batch, on GPUs, where nothing is trained
 SHARE_OF_GPU_FOR_IMAGES = MAX_GPU_FRACTION  # its former name
 MOST_REPEATS = MAX_REPEATS  # its former name
 
 
 @dataclass(eq=False)
-class DatasetBuilder:
+class DatasetBuilder(Sources):
     """Makes stratified data sets from a folder of images, with a folder for each class.
 
     Parameters
     ----------
     data_dir : folder of `<class>/<image>`, or of `<split>/<class>/<image>`, which are pooled, or of
-        another layout that `imaging.sources.READERS` has a reader for
+        a published set as it is downloaded, or of another layout of `imaging.layouts.READERS`
+    layout : name of the layout; by default it is recognised by the files
     image_size : side in pixels of the square images that the models see
     cache_dir : folder of the array of prepared images; `processed/` beside `data_dir` if None
     num_workers : threads that prepare images; None is one for each core the process may use
     seed : decides which images go to which split
     skip_unreadable : leave out images that cannot be read, with a warning, instead of raising
-    labels_csv : a table whose column `class` overrides the folders of the images that it names
+    labels_csv : a table whose column `class` overrides the folders of the images that it names; if
+        these are in no folders, or it has one-hot columns instead, it alone gives the classes
     label_column : the column of `labels_csv`, or else of `metadata_csv`, that alone gives the
-        classes; the images then need no class folders
+        classes, or several one-hot columns, as `imaging.labels.labels_of_rows` describes
+    class_names : classes by their numbers in the table, from 0
+    class_map : new names of classes by their old ones, or texts `old=new`, or a table with these
+        two columns; classes of equal new names are merged, those without one are left out
+    unlabelled : what to do with images without a label: "error", or "drop" them
     label_conflicts : what to do with images that are in several classes: "keep" them (together, in
         one split), "drop" them all, or "error"
     metadata_csv : a table whose columns are added to the metadata; one whose name the metadata has
         already gets the suffix `_given`
-    group_by : columns of `metadata_csv` or of the folder's reader; images with the same lesion or
-        patient stay in one split
+    group_by : columns of `metadata_csv` or of the folder's reader; images with the same value stay
+        in one split; None for `lesion_id` and `patient_id`, where there are such columns
     split_by : "random", or "folders" for the splits that the folders Train, Test and, if there is
-        one, Valid make; without a Valid it is taken out of Train
-    splits_csv : a table whose column `split` gives the split of every image, such as an earlier
-        run's `splits.csv`
+        one, Valid make, or "official" for those of a column `split` of `metadata_csv` or of the
+        folder's reader; without a Valid it is taken out of Train
+    splits_csv : a table whose column `split` gives the split of each image, such as an earlier
+        run's `splits.csv`; images without one are left out
     accept_class_names : go on with classes that do not look like classes, such as a folder named
         images or test, which are an error otherwise (`imaging.classes.find_implausible_classes`)
     id_column : the column of the tables that names the images; by default the one whose values
@@ -112,22 +130,16 @@ class DatasetBuilder:
     Names of images match as `imaging.tables.ImageNames` describes.
     """
 
-    data_dir: str | Path
     _: KW_ONLY
     image_size: int = 224
     cache_dir: str | Path | None = None
     num_workers: int | None = None
     seed: int = 42
     skip_unreadable: bool = False
-    labels_csv: str | Path | None = None
-    label_column: str | None = None
     label_conflicts: str = "keep"
-    metadata_csv: str | Path | None = None
-    group_by: Sequence[str] = ()
+    group_by: Sequence[str] | None = None
     split_by: str = "random"
     splits_csv: str | Path | None = None
-    id_column: str | None = None
-    accept_class_names: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(8, image_size=self.image_size)
@@ -137,12 +149,11 @@ class DatasetBuilder:
             raise ValueError(
                 f"label_conflicts must be keep, drop or error, not {self.label_conflicts!r}"
             )
-        if self.split_by not in ("random", "folders"):
-            raise ValueError(f"split_by must be random or folders, not {self.split_by!r}")
-        if self.split_by == "folders" and self.splits_csv is not None:
-            raise ValueError("give split_by='folders' or splits_csv, not both")
-        if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
-            raise ValueError("label_column needs the table that has it: labels_csv or metadata_csv")
+        if self.split_by not in SPLIT_BY:
+            raise ValueError(f"split_by must be {', '.join(SPLIT_BY)}, not {self.split_by!r}")
+        if self.split_by != "random" and self.splits_csv is not None:
+            raise ValueError(f"give split_by={self.split_by!r} or splits_csv, not both")
+        super().__post_init__()
         if self.id_column is not None and not self._tables():
             raise ValueError(
                 "id_column needs a table that has it: labels_csv, metadata_csv or splits_csv"
@@ -157,10 +168,10 @@ class DatasetBuilder:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `prepare` and `build` warn of the same
-            images, _ = self._read_tables()
+            images, given, *_ = self._read_images()
         if not self.accept_class_names:
             check_class_names(images, self.data_dir)
-        split = self._given_splits(images)
+        split = self._given_splits(images, given)
         if split is not None:
             images["split"] = split
         if content_hash:
@@ -194,23 +205,29 @@ class DatasetBuilder:
         splits = DEFAULT_SPLITS if splits is None else splits
         check_splits(splits)
         # Until the end, the index of the table is the row of the image in the array.
-        metadata, given, cache, index = prepared or self.prepare(preprocessors)
+        metadata, given, cache, index, _ = prepared or self.prepare(preprocessors)
         if not self.accept_class_names:
             check_class_names(metadata, self.data_dir)
-        readable = index.check_readable(skip_unreadable=self.skip_unreadable)
-        metadata = self._resolve_label_conflicts(metadata[readable])
+        split = self._given_splits(metadata, given)
+        is_used = index.check_readable(skip_unreadable=self.skip_unreadable)
+        if split is not None:
+            is_used &= split.notna().to_numpy()
+            if split.isna().any():
+                message = f"{split.isna().sum():,} of {len(split):,} images are in no split"
+                warnings.warn(f"{message}, and are left out", stacklevel=2)
+        metadata = self._resolve_label_conflicts(metadata[is_used])
         classes = sorted(metadata["class"].unique())
         if len(classes) < 2:
             raise ValueError(f"{printable(self.data_dir)}: fewer than two classes remain")
         metadata["label"] = metadata["class"].map(classes.index)
-        keys = ["picture", *(sources.given_name(name) for name in self.group_by)]
+        keys = ["picture", *map(given_name, self.groups(given))]
         metadata["group"] = group_images(metadata.join(given), keys)
-        metadata["split"] = split = self._split(metadata, splits)
+        metadata["split"] = self._split(metadata, split, splits)
         metadata = metadata[list(METADATA_COLUMNS)].join(given)
 
         names = list(splits)
-        if self.splits_csv is not None or self.split_by == "folders":
-            names = [name for name in DEFAULT_SPLITS if name in set(split)]
+        if self.splits_csv is not None or self.split_by != "random":
+            names = [name for name in DEFAULT_SPLITS if name in set(metadata["split"])]
         warn_of_missing_classes(metadata, names)
         datasets, array_path = {}, cache.folder / index.array
         for name in names:
@@ -231,14 +248,14 @@ class DatasetBuilder:
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        metadata, given, cache, index = prepared or self.prepare(preprocessors)
+        metadata, given, cache, index, _ = prepared or self.prepare(preprocessors)
         metadata = metadata.assign(error=[record.error for record in index.records])
         if self.splits_csv is not None:
-            split = sources.read_splits(metadata, self.splits_csv, id_column=self.id_column)
-        elif self.split_by == "random" and "split_given" in given:
+            split = read_splits(metadata, self.splits_csv, id_column=self.id_column)
+        elif self.split_by != "folders" and "split_given" in given:
             split = given["split_given"]
         else:
-            split = sources.split_of_folder(metadata["source_split"])
+            split = split_of_folder(metadata["source_split"])
         metadata["split"] = split.fillna("")
         implausible = () if self.accept_class_names else find_implausible_classes(metadata)
         return audit.audit(metadata, index.near_duplicates, cache.thumbnails(index), implausible)
@@ -248,15 +265,21 @@ class DatasetBuilder:
 
         Raises what `build` raises for a folder or tables that cannot be used.
         """
-        metadata, given = self._read_tables(warn_unmatched=True)
-        cache = self._cache(preprocessors)
+        images = self._read_images()
+        cache, metadata = self._cache(preprocessors), images.table
         index = cache.load(metadata["path"].tolist())
         for name in ("width", "height", "content_hash"):
             metadata[name] = [getattr(record, name) for record in index.records]
         metadata["picture"] = audit.number_originals(
             metadata["content_hash"], index.near_duplicates, cache.thumbnails(index)
         )
-        return PreparedImages(metadata, given, cache, index)
+        if self.splits_csv is not None:
+            read_splits(metadata, self.splits_csv, id_column=self.id_column, uses=images.tables)
+        return PreparedImages(metadata, images.given, cache, index, images)
+
+    def groups(self, given: pd.DataFrame) -> tuple[str, ...]:
+        """Returns the columns that keep images together, of those beside the metadata's own."""
+        return default_groups(given) if self.group_by is None else tuple(self.group_by)
 
     def _tables(self) -> list[str | Path]:
         tables = (self.labels_csv, self.metadata_csv, self.splits_csv)
@@ -268,19 +291,10 @@ class DatasetBuilder:
         cache_dir = default if self.cache_dir is None else Path(self.cache_dir)
         return ArrayCache(data_dir, cache_dir, self.image_size, preprocessors, self.num_workers)
 
-    def _read_tables(self, *, warn_unmatched: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Returns `path`, `class` and `source_split` of each image, and the further columns."""
+    def _read_images(self) -> Images:
         if self.id_column is not None:
             check_id_column(self._tables(), self.id_column)
-        return sources.read_images(
-            self.data_dir,
-            self.labels_csv,
-            self.label_column,
-            self.metadata_csv,
-            self.group_by,
-            id_column=self.id_column,
-            warn_unmatched=warn_unmatched,
-        )
+        return read_images(self, self.group_by or ())
 
     def _resolve_label_conflicts(self, metadata: pd.DataFrame) -> pd.DataFrame:
         conflicting = metadata.groupby("picture")["class"].transform("nunique") > 1
@@ -293,36 +307,31 @@ class DatasetBuilder:
             )
         return (metadata[~conflicting] if self.label_conflicts == "drop" else metadata).copy()
 
-    def _given_splits(
-        self, images: pd.DataFrame, *, warn_unmatched: bool = False
-    ) -> pd.Series | None:
+    def _given_splits(self, images: pd.DataFrame, given: pd.DataFrame) -> pd.Series | None:
         if self.splits_csv is not None:
-            return sources.read_splits(
-                images, self.splits_csv, id_column=self.id_column, warn_unmatched=warn_unmatched
-            )
+            return read_splits(images, self.splits_csv, id_column=self.id_column)
         if self.split_by == "folders":
-            return sources.splits_of_folders(images, self.data_dir)
+            return splits_of_folders(images, self.data_dir)
+        if self.split_by == "official":
+            if "split_given" not in given:
+                raise ValueError(
+                    f"{printable(self.data_dir)}: split_by is official, but neither the layout nor "
+                    "metadata_csv has a column split"
+                )
+            return given_splits(given["split_given"], images["path"], self.data_dir)
         return None
 
-    def _split(self, metadata: pd.DataFrame, splits: Mapping[str, float]) -> np.ndarray:
+    def _split(
+        self, metadata: pd.DataFrame, given: pd.Series | None, splits: Mapping[str, float]
+    ) -> np.ndarray:
         labels, groups = metadata["label"].to_numpy(), metadata["group"].to_numpy()
-        split = self._given_splits(metadata, warn_unmatched=True)
-        if split is None:
+        if given is None:
             return stratified_split(labels, groups, splits, self.seed)
-        if self.splits_csv is not None:
-            sources.check_complete(split, metadata["path"], self.splits_csv)
-        elif "valid" not in set(split):
-            if not {"train", "valid"} <= set(splits):
-                raise ValueError(
-                    "splits must have train and valid, as valid is taken out of the folder Train"
-                )
-            whole = splits["train"] + splits["valid"]
-            parts = {name: splits[name] / whole for name in ("train", "valid")}
-            is_train = (split == "train").to_numpy()
-            labels = pd.factorize(labels[is_train], sort=True)[0]
-            split[is_train] = stratified_split(labels, groups[is_train], parts, self.seed)
-        warn_of_divided_groups(groups, split.to_numpy())
-        return split.to_numpy(object)
+        split = given[metadata.index].to_numpy(object, copy=True)
+        if self.splits_csv is None and "valid" not in set(split):
+            take_valid_out_of_train(split, labels, groups, splits, self.seed)
+        warn_of_divided_groups(groups, split)
+        return split
 
 
 class LesionLoader:

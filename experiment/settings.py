@@ -275,7 +275,7 @@ def _check_effects(
         parser.error("--resume continues a run and --overwrite starts it over; give one of them")
     console.check_flag_fields(parser, settings_class, given, arguments)
     if "splits" in given and arguments["split_by"] == "folders":
-        from imaging.sources import has_folder_of_split
+        from imaging.splits import has_folder_of_split
 
         if has_folder_of_split(arguments["data_dir"], "valid"):
             mode = "--split_by folders where there is a folder for validation"

@@ -28,6 +28,7 @@ from joblib import cpu_count
 from imaging import audit
 from imaging.decode import UnreadableImageError, decode, read_regular_file
 from imaging.prepare import Preprocessor, fingerprint, make_thumbnail, needed_side, prepare
+from imaging.sources import Images
 from storage.files import lock, printable, remove_leftovers, write_text
 from storage.progress import ProgressBar
 
@@ -282,9 +283,10 @@ class PreparedImages(NamedTuple):
     """The images of a folder as they were when `DatasetBuilder.prepare` read them."""
 
     metadata: pd.DataFrame  # a row an image: path, class, content_hash, ..., picture
-    given: pd.DataFrame  # the columns of metadata_csv
+    given: pd.DataFrame  # the columns of the folder's reader and of metadata_csv
     cache: ArrayCache
     cache_index: CacheIndex
+    images: Images  # as they were found, before their files were read
 
 
 @contextmanager

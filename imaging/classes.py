@@ -131,6 +131,11 @@ def _why_no_class(name: str) -> str | None:
     return None
 
 
+def is_mask(path: str) -> bool:
+    """Returns whether the name of a file is that of a mask, such as X_segmentation.png."""
+    return _MASK_SUFFIX.search(PurePosixPath(path).stem) is not None
+
+
 def find_implausible_classes(images: pd.DataFrame) -> dict[str, str]:
     """Returns the classes that are hardly classes, and what each seems to be instead.
 

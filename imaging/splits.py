@@ -1,13 +1,18 @@
-"""Stratified splits and folds that never divide a group."""
+"""Splits: stratified ones and folds that never divide a group, and those of tables and folders."""
 
+import itertools
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from imaging.classes import SPLIT_WORDS, split_of_name
+from imaging.tables import join_table, read_table
 from storage.files import printable
 
 
@@ -239,3 +244,123 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
     """Returns a seed of 63 bits for one use of randomness, such as the order of epoch 3."""
     sequence = np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *numbers))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ---------------------------------------------------------------------------- given splits
+
+
+def read_splits(
+    images: pd.DataFrame,
+    name: str | Path,
+    *,
+    id_column: str | None = None,
+    uses: list[str] | None = None,
+) -> pd.Series:
+    """Returns each image's split in a table's column `split`: train, valid or test, or missing.
+
+    The names are those of `SPLIT_WORDS`, in upper or lower case. The other parameters are as in
+    `join_table`; with `uses` it warns of rows that match no image. Raises ValueError for other
+    names, and if no image has a split.
+    """
+    given = join_table(
+        images["path"],
+        read_table(name, ["split"]),
+        name,
+        warn_unmatched=uses is not None,
+        is_correction=True,  # other images are left out, which is said elsewhere
+        id_column=id_column,
+        columns=["split"],
+        uses=uses,
+    )["split"]
+    split = given_splits(given, images["path"], name)
+    if split.isna().all():
+        raise ValueError(f"{printable(name)}: no image has a split, as the column is empty")
+    return split
+
+
+def given_splits(given: pd.Series, paths: pd.Series, where: str | Path) -> pd.Series:
+    """Returns train, valid or test for each name of a split, missing where there is none.
+
+    Raises ValueError for a name that is not in `SPLIT_WORDS`.
+    """
+    split = given.map(lambda text: SPLIT_WORDS.get(text.strip().casefold()), na_action="ignore")
+    unknown = given[given.notna() & split.isna()]
+    if len(unknown) > 0:
+        path = printable(paths[unknown.index[0]])
+        value, count = unknown.iloc[0], (given == unknown.iloc[0]).sum()
+        raise ValueError(
+            f"{printable(where)}: split is {value!r} for {count:,} images, such as {path}; it "
+            f"has to be train, valid (or val, validation) or test"
+        )
+    return split.astype(object)
+
+
+def split_of_folder(source_split: pd.Series) -> pd.Series:
+    """Returns the splits that the names of folders stand for, missing for other names.
+
+    The outermost folder decides whose name is of a split, such as Train, val, dev, testing or
+    training_set; but a folder that all images lie in does so only if none below it does.
+    """
+    parts = {folder: folder.split("/") for folder in source_split.unique()}
+    levels = zip(*parts.values(), strict=False)
+    num_common = sum(1 for _ in itertools.takewhile(lambda names: len({*names}) == 1, levels))
+    splits = {folder: _first_split(names[num_common:]) for folder, names in parts.items()}
+    if not any(splits.values()):
+        splits = {folder: _first_split(names) for folder, names in parts.items()}
+    found = [splits[folder] for folder in source_split]
+    return pd.Series(found, index=source_split.index, dtype=object)
+
+
+def _first_split(folders: Sequence[str]) -> str | None:
+    return next((split for name in folders if (split := split_of_name(name)) is not None), None)
+
+
+def splits_of_folders(images: pd.DataFrame, data_dir: str | Path) -> pd.Series:
+    """Returns the split of each image's folder.
+
+    Raises ValueError for an image in no such folder, and for no folder for training or test.
+    """
+    split = split_of_folder(images["source_split"])
+    if split.isna().any():
+        stray = images["path"][split.isna()].iloc[0]
+        raise ValueError(
+            f"split_by: {printable(stray)} is not in a folder named Train, Valid or Test"
+        )
+    missing = sorted({"train", "test"} - set(split))
+    if missing:
+        raise ValueError(f"{printable(data_dir)}: no folder for the {missing[0]} split")
+    return split
+
+
+def has_folder_of_split(data_dir: str | Path, split: str) -> bool:
+    """Returns whether a folder below `data_dir` stands for this split: train, valid or test."""
+    folders = [
+        (Path(parent) / name).relative_to(data_dir).as_posix()
+        for parent, names, _ in os.walk(data_dir)
+        for name in names
+        if not name.startswith(".")
+    ]
+    return split in set(split_of_folder(pd.Series(folders, dtype=object)))
+
+
+def take_valid_out_of_train(
+    split: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    splits: Mapping[str, float],
+    seed: int,
+) -> None:
+    """Moves part of the training images to the split `valid`, in place, as `stratified_split` does.
+
+    The part is valid's fraction of train and valid in `splits`. Raises ValueError if these are not
+    among them, or no image is for training.
+    """
+    if not {"train", "valid"} <= set(splits):
+        raise ValueError("splits must have train and valid, as valid is taken out of train")
+    is_train = split == "train"
+    if not is_train.any():
+        raise ValueError("no image is in the split train")
+    whole = splits["train"] + splits["valid"]
+    parts = {name: splits[name] / whole for name in ("train", "valid")}
+    own_labels = pd.factorize(labels[is_train], sort=True)[0]
+    split[is_train] = stratified_split(own_labels, groups[is_train], parts, seed)

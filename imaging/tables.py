@@ -6,7 +6,6 @@ import csv
 import difflib
 import io
 import itertools
-import logging
 import re
 import unicodedata
 import warnings
@@ -29,7 +28,6 @@ MIN_SHARE_MATCHED = (
     0.5  # of the rows or of the images, by a column that has none of the usual names
 )
 NUM_NEIGHBOURS = 100  # names in sorted order among which the nearest is looked for
-logger = logging.getLogger(__name__)
 
 
 def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -303,14 +301,16 @@ def join_table(
     is_correction: bool = False,
     id_column: str | None = None,
     columns: Sequence[str] | None = None,
+    uses: list[str] | None = None,
 ) -> pd.DataFrame:
     """Returns the table's row for each image, in the images' order; empty values where it has none.
 
     The column that names the images, see `find_id_column`, is left out; `columns` are those to
     return, by default all. `name` is what errors call the table. Rows that say the same of an image
     are one row. Raises ValueError if no row matches an image, and for rows that contradict each
-    other. With `warn_unmatched`, says in one line how much of the table was used, as a warning if
-    rows match no image or, unless it is a correction, images have no row.
+    other. One line that says how much of the table was used is added to `uses`. With
+    `warn_unmatched` it is a warning if rows match no image or, unless it is a correction, images
+    have no row.
     """
     if len(table) == 0:
         raise ValueError(f"{printable(name)}: the table has no rows")
@@ -321,14 +321,18 @@ def join_table(
     found = table[wanted].iloc[rows]
     found.index = pd.Index(numbers)
     found = _unify_rows(found, images.paths, name).reindex(range(len(images.paths)))
-    if warn_unmatched:
-        _say_use(table[match.column], match, images, name, is_correction)
+    use, is_complete = _describe_use(table[match.column], match, images, name, is_correction)
+    if uses is not None:
+        uses.append(use)
+    if warn_unmatched and not is_complete:
+        warnings.warn(use, stacklevel=2)
     return found.apply(_decode_cells) if len(found.columns) else found
 
 
-def _say_use(
+def _describe_use(
     values: pd.Series, match: Match, images: ImageNames, name: str | Path, is_correction: bool
-) -> None:
+) -> tuple[str, bool]:
+    """Returns a line that says how much of a table was used, and whether that is all."""
     is_used = values.isin(match.found)
     matched = set(itertools.chain.from_iterable(match.found.values()))
     without = [path for number, path in enumerate(images.paths) if number not in matched]
@@ -346,10 +350,7 @@ def _say_use(
             is_like = f" (nearest: {printable(nearest)})" if nearest else ""
             example = printable(names[0]) or "one without a name"
             parts.append(f"{len(names):,} {what}, such as {example}{is_like}")
-    if unused or (without and not is_correction):
-        warnings.warn("; ".join(parts), stacklevel=2)
-    else:
-        logger.info("%s", "; ".join(parts))
+    return "; ".join(parts), not unused and (is_correction or not without)
 
 
 def _decode_cells(cells: pd.Series) -> pd.Series:

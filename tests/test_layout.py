@@ -15,8 +15,9 @@ ROOT_MODULES = {
 ORDER = (
     "storage.files", "storage.progress", "storage.tensors", "storage.weights",
     "imaging.lesions", "imaging.classes", "imaging.decode", "imaging.heatmaps",
-    "imaging.synthetic", "imaging.audit", "imaging.prepare", "imaging.tables", "imaging.sources",
-    "imaging.splits", "imaging.cache", "imaging.batches",
+    "imaging.synthetic", "imaging.audit", "imaging.prepare", "imaging.tables", "imaging.labels",
+    "imaging.folders", "imaging.layouts",
+    "imaging.sources", "imaging.splits", "imaging.cache", "imaging.batches",
     "augmentation", "dataset",
     "evaluation.metrics", "evaluation.intervals", "evaluation.calibration", "evaluation.screening",
     "evaluation.subgroups", "evaluation",
