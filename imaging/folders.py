@@ -64,6 +64,30 @@ def list_images(data_dir: str | Path, *, has_class_folders: bool = True) -> pd.D
     return images
 
 
+def list_names(folder: Path, num_levels: int = 3) -> list[str]:
+    """Returns what lies in a folder and in those up to three levels below, in sorted order.
+
+    The paths are relative to the folder, and those of folders end with a slash. Hidden files and
+    folders are ignored, as is a folder that cannot be read or does not exist.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    found = []
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            found.append(entry.name)
+            continue
+        found.append(f"{entry.name}/")
+        if num_levels > 0:
+            inside = list_names(folder / entry.name, num_levels - 1)
+            found += [f"{entry.name}/{name}" for name in inside]
+    return found
+
+
 def why_unlabelled(images: pd.DataFrame, data_dir: str | Path) -> str:
     """Returns the message for images whose folder gives them no class."""
     stray = images["path"][images["class"].isna()].iloc[0]

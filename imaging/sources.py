@@ -16,7 +16,8 @@ from imaging.classes import (
 )
 from imaging.folders import find_images, list_images, why_unlabelled
 from imaging.labels import is_one_hot, labels_of_rows, read_class_map, rename_classes
-from imaging.layouts import CLASS_FOLDERS, READERS, Reader
+from imaging.layouts import CLASS_FOLDERS, READERS, Reader, layout_of
+from imaging.medmnist import images_folder, is_archive
 from imaging.tables import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, join_table, read_table
 from storage.files import did_you_mean, is_utf8, printable
 
@@ -52,10 +53,16 @@ class Sources:
     accept_class_names: bool = False
 
     def __post_init__(self) -> None:
+        if is_archive(self.data_dir):
+            self.data_dir, self.layout = images_folder(self.data_dir), self.layout or "dermamnist"
         if self.unlabelled not in UNLABELLED:
             raise ValueError(f"unlabelled must be error or drop, not {self.unlabelled!r}")
-        if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
-            raise ValueError("label_column needs the table that has it: labels_csv or metadata_csv")
+        sources = (self.labels_csv, self.metadata_csv, self.layout)
+        if self.label_column is not None and sources == (None, None, None):
+            raise ValueError(
+                "label_column needs the table that has it: labels_csv or metadata_csv, or the name "
+                "of the layout whose tables have it"
+            )
         if self.layout is not None and self.layout not in READERS:
             otherwise = f"the known ones are {', '.join(READERS)}"
             suggestion = did_you_mean(self.layout, READERS, otherwise)
@@ -75,7 +82,7 @@ class Images(NamedTuple):
 def read_folder(data_dir: str | Path, layout: str | None = None) -> pd.DataFrame:
     """Returns the images of a folder, sorted by path, read as the layout of this name.
 
-    By default it is that of `layout_of`. An image without a label has no class.
+    By default it is that of `imaging.layouts.layout_of`. An image without a label has no class.
     """
     data_dir = Path(data_dir)
     name = layout_of(data_dir) if layout is None else layout
@@ -87,12 +94,6 @@ def read_folder(data_dir: str | Path, layout: str | None = None) -> pd.DataFrame
             )
     columns = [*IMAGE_COLUMNS, *images.columns.drop(IMAGE_COLUMNS)]
     return images[columns].sort_values("path", kind="stable", ignore_index=True)
-
-
-def layout_of(data_dir: str | Path) -> str:
-    """Returns the name of the last layout of `READERS` that recognizes the folder."""
-    folder = Path(data_dir)
-    return next(name for name in reversed(READERS) if READERS[name].recognizes(folder))
 
 
 def read_images(sources: Sources, required: Sequence[str] = ()) -> Images:
@@ -137,9 +138,18 @@ def _find_images(sources: Sources) -> tuple[pd.DataFrame, str, str | Path | None
         images = read_folder(sources.data_dir, layout)
         if sources.label_column is not None:
             images = images.drop(columns="class")
+            if table is None:
+                where = f"{sources.data_dir} ({layout})"
+                labels = labels_of_rows(images, where, _label_columns(sources), sources.class_names)
+                images = images.assign(**{"class": labels})
     if "left_out" not in images:
         images = images.assign(left_out=None)
     return images, layout, table
+
+
+def _label_columns(sources: Sources) -> list[str]:
+    columns = sources.label_column
+    return [columns] if isinstance(columns, str) else list(columns or ())
 
 
 def _gives_all_labels(sources: Sources, table: str | Path) -> bool:
@@ -162,8 +172,7 @@ def _add_labels(
 ) -> pd.DataFrame:
     """Returns the images with the classes in a table, or their own where it has none."""
     table, is_correction = read_table(name), "class" in images
-    columns = sources.label_column
-    columns = [columns] if isinstance(columns, str) else list(columns or ())
+    columns = _label_columns(sources)
     table = table.assign(**{"class": labels_of_rows(table, name, columns, sources.class_names)})
     labels = join_table(
         images["path"],

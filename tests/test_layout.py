@@ -16,7 +16,7 @@ ORDER = (
     "storage.files", "storage.progress", "storage.tensors", "storage.weights",
     "imaging.lesions", "imaging.classes", "imaging.decode", "imaging.heatmaps",
     "imaging.synthetic", "imaging.audit", "imaging.prepare", "imaging.tables", "imaging.labels",
-    "imaging.folders", "imaging.layouts",
+    "imaging.folders", "imaging.medmnist", "imaging.published", "imaging.layouts",
     "imaging.sources", "imaging.splits", "imaging.cache", "imaging.batches",
     "augmentation", "dataset",
     "evaluation.metrics", "evaluation.intervals", "evaluation.calibration", "evaluation.screening",
