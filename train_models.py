@@ -15,6 +15,7 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from experiment.console import exit_status, is_out_of_memory, start
@@ -55,7 +56,12 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     if settings.audit_only and not is_first_process():
         return 0  # one process is enough, and torchrun would stop it when another one ends with 1
     data_dir = Path(settings.data_dir)
-    if not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
+    if data_dir.suffix.lower() == ".npz" and data_dir.is_file():
+        from imaging.medmnist import DERMAMNIST, images_folder
+
+        data_dir, layout = images_folder(data_dir), settings.layout or DERMAMNIST
+        settings = replace(settings, data_dir=str(data_dir), layout=layout)
+    elif not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
         what = " is a file, not a folder" if data_dir.exists() else ": no such folder"
         raise FileNotFoundError(f"--data_dir {data_dir}{what}")
     check_save_dir(settings.save_dir, data_dir)

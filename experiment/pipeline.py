@@ -109,6 +109,7 @@ def _make_builder(settings: Settings) -> DatasetBuilder:
         num_workers=settings.num_workers or None,
         seed=settings.seed,
         skip_unreadable=settings.skip_unreadable,
+        layout=settings.layout,
         labels_csv=settings.labels_csv,
         label_column=settings.label_column,
         accept_class_names=settings.accept_class_names,

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from experiment import console
 from experiment.console import flag_field, number_type
@@ -105,6 +105,10 @@ class Settings:
         used_by=lambda model, weights: (
             weights not in ("imagenet", "none") or model.endswith(("_head", "_finetuned"))
         ),
+    )  # fmt: skip
+    layout: str | None = flag(
+        None, "layout of data_dir, one of --layouts (default: recognised by its files)", "NAME",
+        group="data", audit=True, result=False,
     )  # fmt: skip
     labels_csv: str | None = flag(
         None, "table of classes that override the folder names", "FILE", group="data",
@@ -289,6 +293,16 @@ def _check_effects(
             console.print_message(PROGRAM, "warning", message)
 
 
+class _PrintLayouts(argparse.Action):
+    """Prints the table of layouts, and ends with status 0."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from imaging.layouts import describe_layouts
+
+        print(describe_layouts())
+        parser.exit()
+
+
 def make_parser(settings_class: type[Settings] = Settings) -> console.Parser:
     """Returns the parser of all flags, with the defaults of `Settings`."""
     parser = console.Parser(
@@ -300,6 +314,10 @@ def make_parser(settings_class: type[Settings] = Settings) -> console.Parser:
     groups = parser.add_groups(GROUPS)
     source = groups["common"].add_mutually_exclusive_group()
     source.add_argument("--demo", action="store_true", help="draw a small data set and train on it")
+    groups["data"].add_argument(
+        "--layouts", action=_PrintLayouts, nargs=0, default=argparse.SUPPRESS,
+        help="print the published sets that are known, and what is read of them",
+    )  # fmt: skip
     for each in fields(settings_class):
         group = source if each.name == "data_dir" else groups[each.metadata["group"]]
         group.add_argument(f"--{each.name}", default=each.default, **each.metadata["options"])

@@ -10,7 +10,7 @@ import pandas as pd
 
 from imaging.classes import split_of_name
 from imaging.folders import list_images, list_names
-from imaging.medmnist import MARKER, read_dermamnist
+from imaging.medmnist import DERMAMNIST, MARKER, read_dermamnist
 from imaging.published import Table, are_all_there, plain_name, read_ph2_table, read_published
 
 
@@ -220,7 +220,7 @@ READERS = {
         columns="the class, benign or malignant; skin_tone, disease",
         tables=[Table(["ddi_metadata"], id_columns=["DDI_file"], labels=["malignant"])],
     ),
-    "dermamnist": Reader(
+    DERMAMNIST: Reader(
         lambda folder: (folder / MARKER).is_file(),
         read_dermamnist,
         title="DermaMNIST of MedMNIST, dermamnist*.npz",

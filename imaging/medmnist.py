@@ -25,6 +25,7 @@ CLASSES = (
     "vascular lesions",
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
+DERMAMNIST = "dermamnist"  # the name of the layout
 MARKER = "dermamnist.json"  # in a folder of images: which file they are from
 logger = logging.getLogger(__name__)
 

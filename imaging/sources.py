@@ -17,7 +17,7 @@ from imaging.classes import (
 from imaging.folders import find_images, list_images, why_unlabelled
 from imaging.labels import is_one_hot, labels_of_rows, read_class_map, rename_classes
 from imaging.layouts import CLASS_FOLDERS, READERS, Reader, layout_of
-from imaging.medmnist import images_folder, is_archive
+from imaging.medmnist import DERMAMNIST, images_folder, is_archive
 from imaging.tables import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, join_table, read_table
 from storage.files import did_you_mean, is_utf8, printable
 
@@ -54,7 +54,7 @@ class Sources:
 
     def __post_init__(self) -> None:
         if is_archive(self.data_dir):
-            self.data_dir, self.layout = images_folder(self.data_dir), self.layout or "dermamnist"
+            self.data_dir, self.layout = images_folder(self.data_dir), self.layout or DERMAMNIST
         if self.unlabelled not in UNLABELLED:
             raise ValueError(f"unlabelled must be error or drop, not {self.unlabelled!r}")
         sources = (self.labels_csv, self.metadata_csv, self.layout)

@@ -32,6 +32,7 @@ FLAGS = {
     "splits": (["--splits", "0.6", "0.2", "0.2"], []),
     "split_by": (["--split_by", "folders"], []),
     "splits_csv": (["--splits_csv", "splits.csv"], []),
+    "layout": (["--layout", "ham10000"], []),
     "labels_csv": (["--labels_csv", "table.csv"], []),
     "label_column": (["--label_column", "class"], ["--labels_csv", "table.csv"]),
     "label_conflicts": (["--label_conflicts", "drop"], []),
