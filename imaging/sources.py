@@ -54,7 +54,7 @@ class Sources:
     def __post_init__(self) -> None:
         if self.unlabelled not in UNLABELLED:
             raise ValueError(f"unlabelled must be error or drop, not {self.unlabelled!r}")
-        if self.label_column is not None and (self.labels_csv, self.metadata_csv) == (None, None):
+        if self.label_column and (self.labels_csv, self.metadata_csv) == (None, None):
             raise ValueError("label_column needs the table that has it: labels_csv or metadata_csv")
         if self.layout is not None and self.layout not in READERS:
             otherwise = f"the known ones are {', '.join(READERS)}"
@@ -135,7 +135,7 @@ def _find_images(sources: Sources) -> tuple[pd.DataFrame, str, str | Path | None
     else:
         layout = sources.layout or layout_of(sources.data_dir)
         images = read_folder(sources.data_dir, layout)
-        if sources.label_column is not None:
+        if sources.label_column:
             images = images.drop(columns="class")
     if "left_out" not in images:
         images = images.assign(left_out=None)
@@ -143,7 +143,7 @@ def _find_images(sources: Sources) -> tuple[pd.DataFrame, str, str | Path | None
 
 
 def _gives_all_labels(sources: Sources, table: str | Path) -> bool:
-    if sources.label_column is not None or is_one_hot(read_table(table)):
+    if sources.label_column or is_one_hot(read_table(table)):
         return True
     if layout_of(sources.data_dir) != CLASS_FOLDERS:
         return False

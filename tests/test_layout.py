@@ -28,7 +28,7 @@ ORDER = (
     "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings",
     "experiment.run_files", "experiment.verdict", "experiment.report",
-    "experiment.results", "experiment.stages", "experiment.pipeline",
+    "experiment.images", "experiment.results", "experiment.stages", "experiment.pipeline",
     "train_models", "predict",
 )  # fmt: skip
 # What users import, by the module that they import it from.
