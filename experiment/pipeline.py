@@ -319,9 +319,11 @@ def _train_one(
         info,
         evaluation,
         test.dataset,
-        precision=name_of_precision(resolve_precision(settings.precision, device)),
+        about={
+            "precision": name_of_precision(resolve_precision(settings.precision, device)),
+            "training_time": _training_time(history, settings),
+        },
         seed=settings.seed,
-        training_time=_training_time(history, settings),
     )
 
 

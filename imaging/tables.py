@@ -44,7 +44,7 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         what = " is a folder, not a table" if Path(path).is_dir() else ": no such file"
         raise FileNotFoundError(f"{printable(path)}{what}")
     try:
-        text = _decode(Path(path).read_bytes())
+        text = decode_text(Path(path).read_bytes())
         table = pd.read_csv(
             io.BytesIO(text.encode("utf-8", "surrogateescape")),
             sep=_find_separator(text),
@@ -93,7 +93,8 @@ def decode_latin1(text: str) -> str:
         return contents.decode("latin-1")
 
 
-def _decode(contents: bytes) -> str:
+def decode_text(contents: bytes) -> str:
+    """Returns the text of a file in UTF-8 or UTF-16; other bytes become surrogate escapes."""
     if contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return contents.decode("utf-16")
     for zeros, others, encoding in ((1, 0, "utf-16-le"), (0, 1, "utf-16-be")):

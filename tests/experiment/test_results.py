@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import recall_score
 
-from experiment.results import EvaluationSettings, compare_models, evaluate_folder, find_label
+from experiment.external import EvaluationSettings, evaluate_folder, find_label
+from experiment.results import compare_models
 from models import ModelInfo
 from predict import main as predict_main
 from storage.tensors import load_tensors, save_tensors
