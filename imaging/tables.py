@@ -58,7 +58,8 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         if not isinstance(table.index, pd.RangeIndex):
             raise ValueError("some rows have more cells than the header")
     except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
-        raise ValueError(f"{printable(path)}: not a valid CSV table ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{printable(path)}: not a valid CSV table ({reason})") from error
     names = [decode_latin1(name).strip() for name in table.columns]
     if len(set(names)) == len(names):
         table.columns = pd.Index(names, dtype=object)
