@@ -42,7 +42,8 @@ MAX_PATH_WIDTH = 60  # characters of the column of paths in the printed table; l
 MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
 # Public names of this module that need torch: imported from these modules when first used.
 LATE_NAMES = {
-    "inference.ensemble": ("AIM", "BATCHES_AHEAD", "Ensemble", "find_files", "predict_batches"),
+    "inference.ensemble": ("AIM", "BATCHES_AHEAD", "Ensemble", "predict_batches"),
+    "inference.files": ("find_files",),
     "inference.explain": ("SMALLEST_MAP", "gradcam"),
     "inference.export": ("ONNX_PACKAGES", "export_onnx"),
 }
@@ -81,7 +82,7 @@ def predict(
     Parameters
     ----------
     model : a `model.pth`, or a folder with one, or several, whose probabilities are averaged
-    images : files and folders; of a folder all images below it that are not hidden, sorted
+    images : files, folders, lists and tables, as `inference.files.find_files` describes
     output : a .csv or .json file for the table as well, written whole or not at all
     tta : how many of the 8 flips and quarter-turns of an image raw probabilities are averaged over;
         1 is the image as it is, 2 adds its mirror image, 4 all flips
@@ -163,7 +164,11 @@ class Settings:
     """The settings of the command; each is a flag of the same name, but for `images`."""
 
     images: tuple[str, ...] = flag_field(
-        (), "images, or folders of images", "IMAGE_OR_FOLDER", group="common", nargs="*"
+        (),
+        "images, folders of images, .txt lists or .csv tables of files",
+        "IMAGE_OR_FOLDER",
+        group="common",
+        nargs="*",
     )
     model: tuple[str, ...] = flag_field(
         None, "a model.pth or its folder; several --model form an ensemble", "PATH",
@@ -213,9 +218,26 @@ class Settings:
         None, "table of classes that override the folder names", "FILE", group="evaluation",
         type=_text,
     )  # fmt: skip
-    label_column: str | None = _flag(
-        None, "column that gives the classes in place of the folder names", "NAME",
-        group="evaluation", type=_text,
+    label_column: Sequence[str] | None = _flag(
+        None, "column that gives the classes in place of the folder names; repeated, one-hot "
+        "columns", "NAME", group="evaluation", type=_text, action="append",
+    )  # fmt: skip
+    id_column: str | None = _flag(
+        None, "column of the table that names the images (default: the one that matches most)",
+        "NAME", group="evaluation", type=_text,
+    )  # fmt: skip
+    class_names: Sequence[str] | None = _flag(
+        None, "class of number 0 in the column, repeated for 1, 2, ...", "NAME",
+        group="evaluation", type=_text, action="append",
+    )  # fmt: skip
+    class_map: Sequence[str] | None = _flag(
+        None, "new name of a class of the model and the images, can be repeated; probabilities of "
+        "equal ones add up, a class without one is left out; or a table with the columns old and "
+        "new", "OLD=NEW", group="evaluation", type=_text, action="append",
+    )  # fmt: skip
+    unlabelled: str = _flag(
+        "error", "what to do with images without a label", choices=("error", "drop"),
+        group="evaluation",
     )  # fmt: skip
     export: str | None = flag_field(
         None, "write the model as ONNX, checked against PyTorch, and predict nothing", "FILE",
@@ -224,6 +246,9 @@ class Settings:
     overwrite: bool = flag_field(False, "replace existing files", group="common")
 
 
+OF_EVALUATION = {
+    each.name for each in fields(Settings) if each.metadata["group"] == "evaluation"
+} - {"evaluate"}
 # By mode the flags without effect in it, and what to do instead; kept for those who import it.
 WITHOUT_EFFECT = {
     mode: {
@@ -288,8 +313,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
     folder = settings.gradcam
     if folder is None or settings.overwrite or not os.path.isdir(folder):
         return
-    from inference.ensemble import find_files
     from inference.explain import overlay_name
+    from inference.files import find_files
 
     existing = set(os.listdir(folder))
     overlays = [n for n in map(overlay_name, find_files(settings.images)) if n in existing]
@@ -301,20 +326,17 @@ def _check_nothing_is_lost(settings: Settings) -> None:
 
 
 def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
-    from experiment.results import EvaluationSettings, evaluate_folder
+    from experiment.external import EvaluationSettings, evaluate_folder
 
+    same = (
+        "labels_csv", "label_column", "id_column", "class_names", "class_map", "unlabelled",
+        "device", "precision", "batch_size", "num_workers",
+    )  # fmt: skip
     comparison, unreadable = evaluate_folder(
         settings.model,
         settings.images[0],
         save_dir,
-        EvaluationSettings(
-            labels_csv=settings.labels_csv,
-            label_column=settings.label_column,
-            device=settings.device,
-            precision=settings.precision,
-            batch_size=settings.batch_size,
-            num_workers=settings.num_workers,
-        ),
+        EvaluationSettings(**{name: getattr(settings, name) for name in same}),
         overwrite=settings.overwrite,
         command=command,
     )
@@ -439,12 +461,13 @@ def _check_mode(
     elif arguments["evaluate"] is not None:
         if len(images) != 1:
             parser.error("--evaluate takes one folder of labelled images")
-        if "label_column" in given and "labels_csv" not in given:
-            parser.error("--label_column needs the table that has the column: --labels_csv")
+        for name in sorted(given & {"label_column", "id_column", "class_names"}):
+            if "labels_csv" not in given:
+                parser.error(f"--{name} needs the table that has the column: --labels_csv")
     else:
         if not images:
             parser.error("give the images or folders to predict")
-        for name in sorted(given & {"labels_csv", "label_column"}):
+        for name in sorted(given & OF_EVALUATION):
             parser.error(f"--{name} has no effect without --evaluate")
         if "overwrite" in given and not given & {"output", "gradcam"}:
             parser.error(

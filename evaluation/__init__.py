@@ -58,6 +58,7 @@ def evaluate_predictions(
     calibration: Calibration,
     thresholds: Mapping[str, Mapping[str, float]],
     *,
+    calibrated: np.ndarray | None = None,
     malignant: Sequence[str] = MALIGNANT,
     unknown: Sequence[str] | None = None,
     groups: ArrayLike | None = None,
@@ -67,19 +68,22 @@ def evaluate_predictions(
     """Returns all that `metrics.json` says of a model's predictions.
 
     `y_prob` (N, C) are the model's own probabilities: the highest is its prediction. Everything
-    else is computed from the calibrated ones. `thresholds` has for each of `screening_targets` what
+    else is computed from the calibrated ones: `calibrated` (N, C), such as for merged classes, or
+    those that `calibration` gives. `thresholds` has for each of `screening_targets` what
     `choose_thresholds` returned for the validation images; a target without any is left out. What
     is flagged as melanoma at an aimed sensitivity counts as flagged as malignant.
     `malignant` and `unknown` are as in `group_by_malignancy`; `columns` (N rows) divide into
     subgroups.
 
     The result has `test` (`compute_metrics`), `test_intervals` (`compute_intervals`), `calibration`
-    (`temperature`, `bias`, and `reliability` and `proper_scores` of the probabilities `before` and
-    `after`), `counted_as` (`group_by_malignancy`), `screening` (`screen`, by target, with its
-    `classes` and `classes_left_out`) and `subgroups` (`compute_subgroups`).
+    (`temperature` and `bias`, unless `calibrated` is given, and `reliability` and `proper_scores`
+    of the probabilities `before` and `after`), `counted_as` (`group_by_malignancy`), `screening`
+    (`screen`, by target, with its `classes` and `classes_left_out`) and `subgroups`
+    (`compute_subgroups`).
     """
     y_true, y_prob, y_pred = check_predictions(y_true, y_prob, len(class_names))
-    calibrated = calibration.apply(y_prob)
+    fitted = _describe_calibration(calibration, class_names) if calibrated is None else {}
+    calibrated = calibration.apply(y_prob) if calibrated is None else calibrated
     kinds = (class_names, malignant, unknown)
     targets, excluded = screening_targets(*kinds), screening_targets(*kinds, positive=None)
     scores = screening_scores(y_true, calibrated, *kinds)
@@ -91,12 +95,10 @@ def evaluate_predictions(
         "test_intervals": compute_intervals(
             y_true, calibrated, class_names, groups, y_pred, seed=seed
         ),
-        "calibration": {
-            "temperature": calibration.temperature,
-            "bias": dict(zip(class_names, calibration.bias, strict=True)),
-            "before": reliability(y_true, y_prob, y_pred, groups) | proper_scores(y_true, y_prob),
-            "after": reliability(y_true, calibrated, y_pred, groups)
-            | proper_scores(y_true, calibrated),
+        "calibration": fitted
+        | {
+            when: reliability(y_true, shown, y_pred, groups) | proper_scores(y_true, shown)
+            for when, shown in (("before", y_prob), ("after", calibrated))
         },
         "counted_as": group_by_malignancy(*kinds),
         "screening": {
@@ -109,6 +111,11 @@ def evaluate_predictions(
         },
         "subgroups": compute_subgroups(y_true, y_pred, columns, groups, targets=scores, seed=seed),
     }
+
+
+def _describe_calibration(calibration: Calibration, class_names: Sequence[str]) -> dict[str, Any]:
+    bias = dict(zip(class_names, calibration.bias, strict=True))
+    return {"temperature": calibration.temperature, "bias": bias}
 
 
 def _flagged_as_melanoma(

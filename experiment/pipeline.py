@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,31 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataset import (
-    METADATA_COLUMNS,
-    DatasetBuilder,
-    LesionDataset,
-    LesionLoader,
-    create_dataloaders,
-)
-from evaluation import MALIGNANT, group_by_malignancy, match_classes, screening_warnings
+from dataset import METADATA_COLUMNS, DatasetBuilder, LesionDataset
+from evaluation import MALIGNANT
 from experiment import results, run_folder
 from experiment.console import format_duration, noting
+from experiment.images import (
+    SPLITS,
+    Data,
+    check_images,
+    describe_images,
+    digest_of_table,
+    load_data,
+    make_builder,
+    print_audit,
+)
 from experiment.report import write_report
 from experiment.run_files import Run
 from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
 from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
 from experiment.stages import GUESSES, make_stages
 from experiment.verdict import format_verdict
-from imaging.audit import summarise, unavoidable_errors
+from imaging.audit import unavoidable_errors
 from imaging.synthetic import is_synthetic, make_dataset
 from learning.distributed import choose_own_device, process_group
 from learning.hardware import deterministic_algorithms
-from learning.processes import get_rank, get_world_size, is_first_process
+from learning.processes import get_world_size, is_first_process
 from models import (
     LesionClassifier,
     check_model_name,
@@ -56,21 +59,6 @@ from training import (
 )
 from visualizations import plot_learning_curves
 
-SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True)
-class Data:
-    """The images of a run, and what the audit found in them."""
-
-    loaders: dict[str, LesionLoader]
-    metadata: pd.DataFrame
-    findings: pd.DataFrame
-    digest: str
-
-    def __getitem__(self, split: str) -> LesionDataset:
-        return self.loaders[split].dataset
-
 
 def run(settings: Settings, is_demo: bool = False) -> int:
     """Trains and compares the models, or only audits the images, and returns the exit status.
@@ -83,12 +71,12 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     TrainingFolder(settings.save_dir)  # raises what it raises before the demo's images are drawn
     if is_demo:
         settings = _prepare_demo(settings)
-    builder = _make_builder(settings)
+    builder = make_builder(settings)
     if settings.audit_only:
         return _audit_alone(builder, settings, is_demo)
-    _check_images(builder.list_images(), settings)
+    check_images(builder.list_images(), settings)
     device = _check_run(settings, is_demo)
-    data = _load_data(builder, settings, device)
+    data = load_data(builder, settings, device)
     with claim(settings.save_dir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
             _prepare_folder(settings, data, device, is_demo)
@@ -101,35 +89,15 @@ def run(settings: Settings, is_demo: bool = False) -> int:
 # ---------------------------------------------------------------------------- the images
 
 
-def _make_builder(settings: Settings) -> DatasetBuilder:
-    return DatasetBuilder(
-        settings.data_dir,
-        image_size=settings.image_size,
-        cache_dir=settings.cache_dir,
-        num_workers=settings.num_workers or None,
-        seed=settings.seed,
-        skip_unreadable=settings.skip_unreadable,
-        layout=settings.layout,
-        labels_csv=settings.labels_csv,
-        label_column=settings.label_column,
-        accept_class_names=settings.accept_class_names,
-        label_conflicts=settings.label_conflicts,
-        metadata_csv=settings.metadata_csv,
-        id_column=settings.id_column,
-        group_by=settings.group_by,
-        split_by=settings.split_by,
-        splits_csv=settings.splits_csv,
-    )
-
-
 def _audit_alone(builder: DatasetBuilder, settings: Settings, is_demo: bool) -> int:
     """Writes the audit to `save_dir`, and returns the exit status: 1 when it found something."""
     save_dir = Path(settings.save_dir)
     prepared = builder.prepare()
-    images = _digest(prepared.metadata[["path", "class", "content_hash"]])
+    images = digest_of_table(prepared.metadata[["path", "class", "content_hash"]])
     TrainingFolder(save_dir).check_audit(images)
+    print("\n".join(describe_images(prepared, prepared.metadata, settings)), flush=True)
     findings = builder.audit(prepared=prepared)
-    _print_audit(findings)
+    print_audit(findings)
     with claim(save_dir):
         folder = TrainingFolder(save_dir)
         folder.check_audit(images)
@@ -139,51 +107,6 @@ def _audit_alone(builder: DatasetBuilder, settings: Settings, is_demo: bool) -> 
         results.plot_audit(save_dir, findings, settings.data_dir)
     print(f"\nEverything is in {save_dir}.")
     return 1 if len(findings) > 0 else 0
-
-
-def _print_audit(findings: pd.DataFrame) -> None:
-    print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
-
-
-def _load_data(builder: DatasetBuilder, settings: Settings, device: torch.device) -> Data:
-    prepared = builder.prepare()
-    findings = builder.audit(prepared=prepared)
-    _print_audit(findings)
-    fractions = dict(zip(SPLITS, settings.splits, strict=True))
-    datasets, metadata = builder.build(splits=fractions, prepared=prepared)
-    _check_given_splits(set(datasets), settings)
-    _check_batch_size(len(datasets["train"]), "training images", settings)
-    loaders = create_dataloaders(
-        datasets,
-        settings.batch_size,
-        augmentation=settings.augmentation,
-        balanced=settings.balanced,
-        device=device,
-        seed=settings.seed,
-        num_workers=settings.num_workers or 0,
-        rank=get_rank(),
-        world_size=get_world_size(),
-    )
-    classes, processes = datasets["train"].classes, get_world_size()
-    sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in datasets.items())
-    print(f"{len(metadata):,} images of {len(classes)} classes: {sizes}", flush=True)
-    if processes > 1:
-        together = processes * settings.batch_size
-        print(f"{processes} processes with batches of {together:,} images in all", flush=True)
-    _print_screening(classes, settings)
-    images = prepared.metadata[["path", "class", "content_hash"]]
-    return Data(loaders, metadata, findings, _digest(images))
-
-
-def _print_screening(classes: Sequence[str], settings: Settings) -> None:
-    """Prints which classes count as malignant; raises ValueError for a name that is no class."""
-    counted = group_by_malignancy(classes, settings.malignant_classes or MALIGNANT)
-    malignant, benign, unknown = (", ".join(names) for names in counted.values())
-    unknown = f"; unknown: {unknown}" if unknown else ""
-    print(f"counted as malignant: {malignant or 'none'}; benign: {benign or 'none'}{unknown}",
-          flush=True)  # fmt: skip
-    for message in screening_warnings(counted):
-        warnings.warn(message, stacklevel=2)
 
 
 def _prepare_demo(settings: Settings) -> Settings:
@@ -207,37 +130,6 @@ def _prepare_demo(settings: Settings) -> Settings:
 
 
 # ---------------------------------------------------------------------------- checks
-
-
-def _check_images(images: pd.DataFrame, settings: Settings) -> None:
-    """Raises ValueError for mistakes that the table of `list_images` shows, without the images."""
-    if settings.malignant_classes:
-        match_classes(sorted(images["class"].unique()), settings.malignant_classes)
-    if "split" in images:
-        _check_given_splits(set(images["split"].dropna()), settings)
-        _check_batch_size((images["split"] == "train").sum(), "training images", settings)
-    else:  # how many of them are for training is known once they have been read
-        _check_batch_size(len(images), "images", settings)
-
-
-def _check_given_splits(names: set[str], settings: Settings) -> None:
-    missing = [name for name in SPLITS if name not in names]
-    if settings.splits_csv is not None and missing:
-        raise ValueError(
-            f"--splits_csv {settings.splits_csv}: no images in {', '.join(missing)}; the column "
-            f"split must name {', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
-        )
-
-
-def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
-    processes = get_world_size()
-    together = settings.batch_size * processes
-    if together > num_images:
-        of_all = f" in {processes} processes, {together} in all," if processes > 1 else ""
-        raise ValueError(
-            f"--batch_size {settings.batch_size}{of_all} is larger than the {num_images} {which}; "
-            "choose a smaller batch"
-        )
 
 
 def _check_run(settings: Settings, is_demo: bool) -> torch.device:
@@ -286,8 +178,8 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
     """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`."""
     columns = data.metadata.columns.drop(list(METADATA_COLUMNS), errors="ignore")
     run = _describe_run(settings, device) | {
-        DATA: _digest(data.metadata[["path", "class", "content_hash", "split"]]),
-        METADATA: _digest(data.metadata[columns]) if len(columns) else None,
+        DATA: digest_of_table(data.metadata[["path", "class", "content_hash", "split"]]),
+        METADATA: digest_of_table(data.metadata[columns]) if len(columns) else None,
     }
     folder, trained = _check_folder(settings, run, is_demo)
     resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
@@ -297,10 +189,6 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
     records |= dict.fromkeys(trained, run)
     _write_config(TRAINING, settings, is_demo, device, images=data.digest, runs=records)
     write_csv(data.metadata, folder.save_dir / "splits.csv")
-
-
-def _digest(table: pd.DataFrame) -> str:
-    return run_folder.digest(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
 
 
 def _write_config(
@@ -431,9 +319,11 @@ def _train_one(
         info,
         evaluation,
         test.dataset,
-        precision=name_of_precision(resolve_precision(settings.precision, device)),
+        about={
+            "precision": name_of_precision(resolve_precision(settings.precision, device)),
+            "training_time": _training_time(history, settings),
+        },
         seed=settings.seed,
-        training_time=_training_time(history, settings),
     )
 
 

@@ -1,16 +1,14 @@
 """Predictions on labelled images → the files of a run: metrics, tables, figures, comparison.
 
 A training run writes them for the test split (`train_models.py`), and an evaluation for other
-images (`predict.py --evaluate`).
+images (`experiment.external`).
 """
 
 import json
 import platform
-import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +22,20 @@ import torchvision
 
 import visualizations
 from augmentation import apply_views, example_views
-from dataset import (
-    METADATA_COLUMNS,
-    DatasetBuilder,
-    LesionDataset,
-    create_dataloaders,
-    read_image,
-    to_float,
-)
+from dataset import METADATA_COLUMNS, LesionDataset, read_image, to_float
 from evaluation import (
     compare,
     evaluate_predictions,
-    group_by_malignancy,
-    match_classes,
     most_confident_mistakes,
-    screening_warnings,
     typical_examples,
 )
-from experiment import run_folder
-from experiment.report import write_report
-from experiment.run_folder import EVALUATION, EvaluationFolder, claim, digest
+from evaluation.merging import MergedClasses
 from imaging.audit import worst_pairs
-from imaging.lesions import normalize_name
-from imaging.synthetic import is_synthetic
-from inference.ensemble import check_alike
+from imaging.lesions import is_melanoma
 from inference.explain import gradcam
-from models import LesionClassifier, ModelInfo, count_parameters, load_model
+from models import LesionClassifier, ModelInfo, count_parameters
 from storage.files import join_names, name_column, read_csv, write_csv, write_json
-from training import Evaluation, choose_device, evaluate, name_of_precision, resolve_precision
+from training import Evaluation, choose_device, name_of_precision, resolve_precision
 
 MAX_CLASSES_AUGMENTED = 4  # in the figure
 
@@ -63,23 +47,33 @@ def save_results(
     evaluation: Evaluation,
     dataset: LesionDataset,
     *,
-    precision: str,
+    about: Mapping[str, Any],
+    merged: MergedClasses | None = None,
     seed: int = 42,
-    training_time: float | None = None,
 ) -> None:
     """Writes into `folder`, which has the model's name, what its predictions are worth.
 
     `model` and `info` are as `load_model` returns them, `evaluation` as `evaluate` does for
-    `dataset`, whose labels are the model's. `precision` is the name of that of the evaluation.
-    `metrics.json` is written last, after `predictions.csv` and the figures: where it is, all is.
+    `dataset`, whose labels are the model's or, given those, the merged classes. `about` is what
+    else `metrics.json` says: the name of the `precision` of the evaluation, and `training_time` in
+    seconds. It is written last, after `predictions.csv` and the figures: where it is, all is.
     """
+    y_prob = evaluation.probabilities
+    calibrated = info.calibration.apply(y_prob)
+    explained = y_prob.argmax(axis=1)
+    if merged is not None:
+        own_prob, y_prob, calibrated = y_prob, merged.merge(y_prob), merged.merge(calibrated)
+        explained = merged.strongest_member(own_prob, y_prob.argmax(axis=1))
+        evaluation = Evaluation(_loss(evaluation.labels, y_prob), evaluation.labels, y_prob)
+        info = merge_info(info, merged)
     own = set(METADATA_COLUMNS) - {"source_split"}
     metrics = evaluate_predictions(
         evaluation.labels,
-        evaluation.probabilities,
+        y_prob,
         info.classes,
         info.calibration,
         info.thresholds,
+        calibrated=None if merged is None else calibrated,
         malignant=info.malignant_classes or [],
         unknown=info.unknown_classes,
         groups=dataset.metadata["group"].tolist(),
@@ -87,26 +81,60 @@ def save_results(
         seed=seed,
     )
     metrics["test"]["loss"] = evaluation.loss
-    calibrated = info.calibration.apply(evaluation.probabilities)
     folder.mkdir(parents=True, exist_ok=True)
     names = np.array(info.classes, dtype=object)
     predictions = {
         "path": name_column(dataset.metadata["path"].tolist()),
         "true_class": names[evaluation.labels],
-        "predicted_class": names[evaluation.probabilities.argmax(axis=1)],
+        "predicted_class": names[y_prob.argmax(axis=1)],
     } | {f"prob_{name}": calibrated[:, label] for label, name in enumerate(names)}
     write_csv(pd.DataFrame(predictions), folder / "predictions.csv")
     plot_metrics(folder, metrics, evaluation.labels, calibrated, info.classes)
-    plot_examples(folder, model, dataset, evaluation, calibrated)
+    plot_examples(folder, model, dataset, evaluation, calibrated, explained)
     about = {
         "model": folder.name,
-        "precision": precision,
+        "precision": about["precision"],
         "classes": info.classes,
-        "training_time": training_time,
+        "training_time": about.get("training_time"),
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable_only=True),
     }
     write_json(folder / "metrics.json", about | metrics)
+
+
+def merge_info(info: ModelInfo, merged: MergedClasses) -> ModelInfo:
+    """Returns what a model's info says of its merged classes.
+
+    A class of malignant and other members is unknown. Thresholds stay where the merged classes
+    screen for the same, as sums of probabilities do.
+    """
+    malignant, mixed = merged.joined(info.malignant_classes or [], info.classes)
+    unknown, partly = merged.joined(info.unknown_classes or [], info.classes)
+    screened = {"malignant"} - ({"malignant"} if mixed or partly else set())
+    screened |= {"melanoma"} & {n for n in info.thresholds if _keeps_melanoma(info, merged)}
+    is_whole = min(merged.numbers) >= 0
+    return replace(
+        info,
+        classes=list(merged.names),
+        bias=[],
+        temperature=1.0,
+        malignant_classes=malignant,
+        unknown_classes=list(dict.fromkeys([*mixed, *unknown, *partly])),
+        thresholds={n: t for n, t in info.thresholds.items() if is_whole and n in screened},
+    )
+
+
+def _keeps_melanoma(info: ModelInfo, merged: MergedClasses) -> bool:
+    """Returns whether the merged classes of melanoma are those of the model's classes of it."""
+    own = [name for name in info.classes if is_melanoma(name)]
+    whole, mixed = merged.joined(own, info.classes)
+    return not mixed and whole == [name for name in merged.names if is_melanoma(name)]
+
+
+def _loss(labels: np.ndarray, y_prob: np.ndarray) -> float:
+    """Returns the cross-entropy of the labels under merged probabilities."""
+    of_labels = y_prob[np.arange(len(y_prob)), labels]
+    return float(-np.log(np.maximum(of_labels, np.finfo(np.float32).tiny)).mean())
 
 
 def plot_metrics(
@@ -147,8 +175,12 @@ def plot_examples(
     dataset: LesionDataset,
     evaluation: Evaluation,
     calibrated: np.ndarray,
+    explained: np.ndarray,
 ) -> None:
-    """Plots into a model's folder its most confident mistakes and Grad-CAMs of right and wrong."""
+    """Plots into a model's folder its most confident mistakes and Grad-CAMs of right and wrong.
+
+    `explained` (N,) are the labels of the model's own classes that the Grad-CAMs are of.
+    """
     y_true, y_pred = evaluation.labels, evaluation.probabilities.argmax(axis=1)
     names, paths = np.array(dataset.classes, dtype=object), dataset.metadata["path"].to_numpy()
     true, predicted = names[y_true], names[y_pred]
@@ -169,7 +201,7 @@ def plot_examples(
     pixels = to_float(torch.from_numpy(images).to(next(model.parameters()).device))
     visualizations.plot_gradcams(
         images,
-        gradcam(model, pixels, y_pred[examples]),
+        gradcam(model, pixels, explained[examples]),
         true[examples],
         predicted[examples],
         names=paths[examples],
@@ -295,181 +327,3 @@ def environment(
     if device is not None:
         about["precision"] = name_of_precision(resolve_precision(precision, choose_device(device)))
     return about
-
-
-# ---------------------------------------------------------------------------- other images
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """The settings of `evaluate_folder`, named like the flags of `predict.py`."""
-
-    labels_csv: str | None = None
-    label_column: str | None = None
-    device: torch.device | str | None = None
-    precision: str = "auto"
-    batch_size: int = 32
-    num_workers: int | None = None
-    seed: int = 42
-
-
-def evaluate_folder(
-    models: Sequence[str | Path],
-    data_dir: str | Path,
-    save_dir: str | Path,
-    settings: EvaluationSettings = EvaluationSettings(),
-    *,
-    overwrite: bool = False,
-    command: str = "",
-) -> tuple[pd.DataFrame, list[str]]:
-    """Measures trained models, files `model.pth`, on labelled images that they have never seen.
-
-    The images and their labels are found as by `DatasetBuilder`; their classes must be among the
-    models', by name or by diagnosis. Writes into `save_dir` what training does, and returns the
-    comparison and the files that cannot be read.
-
-    A model that has been measured there on the same images already is skipped, and others that
-    have been stay in the comparison. With `overwrite` it is measured again, and the results of an
-    evaluation of other images in `save_dir` are removed.
-
-    Raises ValueError for models of different classes or sizes or with preprocessors of their own,
-    for a class of the images that the models do not know, and for a `save_dir` in use, with another
-    kind of run in it, or, without `overwrite`, with results that would be lost.
-    """
-    save_dir, named = Path(save_dir), _name_models(models)
-    folder = EvaluationFolder(save_dir, named, data_dir)
-    run_folder.check_unclaimed(save_dir)  # now, not after the images are prepared
-    device = choose_device(settings.device)
-    dtype = resolve_precision(settings.precision, device)
-    loaded = _load_models(named)
-    _, info = next(iter(loaded.values()))
-    same = {"classes": info.classes, "precision": str(dtype).split(".")[1], "seed": settings.seed}
-    runs = {name: {"model": digest(path.read_bytes())} | same for name, path in named.items()}
-    folder.measured(runs, overwrite)  # checked before the images are prepared, too
-    with tempfile.TemporaryDirectory() as cache_dir:
-        dataset, metadata, findings = _read_images(data_dir, cache_dir, info, settings)
-        images = metadata[["path", "class", "content_hash"]].to_numpy().tolist()
-        same = {"images": digest(json.dumps(images).encode())}
-        runs = {name: run | same for name, run in runs.items()}
-        with claim(save_dir):
-            # Once more, as from now on nobody else writes there.
-            folder = EvaluationFolder(save_dir, named, data_dir)
-            kept = folder.measured(runs, overwrite)
-            folder.make_room(kept)
-            unmeasured = {name: loaded[name] for name in named if name not in kept}
-            _warn_of_measured(save_dir, [name for name in named if name in kept])
-            if unmeasured:
-                synthetic = {"is_synthetic": is_synthetic(data_dir)}
-                shown = {"model": list(map(str, models)), "data_dir": str(data_dir)}
-                shown |= asdict(settings) | {"device": str(device)}
-                about = {"kind": EVALUATION, "command": command, "settings": shown}
-                about |= {"runs": kept | runs} | synthetic | environment(device, settings.precision)
-                run_folder.write_config(save_dir, about)
-            write_csv(metadata, save_dir / "splits.csv")
-            save_audit(save_dir, findings)
-            plot_audit(save_dir, findings, data_dir)
-            _measure(unmeasured, save_dir, dataset, settings, device)
-            comparison = compare_models(save_dir, [*kept | runs], dataset, seed=settings.seed)
-            write_report(save_dir)
-    unreadable = findings["images"][findings["kind"] == "unreadable"]
-    return comparison, [f"{path}: cannot be read" for paths in unreadable for path in paths]
-
-
-def _read_images(
-    data_dir: str | Path, cache_dir: str, info: ModelInfo, settings: EvaluationSettings
-) -> tuple[LesionDataset, pd.DataFrame, pd.DataFrame]:
-    """Returns the images, labelled as by the model, their metadata, and what the audit found."""
-    builder = DatasetBuilder(
-        data_dir,
-        image_size=info.image_size,
-        cache_dir=cache_dir,
-        num_workers=settings.num_workers,
-        seed=settings.seed,
-        labels_csv=settings.labels_csv,
-        label_column=settings.label_column,
-        skip_unreadable=True,
-        accept_class_names=True,  # as they have to be the model's
-    )
-    prepared = builder.prepare()
-    findings = builder.audit(prepared=prepared)
-    splits, metadata = builder.build(splits={"test": 1.0}, prepared=prepared)
-    dataset = splits["test"]
-    label_of = {name: find_label(name, info.classes) for name in dataset.classes}
-    renamed = [
-        f"{name} as {info.classes[label]}"
-        for name, label in label_of.items()
-        if normalize_name(name) != normalize_name(info.classes[label])
-    ]
-    messages = [f"classes named otherwise in the model: {', '.join(renamed)}"] if renamed else []
-    counted = group_by_malignancy(info.classes, info.malignant_classes or [], info.unknown_classes)
-    for message in messages + screening_warnings(counted):
-        warnings.warn(message, stacklevel=3)
-    labelled = dataset.metadata.assign(label=dataset.metadata["class"].map(label_of))
-    dataset = LesionDataset(
-        dataset.array_path, dataset.rows, labelled, info.classes, extra_inputs=dataset.extra_inputs
-    )
-    return dataset, metadata, findings
-
-
-def find_label(name: str, classes: Sequence[str]) -> int:
-    """Returns the number of the one class of the model that has this name or diagnosis."""
-    try:
-        labels = match_classes(classes, [name])
-    except ValueError as error:
-        raise ValueError(
-            f"the model does not know the class {name}, only {', '.join(classes)}"
-        ) from error
-    if len(labels) > 1:
-        candidates = ", ".join(classes[label] for label in labels)
-        raise ValueError(
-            f"the class {name} could be any of the model's classes {candidates}; rename it to one "
-            "of them"
-        )
-    return labels[0]
-
-
-def _measure(
-    models: Mapping[str, tuple[LesionClassifier, ModelInfo]],
-    save_dir: Path,
-    dataset: LesionDataset,
-    settings: EvaluationSettings,
-    device: torch.device,
-) -> None:
-    loader = create_dataloaders({"test": dataset}, settings.batch_size, device=device)["test"]
-    precision = name_of_precision(resolve_precision(settings.precision, device))
-    for name, (model, info) in models.items():
-        evaluation = evaluate(model, loader, device=device, precision=precision)
-        folder, seed = save_dir / name, settings.seed
-        save_results(folder, model, info, evaluation, dataset, precision=precision, seed=seed)
-
-
-def _warn_of_measured(save_dir: Path, names: Sequence[str]) -> None:
-    if names:
-        warnings.warn(
-            f"{save_dir}: skipped {', '.join(names)}, already evaluated on these images; "
-            "--overwrite evaluates again",
-            stacklevel=3,
-        )
-
-
-def _name_models(models: Sequence[str | Path]) -> dict[str, Path]:
-    """Returns the files by the names of their folders, which are the models' in a training run."""
-    named: dict[str, Path] = {}
-    for path in map(Path, models):
-        name = path.resolve().parent.name or path.stem
-        number = sum(other == name or other.startswith(f"{name} (") for other in named)
-        named[f"{name} ({number + 1})" if number else name] = path
-    return named
-
-
-def _load_models(named: Mapping[str, Path]) -> dict[str, tuple[LesionClassifier, ModelInfo]]:
-    """Loads the models; raises ValueError for models that cannot see the same images."""
-    loaded = {name: load_model(path) for name, path in named.items()}
-    infos = {name: info for name, (_, info) in loaded.items()}
-    for name, info in infos.items():
-        if info.preprocessors:
-            raise ValueError(
-                f"{name} was trained with custom preprocessors, which this command does not have"
-            )
-    check_alike(infos, ("classes", "image_size"))
-    return loaded

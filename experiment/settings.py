@@ -114,9 +114,21 @@ class Settings:
         None, "table of classes that override the folder names", "FILE", group="data",
         audit=True, result=False,
     )  # fmt: skip
-    label_column: str | None = flag(
-        None, "column that gives the classes in place of the folder names", "NAME",
-        group="data", audit=True,
+    label_column: tuple[str, ...] = flag(
+        (), "column that gives the classes in place of the folder names, or one-hot columns",
+        "NAME", group="data", audit=True,
+    )  # fmt: skip
+    class_names: tuple[str, ...] = flag(
+        (), "classes by their numbers in the column, from 0", "NAME", group="data", audit=True,
+        result=False,
+    )  # fmt: skip
+    class_map: tuple[str, ...] = flag(
+        (), "new names of classes; equal ones are merged, those without one left out; or a table "
+        "with the columns old and new", "OLD=NEW", group="data", audit=True, result=False,
+    )  # fmt: skip
+    unlabelled: str = flag(
+        "error", "what to do with images without a label", choices=("error", "drop"), group="data",
+        audit=True, result=False,
     )  # fmt: skip
     accept_class_names: bool = flag(
         False, "accept classes that do not look like classes, such as images or test",
@@ -134,16 +146,18 @@ class Settings:
         None, "column of the tables that names the images (default: the one that matches most)",
         "NAME", group="data", audit=True, result=False,
     )  # fmt: skip
-    group_by: tuple[str, ...] = flag(
-        (), "columns whose equal values keep images in one split", "NAME", group="data"
-    )
+    group_by: tuple[str, ...] | None = flag(
+        None, "columns whose equal values keep images in one split (default: lesion_id and "
+        "patient_id where there are such columns; none if empty)", "NAME", group="data", nargs="*",
+    )  # fmt: skip
     splits: tuple[float, ...] = flag(
         (0.7, 0.2, 0.1), "fractions of the images", ("TRAIN", "VALID", "TEST"), group="data",
         nargs=3, type=_part, no_effect={"--splits_csv": ""},
     )  # fmt: skip
     split_by: str = flag(
-        "random", "folders: keep the splits of the folders Train, Valid and Test",
-        choices=("random", "folders"), group="data", audit=True, no_effect={"--splits_csv": ""},
+        "random", "folders: keep the splits of the folders Train, Valid and Test; official: those "
+        "of a column split", choices=("random", "folders", "official"), group="data", audit=True,
+        no_effect={"--splits_csv": ""},
     )  # fmt: skip
     splits_csv: str | None = flag(
         None, "table of splits, such as an earlier splits.csv", "FILE", group="data",
@@ -254,9 +268,7 @@ def parse_arguments(
     _check_effects(parser, settings_class, console.given_flags(parser, argv), arguments)
     is_demo = arguments.pop("demo")
     arguments["models"] = dict.fromkeys(arguments["models"])
-    for each in fields(settings_class):
-        if isinstance(each.default, tuple):
-            arguments[each.name] = tuple(arguments[each.name])
+    arguments |= {n: tuple(v) for n, v in arguments.items() if isinstance(v, list | dict)}
     settings = settings_class(**arguments)
     if abs(sum(settings.splits) - 1) > 1e-6:
         shown = " ".join(f"{fraction:g}" for fraction in settings.splits)

@@ -58,7 +58,7 @@ class Sources:
         if self.unlabelled not in UNLABELLED:
             raise ValueError(f"unlabelled must be error or drop, not {self.unlabelled!r}")
         sources = (self.labels_csv, self.metadata_csv, self.layout)
-        if self.label_column is not None and sources == (None, None, None):
+        if self.label_column and sources == (None, None, None):
             raise ValueError(
                 "label_column needs the table that has it: labels_csv or metadata_csv, or the name "
                 "of the layout whose tables have it"
@@ -136,7 +136,7 @@ def _find_images(sources: Sources) -> tuple[pd.DataFrame, str, str | Path | None
     else:
         layout = sources.layout or layout_of(sources.data_dir)
         images = read_folder(sources.data_dir, layout)
-        if sources.label_column is not None:
+        if sources.label_column:
             images = images.drop(columns="class")
             if table is None:
                 where = f"{sources.data_dir} ({layout})"
@@ -153,7 +153,7 @@ def _label_columns(sources: Sources) -> list[str]:
 
 
 def _gives_all_labels(sources: Sources, table: str | Path) -> bool:
-    if sources.label_column is not None or is_one_hot(read_table(table)):
+    if sources.label_column or is_one_hot(read_table(table)):
         return True
     if layout_of(sources.data_dir) != CLASS_FOLDERS:
         return False

@@ -44,7 +44,7 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         what = " is a folder, not a table" if Path(path).is_dir() else ": no such file"
         raise FileNotFoundError(f"{printable(path)}{what}")
     try:
-        text = _decode(Path(path).read_bytes())
+        text = decode_text(Path(path).read_bytes())
         table = pd.read_csv(
             io.BytesIO(text.encode("utf-8", "surrogateescape")),
             sep=_find_separator(text),
@@ -58,7 +58,8 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         if not isinstance(table.index, pd.RangeIndex):
             raise ValueError("some rows have more cells than the header")
     except ValueError as error:  # pandas' own errors for what cannot be parsed are ValueErrors
-        raise ValueError(f"{printable(path)}: not a valid CSV table ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{printable(path)}: not a valid CSV table ({reason})") from error
     names = [decode_latin1(name).strip() for name in table.columns]
     if len(set(names)) == len(names):
         table.columns = pd.Index(names, dtype=object)
@@ -93,7 +94,8 @@ def decode_latin1(text: str) -> str:
         return contents.decode("latin-1")
 
 
-def _decode(contents: bytes) -> str:
+def decode_text(contents: bytes) -> str:
+    """Returns the text of a file in UTF-8 or UTF-16; other bytes become surrogate escapes."""
     if contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return contents.decode("utf-16")
     for zeros, others, encoding in ((1, 0, "utf-16-le"), (0, 1, "utf-16-be")):

@@ -1,7 +1,6 @@
 """Trained models on new images: models, views and batches → probabilities."""
 
 import json
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from torch import Tensor
 from dataset import (
     Preprocessor,
     UnreadableImageError,
-    find_images,
     fingerprint,
     prepare_image,
     to_float,
@@ -29,10 +27,11 @@ from evaluation import match_classes
 from imaging.heatmaps import FIGURE_SIDE
 from imaging.lesions import is_melanoma, normalize_name
 from inference.explain import gradcam, overlay_name, save_overlay
+from inference.files import find_files
 from inference.options import Paths, PredictionOptions, as_list, find_model
 from learning.hardware import choose_device, compute_logits, memory_format_for, resolve_precision
 from models import LesionClassifier, ModelInfo, load_model
-from storage.files import name_column, printable, write_atomically, write_csv
+from storage.files import name_column, write_atomically, write_csv
 from storage.progress import ProgressBar
 
 DEFAULT_AIM = "sensitivity 95%"  # of the thresholds in a model.pth, the one that sets flags
@@ -79,29 +78,6 @@ def predict_batches(
                 )
             bar.update(len(read) + len(unreadable))
             yield table, unreadable
-
-
-def find_files(images: Paths) -> list[str]:
-    """Returns the files that these files and folders stand for, each once, with forward slashes.
-
-    A folder stands for the images below it as `dataset.find_images` finds them, a file for itself,
-    whatever its suffix. Raises FileNotFoundError naming all that do not exist, and ValueError for a
-    folder without images.
-    """
-    images = as_list(images)
-    if not images:
-        raise ValueError("no images given; give files or folders")
-    missing = [printable(path) for path in images if not os.path.exists(path)]
-    if missing:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such file or folder")
-    found: list[str] = []
-    for path in map(Path, images):
-        if path.is_dir():
-            inside = find_images(path, has_class_folders=False)["path"]
-            found += [(path / name).as_posix() for name in inside]
-        else:
-            found.append(path.as_posix())
-    return list(dict.fromkeys(found))
 
 
 class Ensemble:

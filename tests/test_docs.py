@@ -88,6 +88,7 @@ def folder_of_a_user(make_module_images, tmp_path_factory):
     paths = iter(sorted((folder / "data/raw").rglob("*.png")))
     lesions = code_blocks(ROOT / "docs/data.md", "text")[2]
     (folder / "lesions.csv").write_text(lesions)
+    (folder / "map.csv").write_text(code_blocks(ROOT / "docs/prediction.md", "text")[2])
     for line in lesions.split()[1:]:
         image = next(paths)
         image.rename(image.with_stem(line.split(",")[0]))

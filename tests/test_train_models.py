@@ -385,7 +385,7 @@ def test_images_of_a_class_that_is_not_known_are_no_negatives(quick, make_images
     root = make_images({"melanoma (in situ)": 14, "nevus": 14, "UNK": 14}, name="unknown")
     assert main(quick(root)) == 0
     printed, counted = capfd.readouterr(), "malignant: melanoma (in situ); benign: nevus"
-    assert f"counted as {counted}; unknown: UNK\n" in printed.out
+    assert f"counted as {counted}; not known: UNK\n" in printed.out
     assert "left out of the screening metrics: UNK;" in printed.err
     metrics = json.loads((tmp_path / "out/simple_cnn/metrics.json").read_text())
     for target in ("malignant", "melanoma"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment import results, run_folder
-from experiment.results import EvaluationSettings, evaluate_folder
+from experiment import external, run_folder
+from experiment.external import EvaluationSettings, evaluate_folder
 from experiment.run_folder import EVALUATION_FILES, RESULT_FILES, TRAINING_FILES, claim
 from models import get_model
 from predict import main
@@ -47,13 +47,13 @@ def images(make_images):
 @pytest.fixture
 def measured(monkeypatch):
     """The names of the models that are measured from now on."""
-    names, leave = [], results.save_results
+    names, leave = [], external.save_results
 
     def leave_and_watch(folder, *rest, **options):
         names.append(folder.name)
         leave(folder, *rest, **options)
 
-    monkeypatch.setattr(results, "save_results", leave_and_watch)
+    monkeypatch.setattr(external, "save_results", leave_and_watch)
     return names
 
 
@@ -277,7 +277,7 @@ def test_what_can_be_told_without_the_images_is_told_before_they_are_prepared(
     tmp_path, images, save_model, monkeypatch
 ):
     evaluate_folder([save_model()], images, tmp_path / "out")
-    monkeypatch.setattr(results.DatasetBuilder, "prepare", lambda self: pytest.fail("too late"))
+    monkeypatch.setattr(external.DatasetBuilder, "prepare", lambda self: pytest.fail("too late"))
     with pytest.raises(ValueError, match="with another model.pth; replace it"):
         evaluate_folder([save_model(seed=1)], images, tmp_path / "out")
 
@@ -343,7 +343,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_same_command(
         evaluate_folder([save_model("former", seed=2)], images, out)
         image_more(None, images)
         measured.clear()
-    leave = results.save_results
+    leave = external.save_results
 
     def stop_at_two(folder, *rest, **options):
         if folder.name == "two":
@@ -352,7 +352,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_same_command(
 
     more = ["--overwrite"] if overwrite else []
     with monkeypatch.context() as patch:
-        patch.setattr(results, "save_results", stop_at_two)
+        patch.setattr(external, "save_results", stop_at_two)
         assert command(models, images, out, *more) == 143
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("predict.py: stopped by SIGTERM; repeat the command")
@@ -369,7 +369,7 @@ def test_an_evaluation_that_measured_nothing_yet_keeps_no_other_out(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, "evaluate", stop)
+        patch.setattr(external, "evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
             evaluate_folder([save_model("one")], images, tmp_path / "out")
     image_more(None, images)

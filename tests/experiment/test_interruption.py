@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import visualizations
 from dataset import DatasetBuilder, create_dataloaders
-from experiment.results import EvaluationSettings, evaluate_folder
+from experiment.external import EvaluationSettings, evaluate_folder
 from experiment.run_folder import claim
 from models import get_model, load_model
 from predict import main as predict_main

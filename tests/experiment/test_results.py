@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import recall_score
 
-from experiment.results import EvaluationSettings, compare_models, evaluate_folder, find_label
+from experiment.external import EvaluationSettings, evaluate_folder, find_label
+from experiment.results import compare_models
 from models import ModelInfo
 from predict import main as predict_main
 from storage.tensors import load_tensors, save_tensors
@@ -191,3 +192,39 @@ def test_a_model_of_before_calibrations_is_measured_with_its_own_probabilities(t
         assert after[name] == pytest.approx(before[name], abs=1e-9)
     assert report["screening"] == {}
     assert (tmp_path / "found/report.html").stat().st_size > 100_000
+
+
+def test_a_model_is_measured_on_labels_that_merge_its_classes(trained, make_images, tmp_path):
+    model, root = trained
+    plain, merged = tmp_path / "plain", tmp_path / "merged"
+    evaluate_folder([model], root, plain, EvaluationSettings(device="cpu"))
+    class_map = {"melanoma": "malignant", "nevus": "benign", "vascular lesion": "benign"}
+    settings = EvaluationSettings(device="cpu", class_map=class_map)
+    evaluate_folder([model], root, merged, settings)
+    own = pd.read_csv(plain / "simple_cnn/predictions.csv")
+    found = pd.read_csv(merged / "simple_cnn/predictions.csv")
+    assert found["path"].tolist() == own["path"].tolist()
+    assert found["true_class"].tolist() == own["true_class"].map(class_map).tolist()
+    both = own["prob_nevus"] + own["prob_vascular lesion"]
+    assert found["prob_benign"].tolist() == pytest.approx(both.tolist())
+    before, after = (
+        json.loads((folder / "simple_cnn/metrics.json").read_text()) for folder in (plain, merged)
+    )
+    area = before["screening"]["malignant"]["roc_auc"]
+    assert after["screening"]["malignant"]["roc_auc"] == pytest.approx(area)
+    assert list(after["screening"]) == ["malignant"]  # which class is melanoma is not known now
+    assert after["counted_as"] == {"malignant": ["malignant"], "benign": ["benign"], "unknown": []}
+    # The truth may have the new names from the start.
+    truth = make_images({"malignant": 4, "benign": 4}, name="truth")
+    comparison, _ = evaluate_folder([model], truth, tmp_path / "truth_found", settings)
+    assert len(comparison) == 1
+
+
+def test_a_class_that_joins_malignant_and_benign_ones_screens_for_nothing(trained, tmp_path):
+    model, root = trained
+    settings = EvaluationSettings(device="cpu", class_map=["melanoma=pigmented", "nevus=pigmented"])
+    with pytest.warns(UserWarning, match="screening"):
+        evaluate_folder([model], root, tmp_path / "out", settings)
+    metrics = json.loads((tmp_path / "out/simple_cnn/metrics.json").read_text())
+    assert metrics["counted_as"]["unknown"] == ["pigmented"]
+    assert metrics["screening"] == {}

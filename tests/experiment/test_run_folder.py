@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import settings
-from experiment.results import EvaluationSettings, evaluate_folder
+from experiment.external import EvaluationSettings, evaluate_folder
 from experiment.run_folder import (
     AUDIT,
     DATA,
