@@ -101,7 +101,7 @@ READERS = {
     "isic2016": _published(
         "isbi2016_isic_part3*_groundtruth",
         title="ISIC 2016 challenge, part 3",
-        licence="CC0",
+        licence="CC0, see the publisher",
         columns="the class, benign or malignant; the official split",
         tables=[
             Table(
@@ -115,7 +115,7 @@ READERS = {
     "isic2017": _published(
         "isic-2017_*part3_groundtruth",
         title="ISIC 2017 challenge, part 3",
-        licence="CC0",
+        licence="CC0, see the publisher",
         columns="the class, melanoma, seborrheic_keratosis or, where both are 0, nevus; age, sex; "
         "the official split",
         tables=[
@@ -130,7 +130,7 @@ READERS = {
     "isic2018": _published(
         "isic2018_task3_*_groundtruth",
         title="ISIC 2018 challenge, task 3",
-        licence="CC BY-NC 4.0",
+        licence="CC BY-NC 4.0, see the publisher",
         columns="the class, one of seven; lesion_id, diagnosis_confirm_type; the official split",
         tables=[
             Table(["isic2018_task3_*_groundtruth"], labels=_ISIC_CODES),
@@ -150,7 +150,7 @@ READERS = {
     "isic2020": _published(
         "isic_2020_training_groundtruth*",
         title="ISIC 2020 challenge (SIIM-ISIC)",
-        licence="CC BY-NC 4.0",
+        licence="CC BY-NC 4.0, see the publisher",
         columns="the class, benign or malignant; patient_id, lesion_id, age, sex, site, diagnosis; "
         "the second image of each pair in the list of duplicates is left out",
         tables=[
@@ -165,7 +165,7 @@ READERS = {
     "ham10000": _published(
         "ham10000_metadata",
         title="HAM10000",
-        licence="CC BY-NC 4.0",
+        licence="CC BY-NC 4.0, see the publisher",
         columns="the class, one of seven; lesion_id, age, sex, site, dx_type; with the test set of "
         "ISIC 2018 beside it, the split in train and test",
         tables=[
@@ -182,7 +182,7 @@ READERS = {
         "imgs_part_*/",
         "pat_*_*_*.png",
         title="PAD-UFES-20",
-        licence="CC BY 4.0",
+        licence="CC BY 4.0, see the publisher",
         columns="the class, diagnostic; patient_id, lesion_id, age, sex, site, biopsed, and all "
         "other columns",
         tables=[Table(["metadata"], id_columns=["img_id"], labels=["diagnostic"])],
@@ -190,7 +190,7 @@ READERS = {
     "ph2": _published(
         "ph2 dataset images/",
         title="PH2",
-        licence="for research and education; see the publisher",
+        licence="for research and education, see the publisher",
         columns="the class, Common Nevus, Atypical Nevus or Melanoma; the dermoscopic criteria of "
         "PH2_dataset.txt",
         tables=[
@@ -216,7 +216,7 @@ READERS = {
     "ddi": _published(
         "ddi_metadata",
         title="Diverse Dermatology Images (DDI)",
-        licence="for research; see the publisher (Stanford)",
+        licence="for research, see the publisher (Stanford)",
         columns="the class, benign or malignant; skin_tone, disease",
         tables=[Table(["ddi_metadata"], id_columns=["DDI_file"], labels=["malignant"])],
     ),
