@@ -57,10 +57,8 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         return 0  # one process is enough, and torchrun would stop it when another one ends with 1
     data_dir = Path(settings.data_dir)
     if data_dir.suffix.lower() == ".npz" and data_dir.is_file():
-        from imaging.medmnist import DERMAMNIST, images_folder
-
-        data_dir, layout = images_folder(data_dir), settings.layout or DERMAMNIST
-        settings = replace(settings, data_dir=str(data_dir), layout=layout)
+        settings = _with_images_of(data_dir, settings)
+        data_dir = Path(settings.data_dir)
     elif not data_dir.is_dir() and not (is_demo and not data_dir.exists()):
         what = " is a file, not a folder" if data_dir.exists() else ": no such folder"
         raise FileNotFoundError(f"--data_dir {data_dir}{what}")
@@ -70,6 +68,16 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     from experiment import pipeline
 
     return pipeline.run(settings, is_demo)
+
+
+def _with_images_of(archive: Path, settings: Settings) -> Settings:
+    """Returns the settings with the folder of the images of a file of DermaMNIST in its place."""
+    from imaging.medmnist import DERMAMNIST, images_folder, is_archive
+
+    if not is_archive(archive):
+        raise ValueError(f"--data_dir {archive} is not DermaMNIST, whose name is dermamnist*.npz")
+    layout = settings.layout or DERMAMNIST
+    return replace(settings, data_dir=str(images_folder(archive)), layout=layout)
 
 
 def _advice(error: RuntimeError, settings: Settings) -> str | None:

@@ -166,12 +166,12 @@ READERS = {
         "ham10000_metadata",
         title="HAM10000",
         licence="CC BY-NC 4.0, see the publisher",
-        columns="the class, one of seven; lesion_id, age, sex, site, dx_type; with the test set of "
-        "ISIC 2018 beside it, the split in train and test",
+        columns="the class, one of seven; lesion_id, age, sex, site, dx_type; with the tables and test "
+        "images of ISIC 2018 beside it, the official split",
         tables=[
             Table(["ham10000_metadata"], labels=["dx"], split="train"),
             Table(
-                ["isic2018_task3_test_groundtruth"],
+                ["isic2018_task3_*_groundtruth"],
                 labels=["dx", *_ISIC_CODES],
                 class_names=_HAM10000_CODES,
             ),

@@ -13,6 +13,7 @@ from PIL import Image
 from dataset import DatasetBuilder
 from imaging.layouts import READERS, describe_layouts, layout_of
 from imaging.lesions import find_diagnosis
+from imaging.medmnist import CLASSES
 from imaging.sources import read_folder
 from train_models import main
 
@@ -553,13 +554,14 @@ def test_a_table_without_the_columns_of_its_set_is_named(make_set):
 
 
 def test_the_layout_can_be_chosen(make_set):
-    images = [f"{c}/ISIC_{i}.jpg" for i in range(3) for c in ("mel", "nv")]
+    images = [f"{'mel' if i < 3 else 'nv'}/ISIC_{i}.jpg" for i in range(6)]
     tables = {"HAM10000_metadata.csv": [HAM10000, *HAM10000_ROWS]}
     root = make_set(images, tables)
     with pytest.raises(ValueError, match="no row matches an image"):
         DatasetBuilder(root).list_images()
     assert len(DatasetBuilder(root, layout="class folders").list_images()) == 6
-    kaggle = ["image_name,benign_malignant", "ISIC_0,benign", "ISIC_1,malignant", "ISIC_2,benign"]
+    kaggle = ["image_name,benign_malignant", *(f"ISIC_{i},benign" for i in range(4))]
+    kaggle += ["ISIC_4,malignant", "ISIC_5,malignant"]
     (root / "train.csv").write_text("\n".join(kaggle))
     found = DatasetBuilder(root, layout="isic2020").list_images()
     assert found["class"].value_counts().to_dict() == {"benign": 4, "malignant": 2}
@@ -573,8 +575,6 @@ def test_every_class_of_every_set_is_a_known_diagnosis_or_said_to_be_unknown():
     names += ["seborrheic_keratosis", "benign", "malignant", "non-neoplastic"]
     names += ["BCC", "SCC", "ACK", "SEK", "BOD", "MEL", "NEV"]
     names += ["Common Nevus", "Atypical Nevus", "Melanoma"]
-    from imaging.medmnist import CLASSES
-
     unknown = {name for name in [*names, *CLASSES] if find_diagnosis(name) is None}
     assert unknown == UNKNOWN
     assert find_diagnosis("BOD").is_malignant and not find_diagnosis("BEN_OTH").is_malignant
