@@ -166,8 +166,8 @@ READERS = {
         "ham10000_metadata",
         title="HAM10000",
         licence="CC BY-NC 4.0, see the publisher",
-        columns="the class, one of seven; lesion_id, age, sex, site, dx_type; with the tables and test "
-        "images of ISIC 2018 beside it, the official split",
+        columns="the class, one of seven; lesion_id, age, sex, site, dx_type; with the tables and "
+        "images of ISIC 2018's test set beside it, the official split",
         tables=[
             Table(["ham10000_metadata"], labels=["dx"], split="train"),
             Table(
