@@ -97,7 +97,13 @@ def read_published(
     kept = images[is_image]
     if len(kept) == 0:
         raise ValueError(f"{printable(folder)}: no images of lesions")
-    found = join_table(kept["path"], rows, name, warn_unmatched=True, id_column="image")
+    try:
+        found = join_table(kept["path"], rows, name, warn_unmatched=True, id_column="image")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; if these images are not of that set, read them by their folders with "
+            '--layout "class folders"'
+        ) from error
     found = found.drop(columns=images.columns, errors="ignore").set_index(kept.index)
     images = images.join(found)
     if "split" not in images:
