@@ -55,7 +55,8 @@ def describe_layouts() -> str:
     """Returns a text of the layouts, at most 100 wide: name, title, licence and what is read."""
     lines = []
     for name, reader in READERS.items():
-        lines.append(f"{name:<16}{reader.title}" + f"; {reader.licence}" * bool(reader.licence))
+        licence = f"; {reader.licence}" if reader.licence else ""
+        lines.append(f"{name:<16}{reader.title}{licence}".rstrip())
         lines += textwrap.wrap(
             reader.columns, 100, initial_indent=16 * " ", subsequent_indent=16 * " "
         )
@@ -87,8 +88,7 @@ READERS = {
     CLASS_FOLDERS: Reader(
         lambda folder: True,
         list_images,
-        title="a folder for each class",
-        columns="the class; the folders above it are source_split",
+        columns="the class, a folder for each; the folders above these are source_split",
     ),
     "isic9": Reader(
         lambda folder: False,

@@ -105,6 +105,8 @@ def folder_of_a_user(make_module_images, tmp_path_factory):
         shutil.copy(image, folder / "images" / image.name)
         rows.append(f"{image.stem},{number},{image.parent.name}")
     (folder / "HAM10000_metadata.csv").write_text("\n".join(rows))
+    shutil.copytree(folder / "images", folder / "HAM10000/HAM10000_images")
+    shutil.copy(folder / "HAM10000_metadata.csv", folder / "HAM10000")
     for name in ("simple_cnn", "resnet_scratch", "resnet_finetuned"):
         model = models.get_model("simple_cnn", 3, image_size=16, seed=0)
         (folder / "trained" / name).mkdir(parents=True)
