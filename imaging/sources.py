@@ -56,6 +56,8 @@ class Sources:
             raise ValueError(f"unlabelled must be error or drop, not {self.unlabelled!r}")
         if self.label_column and (self.labels_csv, self.metadata_csv) == (None, None):
             raise ValueError("label_column needs the table that has it: labels_csv or metadata_csv")
+        if self.class_names and not (self.labels_csv or self.label_column):
+            raise ValueError("class_names needs the table with their numbers: labels_csv")
         if self.layout is not None and self.layout not in READERS:
             otherwise = f"the known ones are {', '.join(READERS)}"
             suggestion = did_you_mean(self.layout, READERS, otherwise)
