@@ -63,6 +63,8 @@ class Sources:
                 "label_column needs the table that has it: labels_csv or metadata_csv, or the name "
                 "of the layout whose tables have it"
             )
+        if self.class_names and not (self.labels_csv or self.label_column):
+            raise ValueError("class_names needs the table with their numbers: labels_csv")
         if self.layout is not None and self.layout not in READERS:
             otherwise = f"the known ones are {', '.join(READERS)}"
             suggestion = did_you_mean(self.layout, READERS, otherwise)

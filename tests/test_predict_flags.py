@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import predict
-from experiment import results
+from experiment import external
 from imaging import cache
 from inference import ensemble, export
 from learning import hardware
@@ -32,6 +32,7 @@ class Changes:
     words: list[str]
     base: list[str] = field(default_factory=list)  # stands on the command line either way
     status: int = 0
+    without: int = 0  # the status without these words
 
 
 # By mode: what stands on the command line in any case, in a folder of its own.
@@ -60,9 +61,13 @@ EFFECTS = {
         "threshold": Changes(["--threshold", "nevus=0.1"]),
         "labels_csv": REFUSED,
         "label_column": REFUSED,
+        "id_column": REFUSED,
+        "class_names": REFUSED,
+        "class_map": REFUSED,
+        "unlabelled": REFUSED,
         "evaluate": Changes(["--evaluate", "out"]),
         "export": REFUSED,  # as there are images
-        "overwrite": Changes(["--overwrite"], base=["--output", "there.csv"]),
+        "overwrite": Changes(["--overwrite"], base=["--output", "there.csv"], without=2),
     },
     "--evaluate": COMMON | {
         "output": REFUSED,
@@ -72,9 +77,21 @@ EFFECTS = {
         "threshold": REFUSED,
         "labels_csv": Changes(["--labels_csv", "labels.csv"]),
         "label_column": Changes(["--label_column", "dx"], base=["--labels_csv", "labels.csv"]),
+        "id_column": Changes(["--id_column", "other"], base=["--labels_csv", "labels.csv"]),
+        "class_names": Changes(
+            [word for name in CLASSES for word in ("--class_names", name)],
+            base=["--labels_csv", "labels.csv", "--label_column", "number"],
+            without=2,
+        ),
+        "class_map": Changes(["--class_map", "other=nevus"]),
+        "unlabelled": Changes(
+            ["--unlabelled", "drop"],
+            base=["--labels_csv", "some.csv", "--label_column", "dx"],
+            without=2,
+        ),
         "evaluate": Changes(["--evaluate", "elsewhere"]),
         "export": REFUSED,
-        "overwrite": Changes(["--overwrite"], base=["--evaluate", "there"]),
+        "overwrite": Changes(["--overwrite"], base=["--evaluate", "there"], without=2),
     },
     "--export": {
         "model": Changes(["--model", "n/model.pth"], status=2),  # one at a time
@@ -89,15 +106,20 @@ EFFECTS = {
         "num_workers": REFUSED,
         "labels_csv": REFUSED,
         "label_column": REFUSED,
+        "id_column": REFUSED,
+        "class_names": REFUSED,
+        "class_map": REFUSED,
+        "unlabelled": REFUSED,
         "evaluate": REFUSED,
         "export": Changes(["--export", "elsewhere.onnx"]),
-        "overwrite": Changes(["--overwrite"], base=["--export", "there.onnx"]),
+        "overwrite": Changes(["--overwrite"], base=["--export", "there.onnx"], without=2),
     },
 }  # fmt: skip
 VALUES = {
     "output": "out.csv", "top_k": "2", "tta": "2", "gradcam": "overlays", "threshold": "nevus=0.5",
     "device": "cpu", "precision": "fp32", "batch_size": "2", "num_workers": "2",
     "labels_csv": "labels.csv", "label_column": "dx", "evaluate": "out", "export": "m.onnx",
+    "id_column": "path", "class_names": "nevus", "class_map": "a=b", "unlabelled": "drop",
 }  # fmt: skip
 FLAGS = {each.name: each for each in fields(predict.Settings) if each.name != "images"}
 
@@ -129,8 +151,11 @@ def here(tmp_path, make_images, monkeypatch):
         "path": paths,
         "class": ["nevus", *CLASSES[:1] * 6],
         "dx": [*CLASSES, *CLASSES[:1] * 4],
+        "number": [1, *[0] * 6],
+        "other": paths[::-1],
     }
     pd.DataFrame(labels).to_csv(tmp_path / "labels.csv", index=False)
+    pd.DataFrame(labels).iloc[:4].to_csv(tmp_path / "some.csv", index=False)
     for name in ("there.csv", "there.onnx"):
         (tmp_path / name).write_text("earlier")
     monkeypatch.chdir(tmp_path)
@@ -170,14 +195,14 @@ def observe(here, monkeypatch, capfd):
 
     probabilities = predict.Ensemble.probabilities
     monkeypatch.setattr(predict.Ensemble, "probabilities", see)
-    monkeypatch.setattr(results, "save_results", leave)
-    monkeypatch.setattr(results, "compare_models", compare)
-    monkeypatch.setattr(results, "write_report", lambda save_dir: None)
+    monkeypatch.setattr(external, "save_results", leave)
+    monkeypatch.setattr(external, "compare_models", compare)
+    monkeypatch.setattr(external, "write_report", lambda save_dir: None)
     for module in (ensemble, cache):
         note(module, "ThreadPoolExecutor", lambda threads: threads)
     note(hardware, "choose_device", str)
     note(ensemble, "choose_device", str)
-    note(results, "create_dataloaders", lambda _, batch_size, **options: batch_size)
+    note(external, "create_dataloaders", lambda _, batch_size, **options: batch_size)
     monkeypatch.setattr(export, "export_onnx", lambda model, path: shutil.copy(model, path))
 
     def run(words):
@@ -224,7 +249,7 @@ def test_a_flag_changes_something(here, observe, mode, flag):
         assert main(other) == 0
     base = [*BASES[mode], *effect.base]
     without, with_flag = observe(base), observe([*base, *effect.words])
-    assert without[0] == (2 if flag == "overwrite" else 0), without
+    assert without[0] == effect.without, without
     assert with_flag[0] == effect.status, with_flag
     assert with_flag != without
 

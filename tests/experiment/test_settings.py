@@ -17,7 +17,7 @@ from PIL import Image
 import dataset
 import models
 import training
-from experiment import pipeline
+from experiment import images, pipeline
 from experiment.run_folder import TRAINING
 from experiment.settings import OF_AUDIT, PROGRAM, Settings, command, flag, parse_arguments
 from train_models import main
@@ -35,6 +35,9 @@ FLAGS = {
     "layout": (["--layout", "ham10000"], []),
     "labels_csv": (["--labels_csv", "table.csv"], []),
     "label_column": (["--label_column", "class"], ["--labels_csv", "table.csv"]),
+    "class_names": (["--class_names", "nevus", "melanoma"], ["--labels_csv", "numbers.csv"]),
+    "class_map": (["--class_map", "nevus=benign"], []),
+    "unlabelled": (["--unlabelled", "drop"], []),
     "label_conflicts": (["--label_conflicts", "drop"], []),
     "metadata_csv": (["--metadata_csv", "table.csv"], []),
     "group_by": (["--group_by", "patient"], ["--metadata_csv", "table.csv"]),
@@ -104,6 +107,7 @@ def workplace(tmp_path_factory):
     paths = sorted(p.relative_to(root / "raw").as_posix() for p in (root / "raw").rglob("*.png"))
     table = pd.DataFrame({"path": paths, "class": ["b", "a"] * 30, "patient": range(60)})
     table.to_csv(root / "table.csv", index=False)
+    table.assign(**{"class": ["0", "1"] * 30}).to_csv(root / "numbers.csv", index=False)
     splits = {"path": paths, "split": ["train"] * 40 + ["valid", "test"] * 10}
     pd.DataFrame(splits).to_csv(root / "splits.csv", index=False)
     torch_weights = models.get_model("resnet_scratch", 2, layers=18).backbone.state_dict()
@@ -144,7 +148,6 @@ def outcome(workplace, monkeypatch, capfd):
     build = dataset.DatasetBuilder.build
     monkeypatch.setattr(dataset.DatasetBuilder, "build", recorded(build))
     for name, stand_in in {
-        "create_dataloaders": None,
         "get_model": lambda *args, **kwargs: tiny,
         "make_optimizer": None,
         "warmup_cosine": None,
@@ -153,6 +156,8 @@ def outcome(workplace, monkeypatch, capfd):
         "claim": None,
     }.items():
         monkeypatch.setattr(pipeline, name, recorded(getattr(pipeline, name), stand_in))
+    make = images.create_dataloaders
+    monkeypatch.setattr(images, "create_dataloaders", recorded(make))
 
     def run(words):
         record.clear()
@@ -248,6 +253,7 @@ REFUSED = [
     ["--split_by", "folders", "--data_dir", "with_valid", "--splits", "0.7", "0.2", "0.1"],
     ["--models", "simple_cnn", "--weights", "weights.pth"],
     ["--label_column", "dx"],
+    ["--class_names", "nevus", "melanoma"],
     ["--group_by", "patient"],
     ["--resume", "--overwrite"],
 ]
