@@ -25,7 +25,8 @@ class Reader:
     label), `source_split` (the part of the set as published, such as Train, or empty), and any
     further columns, which become part of the metadata. Those of the published sets have common
     names: `patient_id`, `lesion_id`, `age` in years, `sex`, `site`, and `split` for the official
-    one. Rows with a text in a column `left_out` are left out for that reason, such as "mask".
+    one. Rows with a text in a column `left_out` are left out for that reason, such as "mask". Lines
+    in `attrs["tables"]` are shown on the first screen.
 
     `title`, `licence` and `columns` are what `train_models.py --layouts` shows of it.
     """

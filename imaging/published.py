@@ -97,8 +97,11 @@ def read_published(
     kept = images[is_image]
     if len(kept) == 0:
         raise ValueError(f"{printable(folder)}: no images of lesions")
+    uses: list[str] = []
     try:
-        found = join_table(kept["path"], rows, name, warn_unmatched=True, id_column="image")
+        found = join_table(
+            kept["path"], rows, name, warn_unmatched=True, id_column="image", uses=uses
+        )
     except ValueError as error:
         raise ValueError(
             f"{error}; if these images are not of that set, read them by their folders with "
@@ -111,6 +114,7 @@ def read_published(
     images["split"] = images["split"].fillna(images["source_split"].map(_split_of))
     if images["split"][is_image & images["class"].notna()].nunique() < 2:
         images = images.drop(columns="split")
+    images.attrs["tables"] = uses
     return images
 
 

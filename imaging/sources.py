@@ -109,6 +109,7 @@ def read_images(sources: Sources, required: Sequence[str] = ()) -> Images:
     """
     tables: list[str] = []
     images, layout, label_table = _find_images(sources)
+    tables += images.attrs.get("tables", [])
     left_out = _count_reasons(images)
     images = images[images.pop("left_out").isna()].reset_index(drop=True)
     if label_table is not None:
