@@ -78,6 +78,12 @@ def commands_of(page):
     return [line for line in lines if line and not line.startswith(BY_HAND)]
 
 
+def table_in(page, start):
+    """The table on a page whose first line starts so."""
+    blocks = code_blocks(ROOT / "docs" / page, "text")
+    return next(block for block in blocks if block.startswith(start))
+
+
 @pytest.fixture(scope="module")
 def folder_of_a_user(make_module_images, tmp_path_factory):
     """All files that the commands name, and models trained on the images in `data/raw`."""
@@ -86,9 +92,9 @@ def folder_of_a_user(make_module_images, tmp_path_factory):
     counts = {f"{split}/{name}": 12 for split in ("Train", "Test") for name in classes}
     shutil.copytree(make_module_images(counts), folder / "data/raw")
     paths = iter(sorted((folder / "data/raw").rglob("*.png")))
-    lesions = code_blocks(ROOT / "docs/data.md", "text")[2]
+    lesions = table_in("data.md", "image_id,")
     (folder / "lesions.csv").write_text(lesions)
-    (folder / "map.csv").write_text(code_blocks(ROOT / "docs/prediction.md", "text")[2])
+    (folder / "map.csv").write_text(table_in("prediction.md", "old,"))
     for line in lesions.split()[1:]:
         image = next(paths)
         image.rename(image.with_stem(line.split(",")[0]))
