@@ -6,7 +6,8 @@ that rebuild it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,13 @@ class LesionClassifier(nn.Module):
             self.backbone.eval()
         return self
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *more: Any, **options: Any) -> Any:
+        """Loads weights as torch does; without versions of the layers, as of their present ones."""
+        if not hasattr(state_dict, "_metadata"):
+            state_dict = OrderedDict(state_dict)
+            vars(state_dict).update(vars(self.state_dict()))
+        return super().load_state_dict(state_dict, *more, **options)
+
     def feature_map_layer(self, image_size: int, min_map_size: int = 1) -> nn.Module:
         """Returns the last layer whose maps of such images have `min_map_size` places on a side.
 
@@ -206,16 +214,22 @@ class BackboneClassifier(LesionClassifier):
             self.image_size = image_size
         self.cpu_training_precision = entry.cpu_training_precision
         if start != "scratch" and weights is not None:
-            source: Any = weights if weights == "imagenet" else Path(weights)
-            if weights == "imagenet" and entry.find_weights is not None:
-                source = entry.find_weights(image_size)
-            elif weights == "imagenet":
-                source = download_weights(entry.weights_url, backbone)
-            names = (backbone, entry.classifier)
-            self.loaded_weights = load_weights(module, source, *names, entry.adapt)
+            self.loaded_weights = _load_weights(module, backbone, weights, image_size)
         self.is_frozen = start == "head"
         if self.is_frozen:
             module.requires_grad_(False).eval()
+
+
+def _load_weights(
+    module: nn.Module, backbone: str, weights: str | Path, image_size: int
+) -> LoadedWeights:
+    entry = find_backbone(backbone)
+    source: Any = weights if weights == "imagenet" else Path(weights)
+    if weights == "imagenet" and entry.find_weights is not None:
+        source = entry.find_weights(image_size)
+    elif weights == "imagenet":
+        source = download_weights(entry.weights_url, backbone)
+    return load_weights(module, source, backbone, entry.classifier, entry.adapt)
 
 
 class ResNetFromScratch(BackboneClassifier):
@@ -399,12 +413,30 @@ def plan_model(name: str, *, layers: int = 50, image_size: int = 224) -> LesionC
     raise ValueError(f"{name} does not take images of {image_size} pixels on a side; {reason}")
 
 
+def check_weights(
+    name: str, weights: str | Path, *, layers: int = 50, image_size: int = 224
+) -> LoadedWeights:
+    """Returns what a pretrained model would start from; raises what `get_model` does, as early.
+
+    The model is on the meta device. Default weights are downloaded.
+    """
+    with torch.device("meta"):
+        model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)
+    return _load_weights(model.backbone, name_of_backbone(name, layers), weights, image_size)
+
+
+def name_of_backbone(name: str, layers: int = 50) -> str:
+    """Returns the name in `BACKBONES` of a model's backbone, other than SimpleCNN's."""
+    return f"resnet{layers}" if name in MODELS else name.rpartition("_")[0]
+
+
 def _try_size(name: str, layers: int, image_size: int) -> LesionClassifier:
     with torch.device("meta"):
         model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)
-        with evaluation_mode(model), torch.no_grad():
-            # As forward does, but for autocast, of which the meta device knows nothing.
-            model.head(model.features(torch.empty(1, 3, image_size, image_size)))
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    with evaluation_mode(model), torch.no_grad():
+        # As forward does, but for autocast, of which the meta device knows nothing.
+        model.head(model.features(image))
     return model
 
 

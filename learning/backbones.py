@@ -76,8 +76,8 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 # What a network is built with besides the weights.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "googlenet": {"aux_logits": False, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "init_weights": True},
+    "googlenet": {"aux_logits": False, "init_weights": False},  # or it takes seconds
+    "inception_v3": {"aux_logits": False, "init_weights": False},
 }
 
 
@@ -277,9 +277,7 @@ def timm_backbone(name: str) -> Backbone:
     """
     if importlib.util.find_spec("timm") is None:
         raise ModuleNotFoundError(f"{name} needs timm; install with: pip install timm")
-    import timm
-
-    own_name = name.removeprefix(TIMM)
+    timm, own_name = _import_timm(), name.removeprefix(TIMM)
     if not timm.is_model(own_name):
         known = [TIMM + each for each in timm.list_models()]
         suggestion = did_you_mean(name, known, "timm.list_models() gives the names")
@@ -294,21 +292,21 @@ def timm_backbone(name: str) -> Backbone:
     )
 
 
+def _import_timm() -> Any:
+    return importlib.import_module("timm")
+
+
 def _build_timm(
     name: str, image_size: int | None = None, pretrained: bool = False
 ) -> tuple[nn.Module, int]:
-    import timm
-
     size = {} if image_size is None else {"img_size": image_size}
-    make = partial(timm.create_model, name, pretrained=pretrained, num_classes=0, **size)
-    network = _build(make, TIMM + name, image_size)
+    make = partial(_import_timm().create_model, name, pretrained=pretrained, num_classes=0, **size)
+    network: Any = _build(make, TIMM + name, image_size)
     return network, getattr(network, "head_hidden_size", None) or network.num_features
 
 
 def _find_timm_weights(name: str, image_size: int) -> Mapping[str, Tensor]:
-    import timm
-
-    size = image_size if timm.get_pretrained_cfg(name).fixed_input_size else None
+    size = image_size if _import_timm().get_pretrained_cfg(name).fixed_input_size else None
     try:
         return _build_timm(name, size, pretrained=True)[0].state_dict()
     except Exception as error:  # of the network or of a hub, which document no closed set

@@ -97,8 +97,13 @@ def load_weights(
     )
     if isinstance(source, Mapping):
         return LoadedWeights(name, "", summary)
-    with source.open("rb") as file:
-        return LoadedWeights(source.name, hashlib.file_digest(file, "sha256").hexdigest(), summary)
+    return LoadedWeights(source.name, file_digest(source), summary)
+
+
+def file_digest(path: str | Path) -> str:
+    """Returns the SHA-256 of a file in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_state_dict(contents: Any) -> Mapping[str, Any]:
@@ -113,7 +118,7 @@ def _find_state_dict(contents: Any) -> Mapping[str, Any]:
 
 def _without_prefix(
     found: Mapping[str, Any], backbone: nn.Module
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple["OrderedDict[str, Any]", list[str]]:
     """Returns the tensors below the prefix with most names of the backbone, and the other names."""
     expected = backbone.state_dict().keys()
     prefixes = {""}

@@ -20,14 +20,15 @@ ORDER = (
     "augmentation", "dataset",
     "evaluation.metrics", "evaluation.intervals", "evaluation.calibration", "evaluation.screening",
     "evaluation.subgroups", "evaluation",
-    "models",
+    "storage.model_file", "learning.backbones", "models",
     "learning.allocator", "learning.processes", "learning.hardware", "learning.distributed",
     "learning.losses", "learning.checkpoints",
     "training", "visualizations",
-    "inference.options", "inference.explain", "inference.ensemble", "inference.export",
+    "inference.options", "inference.feature_maps", "inference.explain", "inference.ensemble",
+    "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings",
     "experiment.run_files", "experiment.verdict", "experiment.report",
-    "experiment.results", "experiment.stages", "experiment.pipeline",
+    "experiment.results", "experiment.stages", "experiment.checks", "experiment.pipeline",
     "train_models", "predict",
 )  # fmt: skip
 # What users import, by the module that they import it from.
