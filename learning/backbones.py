@@ -189,22 +189,18 @@ def _with_version(backbone: nn.Module, tensors: "OrderedDict[str, Any]") -> "Ord
 # ---------------------------------------------------------------------------- EfficientNet-Lite0
 
 
-class _PadAtTheEnd(nn.Module):
-    """Pads images for a convolution of stride 2 as TensorFlow does, by what is needed and no more.
+class _PaddedConv2d(nn.Conv2d):
+    """Convolves with stride 2, images padded as by TensorFlow: by what is needed and no more.
 
     An odd number of rows or columns has one more at the end than at the start.
     """
 
-    def __init__(self, kernel_size: int) -> None:
-        super().__init__()
-        self.kernel_size = kernel_size
-
     def forward(self, images: Tensor) -> Tensor:
         padding = []
-        for side in (images.shape[3], images.shape[2]):
-            needed = self.kernel_size - (2 if side % 2 == 0 else 1)
+        for side, kernel in zip(images.shape[:1:-1], self.kernel_size[::-1], strict=True):
+            needed = kernel - (2 if side % 2 == 0 else 1)
             padding += [needed // 2, needed - needed // 2]
-        return F.pad(images, padding)
+        return super().forward(F.pad(images, padding))
 
 
 def _build_efficientnet_lite0() -> tuple[nn.Module, int]:
@@ -231,9 +227,11 @@ def _build_efficientnet_lite0() -> tuple[nn.Module, int]:
     )
     for module in list(network.modules()):
         if isinstance(module, Conv2dNormActivation):
-            if module[0].stride == (2, 2):
-                module[0].padding = (0, 0)
-                module.insert(0, _PadAtTheEnd(module[0].kernel_size[0]))
+            old = module[0]
+            if old.stride == (2, 2):
+                shape = (old.in_channels, old.out_channels, old.kernel_size)
+                module[0] = _PaddedConv2d(*shape, stride=2, groups=old.groups, bias=False)
+                module[0].weight = old.weight
             if isinstance(module[-1], nn.SiLU):
                 module[-1] = nn.ReLU6(inplace=True)
     return without_classifier(network)
