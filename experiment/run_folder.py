@@ -286,7 +286,10 @@ class TrainingFolder:
         run.setdefault(TRAINING_PRECISION, run.get("precision"))
         before = {TRAINING_PRECISION: before.get("precision"), WEIGHTS: run.get(WEIGHTS)} | before
         differing = [name for name in run if before.get(name) != run[name]]
+        if "precision" in differing and TRAINING_PRECISION in differing:
+            differing.remove(TRAINING_PRECISION)
         of_digests = {DATA: "images or splits differ", METADATA: f"{METADATA} differ"}
+        of_digests[WEIGHTS] = "the file of --weights has other contents"
         return [of_digests.get(n, f"{n} is {run[n]}, but was {before.get(n)}") for n in differing]
 
     def _of_other_data(self, models: Sequence[str], run: dict[str, Any]) -> list[str]:

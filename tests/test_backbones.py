@@ -39,7 +39,7 @@ SMALL = {
     "googlenet": 32, "mnasnet0_5": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32,
     "regnet_y_400mf": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 64, "swin_t": 64,
 }  # fmt: skip
-EXPORTED = ("efficientnet_lite0", "mobilenet_v3_small", "swin_t")
+EXPORTED = ("efficientnet_lite0",)  # it takes ten seconds
 
 has_timm = importlib.util.find_spec("timm") is not None
 needs_timm = pytest.mark.skipif(not has_timm, reason="needs timm")
@@ -134,6 +134,7 @@ def test_a_backbone_is_trained_explained_saved_loaded_and_exported(backbone, tmp
     assert not all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
     model.load_state_dict(before)
+    model.to(memory_format=torch.contiguous_format)  # which decides the last bits
     heatmaps = gradcam(model, images(size), [0, 1])
     assert heatmaps.shape == (2, size, size)
     assert (np.ptp(heatmaps, axis=(1, 2)) > 0.1).any()
@@ -182,7 +183,7 @@ def test_a_vision_transformer_is_explained_by_the_block_before_the_last():
 @pytest.mark.parametrize(
     ("name", "size", "words"),
     [
-        ("inception_v3_head", 64, "inception_v3_head does not take images of 64 .* takes 75"),
+        ("inception_v3_head", 74, "inception_v3_head does not take images of 74 .* takes 75"),
         ("vit_b_16_scratch", 100, "vit_b_16_scratch does not take images of 100 .* takes 96"),
         ("maxvit_t_scratch", 64, "maxvit_t_scratch does not take images of 64 .* takes 224"),
     ],
@@ -408,9 +409,7 @@ def test_an_entry_can_say_in_which_precision_it_is_trained(own, monkeypatch):
 @needs_timm
 def test_a_run_holds_models_of_any_backbone(make_images, tmp_path, capfd, quick_figures):
     data, out = make_images({"melanoma": 16, "nevus": 14}), tmp_path / "out"
-    names = ["timm/resnet10t_head", "efficientnet_lite0_head", "simple_cnn"]
-    names += ["shufflenet_v2_x0_5_scratch", "squeezenet1_1_scratch", "mnasnet0_5_head"]
-    names += ["mobilenet_v3_small_scratch", "regnet_y_400mf_head"]
+    names = ["timm/resnet10t_head", "squeezenet1_1_scratch", "simple_cnn"]
     weights = torchvision_model("mnasnet0_5", weights=None).state_dict()
     save_tensors(tmp_path / "w.pth", {"state_dict": weights})
     flags = ["--data_dir", str(data), "--save_dir", str(out), "--image_size", "64"]
@@ -439,7 +438,7 @@ def test_a_run_holds_models_of_any_backbone(make_images, tmp_path, capfd, quick_
     assert main([*flags, "--models", "mnasnet0_5_head", "--resume"]) == 0
     save_tensors(tmp_path / "w.pth", {"model": weights})
     assert main([*flags, "--models", "mnasnet0_5_head", "--resume"]) == 2
-    assert "weights_sha256 is" in capfd.readouterr().err
+    assert "the file of --weights has other contents" in capfd.readouterr().err
 
 
 def test_a_size_that_a_model_does_not_take_ends_a_run_before_it_begins(
