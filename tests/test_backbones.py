@@ -28,6 +28,7 @@ from models import (
     plan_model,
 )
 from storage.tensors import save_tensors
+from tests.samples import training_flags
 from train_models import main
 from training import make_optimizer, train
 
@@ -449,3 +450,29 @@ def test_a_size_that_a_model_does_not_take_ends_a_run_before_it_begins(
     assert main([*flags, "--models", "simple_cnn", "maxvit_t_scratch", "--batch_size", "4"]) == 2
     assert "maxvit_t_scratch does not take images of 64 pixels" in capfd.readouterr().err
     assert not out.exists()
+
+
+def test_a_run_says_in_which_precision_each_model_was_trained(
+    make_images, tmp_path, monkeypatch, capfd, no_figures
+):
+    def build():
+        layers = [nn.Conv2d(3, 6, 3, stride=4, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return nn.Sequential(*layers), 6  # a depthwise convolution
+
+    monkeypatch.setitem(BACKBONES, "toy", Backbone(build))
+    monkeypatch.setattr("learning.hardware.computes_in_bfloat16", lambda device: True)
+    data, out = make_images({"melanoma": 16, "nevus": 14}), tmp_path / "out"
+    flags = training_flags(data, out, batch_size=4)
+    names = ["--models", "toy_scratch", "simple_cnn"]
+    assert main([*flags, *names]) == 0
+    runs = json.loads((out / "config.json").read_text())["runs"]
+    assert {name: run["precision"] for name, run in runs.items()} == dict.fromkeys(runs, "bf16")
+    trained_in = {name: load_model(out / name / "model.pth")[1].precision for name in runs}
+    assert trained_in == {"toy_scratch": "fp32", "simple_cnn": "bf16"}
+    assert runs["toy_scratch"]["training_precision"] == "fp32"
+    assert "training_precision" not in runs["simple_cnn"]
+    metrics = json.loads((out / "toy_scratch" / "metrics.json").read_text())
+    assert metrics["precision"] == "bf16"  # in which it was evaluated
+    assert main([*flags, *names, "--resume"]) == 0
+    assert main([*flags, *names, "--resume", "--precision", "bf16"]) == 2
+    assert "training_precision is bf16, but was fp32" in capfd.readouterr().err
