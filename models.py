@@ -382,12 +382,12 @@ def _restored(config: dict[str, Any], weights: Any) -> LesionClassifier:
     others = {name for name, _ in model.named_buffers()} - names.keys() - {"mean", "std"}
     if tables or others:
         model = get_model(**config | {"weights": None, "seed": 0})
-        weights = weights | {name: model.state_dict()[name] for name in tables}
+        weights = {**weights} | {name: model.state_dict()[name] for name in tables}
     else:
         model.to_empty(device="cpu")
         model.mean, model.std = map(_of_channels, model.normalization)
     # Copied, as tensors that were read are mapped from the file and may share memory.
-    model.load_state_dict(weights)
+    model.load_state_dict({**weights})
     return model
 
 
