@@ -6,8 +6,8 @@ that rebuild it.
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,24 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet18, resnet34, resnet50
 
-from evaluation import Calibration
-from imaging.lesions import is_malignant
+from learning.backbones import (
+    EFFICIENTNET_LITE0,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TIMM,
+    Backbone,
+    timm_backbone,
+    torchvision_backbones,
+)
 from storage.files import did_you_mean
-from storage.tensors import check_alike, is_number, load_tensors, save_tensors
-from storage.weights import download_weights, load_weights
+from storage.model_file import MAX_IMAGE_SIZE as MAX_IMAGE_SIZE
+from storage.model_file import ModelInfo, read_model_file
+from storage.tensors import check_alike
+from storage.weights import LoadedWeights, download_weights, is_constant, load_weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_IMAGE_SIZE = 8192  # pixels on a side that a model.pth may ask for
 LARGEST_IMAGE = MAX_IMAGE_SIZE  # its former name
 RESNETS = {18: resnet18, 34: resnet34, 50: resnet50}
 STARTS = ("scratch", "head", "finetuned")
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """Describes a backbone: how it is built, its weights, its input and its feature maps."""
-
-    build: Callable[[], tuple[nn.Module, int]]  # gives a module to features `(B, F)`, and F
-    feature_maps: tuple[tuple[str, int], ...] = ()  # layers and their strides, the last first
-    weights_url: str | None = None  # of the default weights, a state dict
-    classifier: str = "fc."  # prefix of those of its names that are left out
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
-    std: tuple[float, float, float] = IMAGENET_STD
 
 
 def _build_resnet(layers: int) -> tuple[nn.Module, int]:
@@ -51,14 +45,22 @@ def _build_resnet(layers: int) -> tuple[nn.Module, int]:
 
 
 # `get_model` knows each entry as <name>_scratch, <name>_head and <name>_finetuned.
-BACKBONES = {
-    f"resnet{layers}": Backbone(
-        build=partial(_build_resnet, layers),
-        feature_maps=(("layer4", 32), ("layer3", 16), ("layer2", 8), ("layer1", 4)),
-        weights_url=get_model_weights(f"resnet{layers}").DEFAULT.url,
-    )
-    for layers in RESNETS
+BACKBONES: dict[str, Backbone] = torchvision_backbones() | {
+    "efficientnet_lite0": EFFICIENTNET_LITE0,
+    **{
+        f"resnet{layers}": Backbone(
+            build=partial(_build_resnet, layers),
+            feature_maps=(("layer4", 32), ("layer3", 16), ("layer2", 8), ("layer1", 4)),
+            weights_url=get_model_weights(f"resnet{layers}").DEFAULT.url,
+        )
+        for layers in RESNETS
+    },
 }
+
+
+def find_backbone(name: str) -> Backbone:
+    """Returns the entry of `BACKBONES` with this name, or timm's for `timm/<name>`."""
+    return timm_backbone(name) if name.startswith(TIMM) else BACKBONES[name]
 
 
 class ClassificationHead(nn.Sequential):
@@ -87,6 +89,9 @@ class LesionClassifier(nn.Module):
     """
 
     is_frozen = False  # whether the backbone stays as it is, batch-norm statistics included
+    image_size: int | None = None  # the side of the images that it is made for; None for any
+    cpu_training_precision = ""  # as that of `Backbone`
+    loaded_weights: LoadedWeights | None = None  # what the backbone started from
     mean: Tensor
     std: Tensor
 
@@ -105,6 +110,7 @@ class LesionClassifier(nn.Module):
         self.head = ClassificationHead(in_features, num_classes, dropout_rate)
         self.config: dict[str, Any] = {}
         self.feature_maps = feature_maps
+        self.found_layers: dict[tuple[int, ...], str] = {}  # see `inference.feature_maps`
         self.normalization = (mean, std)
         self.register_buffer("mean", _of_channels(mean), persistent=False)
         self.register_buffer("std", _of_channels(std), persistent=False)
@@ -115,6 +121,13 @@ class LesionClassifier(nn.Module):
         if self.is_frozen:
             self.backbone.eval()
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *more: Any, **options: Any) -> Any:
+        """Loads weights as torch does; without versions of the layers, as of their present ones."""
+        if not hasattr(state_dict, "_metadata"):
+            state_dict = OrderedDict(state_dict)
+            vars(state_dict).update(vars(self.state_dict()))
+        return super().load_state_dict(state_dict, *more, **options)
 
     def feature_map_layer(self, image_size: int, min_map_size: int = 1) -> nn.Module:
         """Returns the last layer whose maps of such images have `min_map_size` places on a side.
@@ -128,7 +141,15 @@ class LesionClassifier(nn.Module):
         return self.backbone.get_submodule(next(large, self.feature_maps[-1][0]))
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the features `(B, F)` of images `(B, 3, H, W)` in [0, 1]."""
+        """Returns the features `(B, F)` of images `(B, 3, H, W)` in [0, 1].
+
+        Raises ValueError for images of another size than the one that the model is made for.
+        """
+        if self.image_size is not None and images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"this {type(self).__name__} takes images of {self.image_size} pixels on a side, "
+                f"not {tuple(images.shape[-2:])}; call get_model with the image_size of the data"
+            )
         with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
             return self.backbone((images - self.mean) / self.std)
 
@@ -165,22 +186,14 @@ class SimpleCNN(LesionClassifier):
         super().__init__(backbone, 256, num_classes, dropout_rate, feature_maps=(("4", 8),))
         self.image_size = image_size
 
-    def features(self, images: Tensor) -> Tensor:
-        """Returns the features `(B, 256)` of images of the size that the model is made for."""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"this SimpleCNN takes images of {self.image_size} pixels on a side, not "
-                f"{tuple(images.shape[-2:])}; call get_model with the image_size of the data"
-            )
-        return super().features(images)
-
 
 class BackboneClassifier(LesionClassifier):
-    """Classifies by a backbone of `BACKBONES`.
+    """Classifies by a backbone of `BACKBONES`, or of timm.
 
     `start` is "scratch" (random weights), "finetuned" (pretrained) or "head" (pretrained and
-    frozen). `weights` is "imagenet" (the backbone's default weights), the path of a state dict, or
-    None for random weights.
+    frozen). `weights` is "imagenet" (the backbone's default weights), the path of a file as
+    `load_weights` reads it, or None for random weights. `image_size` matters to backbones that are
+    built for one size.
     """
 
     def __init__(
@@ -190,18 +203,33 @@ class BackboneClassifier(LesionClassifier):
         num_classes: int,
         dropout_rate: float = 0.7,
         weights: str | Path | None = "imagenet",
+        image_size: int = 224,
     ) -> None:
-        entry = BACKBONES[backbone]
-        module, num_features = entry.build()
+        entry = find_backbone(backbone)
+        size = (image_size,) if entry.takes_image_size else ()
+        module, num_features = entry.build(*size)
         of_entry = (entry.mean, entry.std, entry.feature_maps)
         super().__init__(module, num_features, num_classes, dropout_rate, *of_entry)
+        if size:
+            self.image_size = image_size
+        self.cpu_training_precision = entry.cpu_training_precision
         if start != "scratch" and weights is not None:
-            if weights == "imagenet":
-                weights = download_weights(entry.weights_url, backbone)
-            load_weights(module, Path(weights), backbone, entry.classifier)
+            self.loaded_weights = _load_weights(module, backbone, weights, image_size)
         self.is_frozen = start == "head"
         if self.is_frozen:
             module.requires_grad_(False).eval()
+
+
+def _load_weights(
+    module: nn.Module, backbone: str, weights: str | Path, image_size: int
+) -> LoadedWeights:
+    entry = find_backbone(backbone)
+    source: Any = weights if weights == "imagenet" else Path(weights)
+    if weights == "imagenet" and entry.find_weights is not None:
+        source = entry.find_weights(image_size)
+    elif weights == "imagenet":
+        source = download_weights(entry.weights_url, backbone)
+    return load_weights(module, source, backbone, entry.classifier, entry.adapt)
 
 
 class ResNetFromScratch(BackboneClassifier):
@@ -252,15 +280,17 @@ def get_model(
 ) -> LesionClassifier:
     """Returns the classifier of the given name: one of `MODELS`, or `<backbone>_<start>`.
 
-    `<backbone>` is one of `BACKBONES`, `<start>` is scratch, finetuned or head, for which
-    `BackboneClassifier` describes `weights`; models that start from random weights ignore
-    "imagenet". `layers` is the depth of the ResNets in `MODELS`, `image_size` the side in pixels of
-    the images that SimpleCNN is made for. With a `seed`, random weights depend on `(seed, name)`
-    alone and the global random state stays as it was; without, they are drawn from it.
+    `<backbone>` is one of `BACKBONES`, or `timm/` and a name of timm's; `<start>` is scratch,
+    finetuned or head, for which `BackboneClassifier` describes `weights`; models that start from
+    random weights ignore "imagenet". `layers` is the depth of the ResNets in `MODELS`, `image_size`
+    the side in pixels of the images, for SimpleCNN and vision transformers, which take one size.
+    With a `seed`, random weights depend on `(seed, name)` alone and the global random state stays
+    as it was; without, they are drawn from it.
 
     Raises ValueError for an unknown name, depth or dropout rate, fewer than two classes, weights
-    that do not fit, or a path of weights for a model that starts from random ones, and
-    FileNotFoundError when the weights are not there and cannot be downloaded.
+    that do not fit, an image size that the model cannot have, or a path of weights for a model that
+    starts from random ones; FileNotFoundError when the weights are not there and cannot be
+    downloaded; and ModuleNotFoundError for a model of timm without timm.
 
     >>> get_model("simple_cnn", num_classes=9)(torch.rand(2, 3, 224, 224)).shape
     torch.Size([2, 9])
@@ -287,7 +317,8 @@ def get_model(
             model = MODELS[name](num_classes, layers, dropout_rate, **more)
         else:
             backbone, start = name.rsplit("_", 1)
-            model = BackboneClassifier(backbone, start, num_classes, dropout_rate, weights)
+            of_start = (dropout_rate, weights, image_size)
+            model = BackboneClassifier(backbone, start, num_classes, *of_start)
     model.config = {
         "name": name,
         "num_classes": num_classes,
@@ -300,7 +331,14 @@ def get_model(
 
 
 def check_model_name(name: str) -> None:
-    """Raises ValueError, with the nearest known names, unless `get_model` knows the name."""
+    """Raises ValueError, with the nearest known names, unless `get_model` knows the name.
+
+    For a model of timm it is a ModuleNotFoundError where timm is not installed.
+    """
+    backbone, _, start = str(name).rpartition("_")
+    if backbone.startswith(TIMM) and start in STARTS:
+        timm_backbone(backbone)
+        return
     known = [*MODELS, *(f"{backbone}_{start}" for backbone in BACKBONES for start in STARTS)]
     if name not in known:
         shown, otherwise = str(name)[:80], f"the common models are {', '.join(MODELS)}"
@@ -313,103 +351,13 @@ def is_pretrained(name: str) -> bool:
     return name.endswith(("_head", "_finetuned"))
 
 
-_NOT_GIVEN: list[str] = []  # in place of class names that the file does not have
-
-
-@dataclass(frozen=True, eq=False)
-class ModelInfo(Mapping[str, Any]):
-    """Holds all that is in a `model.pth` but the weights.
-
-    It is a mapping too: `info["classes"]` is `info.classes`. Keys that a later version of the
-    project has added to the file are in `others` and in the mapping; what earlier versions did not
-    write has a default without effect.
-
-    Attributes
-    ----------
-    config : the arguments of `get_model` that rebuild the model
-    classes : names in label order
-    image_size : side of the images in pixels
-    preprocessors : fingerprint of the user's preprocessors; empty for none
-    precision : "fp32", "bf16" or "fp16", in which it was trained; empty if unknown
-    metrics : of the best evaluation on the validation images
-    temperature, bias : of the `calibration`; 1 and zeros change nothing
-    thresholds : of calibrated probabilities, by what is screened for and by aim
-    malignant_classes : names; their probabilities add up to that of `malignant`
-    unknown_classes : names that are counted neither as malignant nor as benign
-    """
-
-    config: dict[str, Any]
-    classes: list[str]
-    image_size: int
-    preprocessors: str = ""
-    precision: str = ""
-    metrics: dict[str, Any] = field(default_factory=dict)
-    temperature: float = 1.0
-    bias: list[float] = field(default_factory=list)
-    thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
-    malignant_classes: list[str] = field(default_factory=lambda: _NOT_GIVEN)
-    unknown_classes: list[str] = field(default_factory=lambda: _NOT_GIVEN)
-    others: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.bias == []:
-            object.__setattr__(self, "bias", [0.0] * len(self.classes))
-        # Earlier versions wrote neither, or counted all other classes as benign; now only those are
-        # that are known to be.
-        if self.malignant_classes is _NOT_GIVEN:
-            malignant = [name for name in self.classes if is_malignant(name)]
-            object.__setattr__(self, "malignant_classes", malignant)
-        if self.unknown_classes is _NOT_GIVEN:
-            others = [name for name in self.classes if name not in self.malignant_classes]
-            doubtful = [name for name in others if is_malignant(name) is not False]
-            object.__setattr__(self, "unknown_classes", doubtful)
-
-    @classmethod
-    def from_contents(cls, contents: Mapping[str, Any]) -> "ModelInfo":
-        """Returns what these contents of a file say; raises ValueError if they are inconsistent."""
-        classes = contents["classes"]
-        if not _are_names(classes) or len(set(classes)) < len(classes):
-            raise ValueError("classes must be a list of different names")
-        names = {each.name for each in fields(cls)} - {"others"}
-        known = {name: contents[name] for name in names & contents.keys()}
-        others = {n: contents[n] for n in contents if n not in names | {"state_dict"}}
-        info = cls(**known, others=others)
-        _check_info(info)
-        return info
-
-    def save(self, path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
-        """Writes a `model.pth` of these weights, whole or not at all, for `load_model`."""
-        save_tensors(path, {**self, "state_dict": dict(state_dict)})
-
-    @property
-    def calibration(self) -> Calibration:
-        """Returns how the model's probabilities are calibrated."""
-        return Calibration(float(self.temperature), tuple(map(float, self.bias)))
-
-    def _as_dict(self) -> dict[str, Any]:
-        return {n: value for n, value in vars(self).items() if n != "others"} | self.others
-
-    def __getitem__(self, name: str) -> Any:
-        return self._as_dict()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._as_dict())
-
-    def __len__(self) -> int:
-        return len(self._as_dict())
-
-
 def load_model(path: str | Path) -> tuple[LesionClassifier, ModelInfo]:
     """Returns the trained model in a `model.pth`, on the CPU in evaluation mode, and its info.
 
     Raises FileNotFoundError when there is no such file, and ValueError when it is not a
     `model.pth`, its weights are not finite, or its contents are inconsistent.
     """
-    contents = load_tensors(path)
-    found = set(contents) if isinstance(contents, dict) else set()
-    missing = sorted({"config", "classes", "image_size", "state_dict"} - found)
-    if missing:
-        raise ValueError(f"{path}: not a model of this project ({', '.join(missing)} missing)")
+    contents = read_model_file(path)
     try:
         info = ModelInfo.from_contents(contents)
         return _restored(info.config, contents["state_dict"]).eval(), info
@@ -428,48 +376,79 @@ def _restored(config: dict[str, Any], weights: Any) -> LesionClassifier:
     for name, tensor in weights.items():
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"state_dict {name} has negative variances")
+    # Tables that follow from the architecture are not taken from the file, and some are not in it.
+    names = model.state_dict()
+    tables = [name for name in names if is_constant(name, names[name])]
+    others = {name for name, _ in model.named_buffers()} - names.keys() - {"mean", "std"}
+    if tables or others:
+        model = get_model(**config | {"weights": None, "seed": 0})
+        weights = {**weights} | {name: model.state_dict()[name] for name in tables}
+    else:
+        model.to_empty(device="cpu")
+        model.mean, model.std = map(_of_channels, model.normalization)
     # Copied, as tensors that were read are mapped from the file and may share memory.
-    model.to_empty(device="cpu").load_state_dict(weights)
-    model.mean, model.std = map(_of_channels, model.normalization)
+    model.load_state_dict({**weights})
     return model
 
 
-def _check_info(info: ModelInfo) -> None:
-    """Raises ValueError unless what a `model.pth` says fits together, its classes being names."""
-    for name in ("config", "metrics", "thresholds"):
-        if not isinstance(info[name], dict):
-            raise ValueError(f"{name} is not a dict")
-    config, num_classes = info.config, len(info.classes)
-    if not {"name", "num_classes", "image_size"} <= config.keys():
-        raise ValueError("config has no name, num_classes or image_size")
-    if type(config["num_classes"]) is not int or config["num_classes"] != num_classes:
-        raise ValueError(f"the file has {num_classes} classes, but num_classes of config differs")
-    for size in (info.image_size, config["image_size"]):
-        if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size must be a whole number from 1 to {MAX_IMAGE_SIZE:,}")
-    if config["name"] == "simple_cnn" and info.image_size != config["image_size"]:
-        raise ValueError(f"image_size is {info.image_size}, but {config['image_size']} in config")
-    check_alike(config.get("dropout_rate", 0.0), 0.0, "dropout_rate of config")
-    check_alike([info.preprocessors, info.precision], ["", ""], "preprocessors, precision")
-    check_alike(info.temperature, 1.0, "temperature")
-    check_alike(info.bias, [0.0] * num_classes, "bias")
-    if not 1e-3 <= info.temperature <= 1e3:  # training fits temperatures from 1/20 to 20
-        raise ValueError("temperature must be from 0.001 to 1000")
-    for name in ("malignant_classes", "unknown_classes"):
-        if not _are_names(info[name]) or not set(info[name]) <= set(info.classes):
-            raise ValueError(f"{name} must be a list of some of the classes")
-    for name, aims in info.thresholds.items():
-        # Just above 1 is the threshold that nothing reaches.
-        if (
-            not isinstance(aims, dict)
-            or not _are_names([name, *aims])
-            or not all(is_number(value) and 0 <= value <= 1 + 1e-9 for value in aims.values())
-        ):
-            raise ValueError(f"thresholds of {str(name)[:80]!r} must be numbers from 0 to 1 by aim")
+def plan_model(name: str, *, layers: int = 50, image_size: int = 224) -> LesionClassifier:
+    """Returns a model as `get_model` does, but on the meta device, without memory for weights.
+
+    An image of this size was tried with it: raises ValueError, with a size near it that the model
+    takes, if there is one, when it does not take it, besides what `get_model` raises.
+    """
+    try:
+        return _try_size(name, layers, image_size)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        if not isinstance(error, ValueError) and _takes_real_images(name, layers, image_size):
+            with torch.device("meta"):
+                return get_model(name, 2, layers=layers, weights=None, image_size=image_size)
+    nearest = [size for step in range(1, 17) for size in (image_size - step, image_size + step)]
+    for size in (*nearest, 224):
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            _try_size(name, layers, size)
+            reason = f"it takes {size}"
+            break
+    raise ValueError(f"{name} does not take images of {image_size} pixels on a side; {reason}")
 
 
-def _are_names(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+def check_weights(
+    name: str, weights: str | Path, *, layers: int = 50, image_size: int = 224
+) -> LoadedWeights:
+    """Returns what a pretrained model would start from; raises what `get_model` does, as early.
+
+    The model is on the meta device. Default weights are downloaded.
+    """
+    with torch.device("meta"):
+        model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)
+    return _load_weights(model.backbone, name_of_backbone(name, layers), weights, image_size)
+
+
+def name_of_backbone(name: str, layers: int = 50) -> str:
+    """Returns the name in `BACKBONES` of a model's backbone, other than SimpleCNN's."""
+    return f"resnet{layers}" if name in MODELS else name.rpartition("_")[0]
+
+
+def _try_size(name: str, layers: int, image_size: int) -> LesionClassifier:
+    with torch.device("meta"):
+        model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    with evaluation_mode(model), torch.no_grad():
+        # As forward does, but for autocast, of which the meta device knows nothing.
+        model.head(model.features(image))
+    return model
+
+
+def _takes_real_images(name: str, layers: int, image_size: int) -> bool:
+    """Returns whether the model takes such images; some need real numbers, and say so."""
+    model = get_model(name, 2, layers=layers, weights=None, image_size=image_size, seed=0)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(torch.zeros(1, 3, image_size, image_size))
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

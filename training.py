@@ -54,6 +54,7 @@ from learning.hardware import (
     memory_format_for,
     name_of_precision,
     resolve_precision,
+    resolve_training_precision,
 )
 from learning.losses import Criterion, describe_criterion, make_criterion
 from learning.processes import (
@@ -209,26 +210,26 @@ def train(
     is evaluated every `eval_every` steps and at the end; `evaluation.best_evaluation` says which is
     the best. See the top of this module for files, signals and several processes.
 
-    Further parameters: `precision`, see `resolve_precision`. `resume` goes on from `last.pth` in
-    `save_path`, if there is one; it needs a LesionLoader. `early_stopping_patience`: evaluations
-    without a better one after which training ends, 0 for never. `class_weights`: `num_classes`
-    factors of the loss, by true class. `checkpoint_every`: steps between writings of `last.pth`,
-    None for every five minutes. `accumulate`: batches a step, whose gradients are averaged.
-    `compile`: train through `torch.compile`. `malignant_classes`: what `model.pth` has thresholds
-    for. `seed`: of dropout. `criterion`: a name in `learning.losses.LOSSES`, or a function of
-    float32 logits and labels. `on_best`: called with the model, its evaluation and its metrics
-    whenever they are the best so far, in place of writing `model.pth`.
+    Further parameters: `precision`, see `resolve_training_precision`. `resume` goes on from
+    `last.pth` in `save_path`, if there is one; it needs a LesionLoader. `early_stopping_patience`:
+    evaluations without a better one after which training ends, 0 for never. `class_weights`:
+    `num_classes` factors of the loss, by true class. `checkpoint_every`: steps between writings of
+    `last.pth`, None for every five minutes. `accumulate`: batches a step, whose gradients are
+    averaged. `compile`: train through `torch.compile`. `malignant_classes`: what `model.pth` has
+    thresholds for. `seed`: of dropout. `criterion`: a name in `learning.losses.LOSSES`, or a
+    function of float32 logits and labels. `on_best`: called with the model, its evaluation and its
+    metrics whenever they are the best so far, in place of writing `model.pth`.
 
     Raises ValueError for invalid arguments or a `last.pth` of another run, and NonFiniteLossError.
     """
     plan = Plan(num_steps, eval_every, early_stopping_patience, accumulate, seed)
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    dtype = resolve_precision(precision, device)
+    dtype = resolve_training_precision(precision, device, model)
     model.to(device).to(memory_format=memory_format_for(device, dtype))
     parts = (model, train_loader, valid_loader, optimizer, scheduler, device, dtype, plan)
     class_names = _class_names(valid_loader, num_classes)
     loss = make_criterion(criterion, num_classes, class_weights, device)
-    run = Run(*parts, class_names, loss, on_best, checkpoint_every)
+    run = Run(*parts, class_names, loss, on_best, checkpoint_every, precision)
     if save_path is not None:
         described = describe_criterion(criterion)
         run.write_to(Path(save_path), described, class_weights, malignant_classes)
@@ -357,7 +358,7 @@ def _evaluate_and_keep(run: Run, window: _Window, signals: StopSignals) -> None:
     window.pause(run.model)
     share_buffers(run.model)
     with signals.skippable():
-        precision = name_of_precision(run.dtype)
+        precision = run.valid_precision
         evaluation = evaluate(run.model, run.valid_loader, device=run.device, precision=precision)
     if evaluation is None:
         return

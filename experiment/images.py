@@ -8,8 +8,9 @@ import pandas as pd
 import torch
 
 from dataset import DatasetBuilder, LesionDataset, LesionLoader, create_dataloaders
-from evaluation import MALIGNANT, group_by_malignancy, match_classes, screening_warnings
+from evaluation import MALIGNANT, group_by_malignancy, screening_warnings
 from experiment import run_folder
+from experiment.checks import SPLITS, check_batch_size, check_given_splits
 from experiment.settings import Settings
 from imaging.audit import summarise
 from imaging.cache import PreparedImages
@@ -17,7 +18,6 @@ from imaging.layouts import READERS
 from learning.processes import get_rank, get_world_size
 from storage.files import printable
 
-SPLITS = ("train", "valid", "test")
 MAX_NAMES = 12  # classes that a line names
 
 
@@ -57,8 +57,8 @@ def load_data(builder: DatasetBuilder, settings: Settings, device: torch.device)
     findings = builder.audit(prepared=prepared)
     fractions = dict(zip(SPLITS, settings.splits, strict=True))
     datasets, metadata = builder.build(splits=fractions, prepared=prepared)
-    _check_given_splits(set(datasets), settings)
-    _check_batch_size(len(datasets["train"]), "training images", settings)
+    check_given_splits(set(datasets), settings)
+    check_batch_size(len(datasets["train"]), "training images", settings)
     loaders = create_dataloaders(
         datasets,
         settings.batch_size,
@@ -169,37 +169,3 @@ def _listed(names: Sequence[str]) -> str:
 def print_audit(findings: pd.DataFrame) -> None:
     """Prints what the audit found, a line for each kind of finding."""
     print("audit: " + summarise(findings).replace("\n", "\n       "), flush=True)
-
-
-# ---------------------------------------------------------------------------- checks
-
-
-def check_images(images: pd.DataFrame, settings: Settings) -> None:
-    """Raises ValueError for mistakes that the table of `list_images` shows, without the images."""
-    if settings.malignant_classes:
-        match_classes(sorted(images["class"].unique()), settings.malignant_classes)
-    if "split" in images:
-        _check_given_splits(set(images["split"].dropna()), settings)
-        _check_batch_size((images["split"] == "train").sum(), "training images", settings)
-    else:  # how many of them are for training is known once they have been read
-        _check_batch_size(len(images), "images", settings)
-
-
-def _check_given_splits(names: set[str], settings: Settings) -> None:
-    missing = [name for name in SPLITS if name not in names]
-    if settings.splits_csv is not None and missing:
-        raise ValueError(
-            f"--splits_csv {settings.splits_csv}: no images in {', '.join(missing)}; the column "
-            f"split must name {', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
-        )
-
-
-def _check_batch_size(num_images: int, which: str, settings: Settings) -> None:
-    processes = get_world_size()
-    together = settings.batch_size * processes
-    if together > num_images:
-        of_all = f" in {processes} processes, {together} in all," if processes > 1 else ""
-        raise ValueError(
-            f"--batch_size {settings.batch_size}{of_all} is larger than the {num_images} {which}; "
-            "choose a smaller batch"
-        )

@@ -1,8 +1,6 @@
 """The order of a run: data, audit, models, comparison, report."""
 
 import contextlib
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dataset import METADATA_COLUMNS, DatasetBuilder, LesionDataset
 from evaluation import MALIGNANT
 from experiment import results, run_folder
+from experiment.checks import (
+    SPLITS,
+    check_folder,
+    check_images,
+    check_run,
+    describe_run,
+    find_weights,
+)
 from experiment.console import format_duration, noting
 from experiment.images import (
-    SPLITS,
     Data,
-    check_images,
     describe_images,
     digest_of_table,
     load_data,
@@ -30,13 +34,22 @@ from experiment.images import (
 )
 from experiment.report import write_report
 from experiment.run_files import Run
-from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
-from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
+from experiment.run_folder import (
+    AUDIT,
+    DATA,
+    METADATA,
+    TRAINING,
+    TrainingFolder,
+    claim,
+    folder_name,
+    record_of,
+)
+from experiment.settings import Settings, command
 from experiment.stages import GUESSES, make_stages
 from experiment.verdict import format_verdict
 from imaging.audit import unavoidable_errors
 from imaging.synthetic import is_synthetic, make_dataset
-from learning.distributed import choose_own_device, process_group
+from learning.distributed import process_group
 from learning.hardware import deterministic_algorithms
 from learning.processes import get_world_size, is_first_process
 from models import (
@@ -75,7 +88,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     if settings.audit_only:
         return _audit_alone(builder, settings, is_demo)
     check_images(builder.list_images(), settings)
-    device = _check_run(settings, is_demo)
+    device = check_run(settings, is_demo)
     data = load_data(builder, settings, device)
     with claim(settings.save_dir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
@@ -122,53 +135,11 @@ def _prepare_demo(settings: Settings) -> Settings:
             )
     if not Path(settings.data_dir).exists():
         if not settings.audit_only:
-            _check_run(settings, is_demo=True)
+            check_run(settings, is_demo=True)
         print(f"drawing synthetic images in {settings.data_dir}", flush=True)
         make_dataset(settings.data_dir, exist_ok=True)  # as another process may draw them now
     print(f"the demo is the same as: {command(settings)}", flush=True)
     return settings
-
-
-# ---------------------------------------------------------------------------- checks
-
-
-def _check_run(settings: Settings, is_demo: bool) -> torch.device:
-    """Checks `save_dir`, device and weights, which may be downloaded, and returns the device."""
-    device = choose_own_device(settings.device)
-    _, trained = _check_folder(settings, _describe_run(settings, device), is_demo)
-    _check_weights(settings, trained)
-    return device
-
-
-def _check_folder(
-    settings: Settings, run: dict[str, Any], is_demo: bool
-) -> tuple[TrainingFolder, list[str]]:
-    """Returns `save_dir` and the models to train; raises ValueError for results that would be lost.
-
-    `run` is as `TrainingFolder` describes it.
-    """
-    folder = TrainingFolder(settings.save_dir)
-    earlier = folder.config.get("settings", {}).get("data_dir", settings.data_dir)
-    is_of_demo = (
-        is_demo
-        and folder.save_dir.resolve() == Path(DEMO_SETTINGS.save_dir).resolve()
-        and Path(earlier).resolve() == Path(settings.data_dir).resolve()
-    )
-    may_replace = settings.overwrite or is_of_demo
-    folder.check(settings.models, run, resume=settings.resume, may_replace=may_replace)
-    return folder, [m for m in settings.models if settings.overwrite or not folder.is_done(m, run)]
-
-
-def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
-    """Raises an error for weights that are missing, do not fit or are used by no model."""
-    pretrained = [name for name in settings.models if is_pretrained(name)]
-    if settings.weights not in ("imagenet", "none") and not pretrained:
-        raise ValueError(
-            f"--weights {settings.weights}: all chosen models start from random weights"
-        )
-    tried = [name for name in pretrained if name in trained and settings.weights != "none"]
-    if tried:  # they fit either both models or none, whatever the classes: trying one is enough
-        _make_model(tried[0], 2, settings)
 
 
 # ---------------------------------------------------------------------------- the folder
@@ -177,17 +148,22 @@ def _check_weights(settings: Settings, trained: Sequence[str]) -> None:
 def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_demo: bool) -> None:
     """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`."""
     columns = data.metadata.columns.drop(list(METADATA_COLUMNS), errors="ignore")
-    run = _describe_run(settings, device) | {
+    run = describe_run(settings, device) | {
         DATA: digest_of_table(data.metadata[["path", "class", "content_hash", "split"]]),
         METADATA: digest_of_table(data.metadata[columns]) if len(columns) else None,
     }
-    folder, trained = _check_folder(settings, run, is_demo)
+    folder, trained = check_folder(settings, run, is_demo)
     resumed = [m for m in trained if settings.resume and folder.can_be_resumed(m)]
     records = folder.make_room([m for m in trained if m not in resumed], run)
     if not trained:
         return  # config.json keeps the command that trained the models
-    records |= dict.fromkeys(trained, run)
-    _write_config(TRAINING, settings, is_demo, device, images=data.digest, runs=records)
+    records |= {name: record_of(name, run) for name in trained}
+    weights = folder.config.get("initial_weights", {})
+    weights = {name: weights[name] for name in records if name in weights}
+    for name, loaded in find_weights(settings, trained).items():
+        weights[name] = {"file": loaded.file, "sha256": loaded.sha256}
+    more = {"images": data.digest, "runs": records, "initial_weights": weights}
+    _write_config(TRAINING, settings, is_demo, device, **more)
     write_csv(data.metadata, folder.save_dir / "splits.csv")
 
 
@@ -206,14 +182,6 @@ def _write_config(
     run_folder.write_config(settings.save_dir, config | more | about)
 
 
-def _describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Returns all that a model's results depend on but the images, as it is read from JSON."""
-    run = {name: value for name, value in asdict(settings).items() if name not in NOT_RESULTS}
-    # What "auto" stands for on this machine.
-    run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
-    return json.loads(json.dumps(run | {"processes": get_world_size()}))
-
-
 # ---------------------------------------------------------------------------- the models
 
 
@@ -229,7 +197,8 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
             )
     # All processes have prepared their images by now, so none waits long for another, and all see
     # the same models as finished, as those of other runs have been removed.
-    is_finished = {name: (save_dir / name / "metrics.json").exists() for name in settings.models}
+    folders = {name: save_dir / folder_name(name) for name in settings.models}
+    is_finished = {name: (folders[name] / "metrics.json").exists() for name in settings.models}
     num_images = {split: len(data[split]) for split in SPLITS}
     stages = make_stages(settings, is_finished, num_images, get_world_size())
     with RunProgress(stages, GUESSES, is_shown=is_first_process()) as progress:
@@ -262,7 +231,8 @@ def _compare(settings: Settings, data: Data) -> pd.DataFrame:
         seed=settings.seed,
     )
     folder = TrainingFolder(save_dir)
-    models = [*settings.models, *filter(folder.is_finished, folder.others(settings.models))]
+    models = [folder_name(name) for name in settings.models]
+    models += filter(folder.is_finished, folder.others(models))
     comparison = results.compare_models(save_dir, models, data["test"], seed=settings.seed)
     write_report(save_dir)
     return comparison
@@ -273,7 +243,7 @@ def _train_one(
 ) -> None:
     """Trains and evaluates a model and writes its folder, `metrics.json` last of all."""
     progress.next_stage()
-    folder, classes = Path(settings.save_dir) / name, data["train"].classes
+    folder, classes = Path(settings.save_dir) / folder_name(name), data["train"].classes
     model = _make_model(name, len(classes), settings)
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
     scheduler = None

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation import best_evaluation, group_by_malignancy
+from experiment.run_folder import TRAINING_PRECISION
 from imaging.audit import KINDS, MIN_DISTINCT_IMAGES, unavoidable_errors
 from imaging.lesions import is_melanoma
 from storage.files import read_csv, split_names
@@ -214,6 +215,7 @@ class Run:
         """The settings in which the models differ, as trained by several commands: their values."""
         of_models = list(self.settings_by_model.values())
         names = dict.fromkeys(name for settings in of_models for name in settings)
+        names.pop(TRAINING_PRECISION, None)  # follows from the model
         values = {name: [settings.get(name) for settings in of_models] for name in names}
         return {name: of for name, of in values.items() if len(set(map(json.dumps, of))) > 1}
 

@@ -31,6 +31,9 @@ MODEL_FILES = ("metrics.json", *TRAINING_FILES, *RESULT_FILES[1:], "learning_cur
 
 # Keys of a model's record in config.json that follow from the images; the others are settings.
 DATA, METADATA = "images and splits", "columns of metadata_csv"
+# Key of a run for what differs from model to model, by the name of its folder: `TRAINING_PRECISION`
+# where that is not the precision of all. `WEIGHTS` is a digest of the file of initial weights.
+BY_MODEL, TRAINING_PRECISION, WEIGHTS = "by model", "training_precision", "weights_sha256"
 # What the metrics of an evaluation depend on, in the words of a message.
 DIFFERENCES = {
     "images": "other images or labels",
@@ -156,6 +159,17 @@ def digest(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()[:16]
 
 
+def folder_name(model: str) -> str:
+    """Returns the name of a model's folder, by which all files of a run call it."""
+    return model.replace("/", "_")
+
+
+def record_of(model: str, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of a run that this model's results depend on."""
+    shared = {name: value for name, value in run.items() if name != BY_MODEL}
+    return shared | run.get(BY_MODEL, {}).get(model, {})
+
+
 def _valid_records(runs: Any) -> dict[str, dict[str, Any]]:
     """Returns the records of a `config.json` by model, without names that are no folder's here."""
     return {
@@ -170,7 +184,8 @@ class TrainingFolder:
 
     A model's record is a dict of all that its results depend on: settings, and under `DATA` and
     `METADATA` digests of what it was trained and tested on. The argument `run` of the methods is
-    such a dict for the present run, without these two before its images have been read.
+    such a dict for the present run, without these two before its images have been read, and with
+    what is not the same for all models under `BY_MODEL`.
 
     Raises ValueError when it holds an evaluation, or a `config.json` of another program.
     """
@@ -262,13 +277,19 @@ class TrainingFolder:
             )
 
     def _differences(self, model: str, run: dict[str, Any]) -> list[str]:
-        before = self.records.get(model)
+        before, run = self.records.get(model), record_of(model, run)
         if before is None:
             return ["its settings are unknown"]
         if before.get("precision") == "auto":  # of an earlier version; `last.pth` has what it was
             before = before | {"precision": run["precision"]}
+        # Not written by earlier versions, and the former not where it is `precision`.
+        run.setdefault(TRAINING_PRECISION, run.get("precision"))
+        before = {TRAINING_PRECISION: before.get("precision"), WEIGHTS: run.get(WEIGHTS)} | before
         differing = [name for name in run if before.get(name) != run[name]]
+        if "precision" in differing and TRAINING_PRECISION in differing:
+            differing.remove(TRAINING_PRECISION)
         of_digests = {DATA: "images or splits differ", METADATA: f"{METADATA} differ"}
+        of_digests[WEIGHTS] = "the file of --weights has other contents"
         return [of_digests.get(n, f"{n} is {run[n]}, but was {before.get(n)}") for n in differing]
 
     def _of_other_data(self, models: Sequence[str], run: dict[str, Any]) -> list[str]:
@@ -393,7 +414,8 @@ def _belongs_to_training(folder: Path) -> bool:
         config = read_config(folder.parent)
     except ValueError:  # any program may have a config.json
         return False
-    names = {*(config.get("runs") or ()), *(config.get("settings", {}).get("models") or ())}
+    chosen = map(folder_name, config.get("settings", {}).get("models") or ())
+    names = {*(config.get("runs") or ()), *chosen}
     return kind_of_run(config) == TRAINING and folder.name in names
 
 

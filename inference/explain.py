@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import interpolate, relu
 
 from imaging.heatmaps import draw_explanation
+from inference.feature_maps import as_maps, call_detached, find_layer
 from models import LesionClassifier, evaluation_mode
 from storage.files import printable, write_atomically
 
@@ -40,27 +40,25 @@ def gradcam(
 
     def start_graph_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         activations.append(output.detach().requires_grad_())
-        return activations[0]
+        return activations[0].clone()  # as the next layer may work in place
 
-    # Detached, the parameters get no gradient, and what leads to the activations is not recorded.
-    def apply(module: nn.Module, values: Tensor) -> Tensor:
-        parameters = {name: p.detach() for name, p in module.named_parameters()}
-        return functional_call(module, parameters, values)
-
-    layer = model.feature_map_layer(min(images.shape[2:]), MIN_MAP_SIZE)
+    layer = find_layer(model, images[:1], MIN_MAP_SIZE)
     hook = layer.register_forward_hook(start_graph_here)
     try:
         with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
-            # Not model(images): a frozen backbone switches gradients off in there.
-            features = apply(model.backbone, (images - model.mean) / model.std)
-            logits = apply(model.head, features.float())
+            # Not model(images): a frozen backbone switches gradients off in there. Detached, the
+            # parameters get no gradient, and what leads to the activations is not recorded.
+            features = call_detached(model.backbone, (images - model.mean) / model.std)
+            logits = call_detached(model.head, features.float())
             # A copy, as one made in inference mode cannot be part of a graph.
             score = logits.gather(1, classes.clone()[:, None]).sum()
             (gradients,) = torch.autograd.grad(score, activations)
     finally:
         hook.remove()
-    weights = gradients.mean(dim=(2, 3), keepdim=True)
-    maps = relu((weights * activations[0].detach()).sum(dim=1, keepdim=True))
+    maps, slopes = (as_maps(each, images.shape) for each in (activations[0].detach(), gradients))
+    if maps is None or slopes is None:
+        raise ValueError("the layer with feature maps that the backbone names has none")
+    maps = relu((slopes.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True))
     maps = interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     highest = maps.amax(dim=(1, 2), keepdim=True)
     return (maps / highest.clamp_min(torch.finfo(maps.dtype).tiny)).cpu().numpy()

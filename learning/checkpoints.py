@@ -123,6 +123,7 @@ class Run:
     criterion: Criterion
     on_best: OnBest | None
     checkpoint_every: int | None
+    valid_precision: str = "auto"  # in which the model is evaluated
     progress: Progress = field(default_factory=Progress)
     folder: Path | None = None
     next_checkpoint: float = 0.0  # when `last.pth` is due, by time.monotonic()

@@ -45,6 +45,26 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def resolve_training_precision(
+    precision: str, device: torch.device, model: nn.Module
+) -> torch.dtype:
+    """Returns the dtype that `train` trains a model in: `resolve_precision`'s, but for "auto".
+
+    On CPUs, "auto" is what the model's `cpu_training_precision` says, or else float32 for one with
+    depthwise convolutions, whose gradients are slower in bfloat16 there; evaluation is not.
+    """
+    dtype = resolve_precision(precision, device)
+    if precision != "auto" or device.type != "cpu" or dtype is torch.float32:
+        return dtype
+    own = getattr(model, "cpu_training_precision", "")
+    return PRECISIONS["fp32" if not own and _has_depthwise_convolutions(model) else own or "bf16"]
+
+
+def _has_depthwise_convolutions(model: nn.Module) -> bool:
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return any(1 < each.groups == each.in_channels for each in convolutions)
+
+
 def name_of_precision(dtype: torch.dtype) -> str:
     """Returns what `resolve_precision` takes for a dtype: "fp32", "bf16" or "fp16"."""
     return next(name for name, each in PRECISIONS.items() if each is dtype)

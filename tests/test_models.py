@@ -589,8 +589,18 @@ def test_names_of_models_can_be_checked_without_building_one(toy):
             check_model_name(name)
 
 
-def test_a_model_without_feature_maps_says_so_when_asked_for_them(toy, monkeypatch):
-    monkeypatch.setitem(BACKBONES, "toy", Backbone(toy.build))
+def test_the_feature_maps_of_a_backbone_that_names_none_are_searched_for(toy, monkeypatch):
+    model = get_model("toy_scratch", 3, seed=0)
+    monkeypatch.setitem(BACKBONES, "toy", Backbone(toy.build, mean=toy.mean, std=toy.std))
+    other = get_model("toy_scratch", 3, seed=0)
+    assert np.array_equal(gradcam(other, images(), [0, 1]), gradcam(model, images(), [0, 1]))
+
+
+def test_a_model_without_feature_maps_says_so_when_asked_for_them(monkeypatch):
+    def build():
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 6)), 6
+
+    monkeypatch.setitem(BACKBONES, "toy", Backbone(build))
     with pytest.raises(ValueError, match="feature maps"):
         gradcam(get_model("toy_scratch", 3), images(), [0, 1])
 
