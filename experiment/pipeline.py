@@ -29,11 +29,12 @@ from experiment.report import write_report
 from experiment.run_files import Run
 from experiment.run_folder import AUDIT, DATA, METADATA, TRAINING, TrainingFolder, claim
 from experiment.settings import DEMO_SETTINGS, NOT_RESULTS, Settings, command
-from experiment.stages import GUESSES, make_stages
+from experiment.stages import GUESSES, choose_features, make_stages
 from experiment.verdict import format_verdict
 from imaging.audit import summarise, unavoidable_errors
 from imaging.synthetic import is_synthetic, make_dataset
 from learning.distributed import choose_own_device, process_group
+from learning.features import FeatureLoader, cache_features
 from learning.hardware import deterministic_algorithms
 from learning.processes import get_rank, get_world_size, is_first_process
 from models import (
@@ -293,7 +294,8 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
     records = folder.make_room([m for m in trained if m not in resumed], run)
     if not trained:
         return  # config.json keeps the command that trained the models
-    records |= dict.fromkeys(trained, run)
+    features = choose_features(settings, data.loaders)
+    records |= {m: run | ({"features": features[m]} if m in features else {}) for m in trained}
     _write_config(TRAINING, settings, is_demo, device, images=data.digest, runs=records)
     write_csv(data.metadata, folder.save_dir / "splits.csv")
 
@@ -342,7 +344,8 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
     # the same models as finished, as those of other runs have been removed.
     is_finished = {name: (save_dir / name / "metrics.json").exists() for name in settings.models}
     num_images = {split: len(data[split]) for split in SPLITS}
-    stages = make_stages(settings, is_finished, num_images, get_world_size())
+    features = choose_features(settings, data.loaders)
+    stages = make_stages(settings, is_finished, num_images, get_world_size(), features)
     with RunProgress(stages, GUESSES, is_shown=is_first_process()) as progress:
         with process_group(device), logging_redirect_tqdm():  # or lines of the log break the bars
             for number, name in enumerate(settings.models, 1):
@@ -390,10 +393,15 @@ def _train_one(
     scheduler = None
     if settings.schedule == "cosine":
         scheduler = warmup_cosine(optimizer, settings.num_steps, settings.warmup_fraction)
+    loaders = data.loaders
+    if settings.cached_features and model.is_frozen:
+        loaders = cache_features(model, loaders, device=device, precision=settings.precision)
+        if isinstance(loaders["train"], FeatureLoader):
+            progress.next_stage()
     _, history = train(
         model=model,
-        train_loader=data.loaders["train"],
-        valid_loader=data.loaders["valid"],
+        train_loader=loaders["train"],
+        valid_loader=loaders["valid"],
         num_classes=len(classes),
         num_steps=settings.num_steps,
         optimizer=optimizer,

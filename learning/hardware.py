@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +84,14 @@ def compute_logits(
     """Returns the model's logits in float32, computed on this device in this precision.
 
     `inputs` are images, or a dict of `images` and further inputs, of which the model is given those
-    that its `forward` has a parameter for. `forward` is called in place of the model, such as its
-    compiled form.
+    that its `forward` has a parameter for; `features` may be in place of the images. `forward` is
+    called in place of the model, such as its compiled form.
     """
     others = dict(inputs) if isinstance(inputs, Mapping) else {"images": inputs}
-    layout = memory_format_for(device, dtype)
-    images = others.pop("images").to(device, memory_format=layout, non_blocking=True)
+    images = []
+    if "images" in others or "features" not in others:
+        layout = memory_format_for(device, dtype)
+        images = [others.pop("images").to(device, memory_format=layout, non_blocking=True)]
     if others:
         parameters = inspect.signature(model.forward).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -98,7 +101,7 @@ def compute_logits(
             if takes_all or name in parameters
         }
     with autocast(device, dtype):
-        return (model if forward is None else forward)(images, **others).float()
+        return (model if forward is None else forward)(*images, **others).float()
 
 
 @contextlib.contextmanager
@@ -124,3 +127,11 @@ def deterministic_algorithms(is_on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Returns what the last bits of a result depend on, besides the settings."""
+    name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name}

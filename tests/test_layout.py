@@ -22,7 +22,7 @@ ORDER = (
     "evaluation.subgroups", "evaluation",
     "models",
     "learning.allocator", "learning.processes", "learning.hardware", "learning.distributed",
-    "learning.losses", "learning.checkpoints",
+    "learning.losses", "learning.features", "learning.checkpoints",
     "training", "visualizations",
     "inference.options", "inference.explain", "inference.ensemble", "inference.export",
     "experiment.console", "experiment.run_folder", "experiment.settings",
