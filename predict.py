@@ -40,10 +40,12 @@ WHY_MARKED = (
 )
 MAX_PATH_WIDTH = 60  # characters of the column of paths in the printed table; longer ones stick out
 MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
+SUFFIXES = {"output": (".csv", ".json"), "features": (".npz",), "export": (".onnx",)}
 # Public names of this module that need torch: imported from these modules when first used.
 LATE_NAMES = {
     "inference.ensemble": ("AIM", "BATCHES_AHEAD", "Ensemble", "find_files", "predict_batches"),
     "inference.explain": ("SMALLEST_MAP", "gradcam"),
+    "inference.features": ("extract_features",),
     "inference.export": ("ONNX_PACKAGES", "export_onnx"),
 }
 __all__ = ["main", "predict", *(name for names in LATE_NAMES.values() for name in names)]
@@ -145,6 +147,7 @@ examples:
   python predict.py --model models/resnet_head/model.pth --output table.csv new_images
   python predict.py --model models/resnet_head/model.pth --gradcam maps lesion.jpg
   python predict.py --model models/resnet_head/model.pth --evaluate report other_hospital
+  python predict.py --model models/resnet_head/model.pth --features table.npz new_images
   python predict.py --model models/resnet_head/model.pth --export model.onnx
 
 Exit status: 0 if all is well, 1 if an image could not be read, 2 if the command cannot be run.
@@ -153,8 +156,10 @@ For research and teaching, not for diagnosis.
 
 
 def _flag(*arguments: Any, evaluate: str | None = None, **options: Any) -> Any:
-    """Returns the field of a flag without effect with --export, and, given advice, --evaluate."""
-    no_effect = {"--export": ""} | ({} if evaluate is None else {"--evaluate": evaluate})
+    """Returns the field of a flag without effect with --export, and, given advice, other modes."""
+    no_effect = {"--export": ""}
+    if evaluate is not None:
+        no_effect |= {"--evaluate": evaluate, "--features": ""}
     return flag_field(*arguments, no_effect=no_effect, **options)
 
 
@@ -217,6 +222,10 @@ class Settings:
         None, "column that gives the classes in place of the folder names", "NAME",
         group="evaluation", type=_text,
     )  # fmt: skip
+    features: str | None = flag_field(
+        None, "write the features of the images to an .npz file, and predict nothing", "FILE",
+        group="export", type=_text,
+    )  # fmt: skip
     export: str | None = flag_field(
         None, "write the model as ONNX, checked against PyTorch, and predict nothing", "FILE",
         group="export", type=_text,
@@ -231,7 +240,7 @@ WITHOUT_EFFECT = {
         for each in fields(Settings)
         if f"--{mode}" in each.metadata["no_effect"]
     }
-    for mode in ("evaluate", "export")
+    for mode in ("evaluate", "features", "export")
 }
 
 
@@ -258,11 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(settings: Settings, command: str = "") -> int:
-    """Exports the model, or predicts and prints; returns the exit status."""
+    """Does what the mode is for: by default predicts and prints; returns the exit status."""
     settings = replace(settings, model=tuple(map(find_model, settings.model)))
     _check_nothing_is_lost(settings)
     if settings.evaluate is not None:
         return _evaluate_and_print(settings, settings.evaluate, command)
+    if settings.features is not None:
+        return _write_features(settings, settings.features)
     if settings.export is None:
         return _predict_and_print(settings)
     from inference.export import export_onnx
@@ -274,7 +285,7 @@ def run(settings: Settings, command: str = "") -> int:
 
 def _check_nothing_is_lost(settings: Settings) -> None:
     """Raises ValueError before the work is done when a file or an overlay would be lost."""
-    for path, suffixes in ((settings.output, (".csv", ".json")), (settings.export, (".onnx",))):
+    for path, suffixes in ((getattr(settings, name), each) for name, each in SUFFIXES.items()):
         if path is None:
             continue
         check_file_to_write(path, suffixes)
@@ -282,9 +293,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
         if os.path.exists(path) and any(os.path.samefile(path, other) for other in read):
             raise ValueError(f"{path} is also an input; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
-            raise ValueError(
-                f"{path} already exists; replace it with --overwrite, or choose another name"
-            )
+            way = "replace it with --overwrite, or choose another name"
+            raise ValueError(f"{path} already exists; {way}")
     folder = settings.gradcam
     if folder is None or settings.overwrite or not os.path.isdir(folder):
         return
@@ -323,6 +333,18 @@ def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
     print(f"\nEverything is in {save_dir}; start with {save_dir}/report.html.")
+    return 1 if unreadable else 0
+
+
+def _write_features(settings: Settings, output: str) -> int:
+    from inference.features import save_features
+
+    names = ("device", "precision", "batch_size", "num_workers")
+    options = {name: getattr(settings, name) for name in names}
+    shape, unreadable = save_features(output, settings.model[0], settings.images, **options)
+    for problem in unreadable:
+        console.print_message(PROGRAM, "warning", problem)
+    print(f"{output}: {shape[1]:,} features of {shape[0]:,} images")
     return 1 if unreadable else 0
 
 
@@ -428,8 +450,9 @@ def _check_mode(
 ) -> None:
     """Ends with status 2 for flags and images that do not go together."""
     images = arguments["images"]
-    if {"evaluate", "export"} <= given:
-        parser.error("--evaluate and --export cannot be combined; give one at a time")
+    modes = [mode for mode in ("evaluate", "features", "export") if mode in given]
+    if len(modes) > 1:
+        parser.error(f"--{modes[0]} and --{modes[1]} cannot be combined; give one at a time")
     console.check_flag_fields(parser, Settings, given, arguments)
     if arguments["export"] is not None:
         if images:
@@ -444,12 +467,13 @@ def _check_mode(
     else:
         if not images:
             parser.error("give the images or folders to predict")
+        if arguments["features"] is not None and len(arguments["model"]) > 1:
+            parser.error("--features takes one --model; write those of one at a time")
         for name in sorted(given & {"labels_csv", "label_column"}):
             parser.error(f"--{name} has no effect without --evaluate")
-        if "overwrite" in given and not given & {"output", "gradcam"}:
-            parser.error(
-                "--overwrite has no effect without --output, --gradcam, --evaluate or --export"
-            )
+        if "overwrite" in given and not given & {"output", "gradcam", "features"}:
+            others = "--output, --gradcam, --evaluate, --features or --export"
+            parser.error(f"--overwrite has no effect without {others}")
     for name, number in Counter(name for name, _ in arguments["threshold"] or ()).items():
         if number > 1:
             parser.error(f"--threshold {name} is given twice")

@@ -128,6 +128,11 @@ def size_of_features(model: LesionClassifier, loaders: Mapping[str, LesionLoader
     return sum(int(np.prod(shape)) for shape in shapes) * 4
 
 
+def count_features(model: LesionClassifier) -> int:
+    """Returns how many features of an image the model's head takes."""
+    return next(model.head.parameters()).shape[1]
+
+
 def compute_features(
     model: LesionClassifier, images: Tensor, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -142,7 +147,7 @@ def compute_features(
 
 def _shape(model: LesionClassifier, loader: LesionLoader) -> tuple[int, int, int]:
     num_views = NUM_TURNS if loader.augmentation else 1
-    return len(loader.dataset), num_views, next(model.head.parameters()).shape[1]
+    return len(loader.dataset), num_views, count_features(model)
 
 
 def _fits(features: Tensor, device: torch.device) -> bool:
