@@ -267,6 +267,7 @@ class TrainingFolder:
             return ["its settings are unknown"]
         if before.get("precision") == "auto":  # of an earlier version; `last.pth` has what it was
             before = before | {"precision": run["precision"]}
+        before = {"cached_features": False} | before  # earlier versions did not have it
         differing = [name for name in run if before.get(name) != run[name]]
         of_digests = {DATA: "images or splits differ", METADATA: f"{METADATA} differ"}
         return [of_digests.get(n, f"{n} is {run[n]}, but was {before.get(n)}") for n in differing]

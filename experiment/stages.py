@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from augmentation import NUM_TURNS
 from dataset import LesionLoader
 from experiment.settings import Settings
-from learning.features import MAX_BYTES, size_of_features
+from learning.features import are_cacheable
 from models import get_model
 from storage.progress import Stage
 
@@ -70,10 +70,10 @@ def choose_features(settings: Settings, loaders: Mapping[str, LesionLoader]) -> 
     """
     chosen = {}
     for name in settings.models if settings.cached_features else ():
-        with torch.device("meta"):
-            model = get_model(name, 2, layers=settings.layers, weights=None, seed=0)
-        if model.is_frozen:
-            chosen[name] = CACHED if size_of_features(model, loaders) <= MAX_BYTES else LIVE
+        if name.endswith("_head"):
+            with torch.device("meta"):
+                model = get_model(name, 2, layers=settings.layers, weights=None, seed=0)
+            chosen[name] = CACHED if are_cacheable(model, loaders) else LIVE
     return chosen
 
 

@@ -7,6 +7,7 @@ each step, so of the augmentations only the eight flips and quarter-turns are le
 """
 
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -96,14 +97,16 @@ def cache_features(
     moved to, by default where it is; `precision` is as for `train`.
 
     Above `MAX_BYTES` of features the loaders are returned as they are, with a warning. Raises
-    ValueError for a model whose backbone is not frozen.
+    ValueError for a model whose backbone is not frozen, or that does not take `features`.
     """
     if not model.is_frozen:
         raise ValueError(
             "only a frozen backbone has features that stay the same; choose a <backbone>_head model"
         )
-    num_bytes = size_of_features(model, loaders)
-    if num_bytes > MAX_BYTES:
+    if "features" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__}.forward does not take features")
+    if not are_cacheable(model, loaders):
+        num_bytes = size_of_features(model, loaders)
         warnings.warn(
             f"the features of {model.config.get('name', 'the model')} would take "
             f"{num_bytes / 1e9:.1f} GB, more than the {MAX_BYTES / 1e9:.1f} GB that are kept; they "
@@ -126,6 +129,11 @@ def size_of_features(model: LesionClassifier, loaders: Mapping[str, LesionLoader
     """Returns how many bytes of features `cache_features` would keep for these loaders."""
     shapes = [_shape(model, loaders[name]) for name in CACHED_SPLITS if name in loaders]
     return sum(int(np.prod(shape)) for shape in shapes) * 4
+
+
+def are_cacheable(model: LesionClassifier, loaders: Mapping[str, LesionLoader]) -> bool:
+    """Returns whether `cache_features` would keep the features of these loaders."""
+    return size_of_features(model, loaders) <= MAX_BYTES
 
 
 def count_features(model: LesionClassifier) -> int:

@@ -172,6 +172,25 @@ def test_only_a_frozen_backbone_has_features_to_keep(folder):
     assert feature_files(folder) == []
 
 
+def test_a_model_of_ones_own_must_take_features(folder, monkeypatch):
+    model = head_model()
+    monkeypatch.setattr(model, "forward", lambda images: None, raising=False)
+    with pytest.raises(ValueError, match="BackboneClassifier.forward does not take features"):
+        cache_features(model, make_loaders(folder))
+
+
+def test_further_inputs_stay_beside_the_features(folder):
+    splits, _ = DatasetBuilder(folder, image_size=32).build()
+    for split in splits.values():
+        split.add_input("age", torch.arange(len(split)))
+    loaders = cache_features(head_model(), create_dataloaders(splits, batch_size=8, device="cpu"))
+    inputs, labels = next(loaders["train"].batches())
+    assert inputs.keys() == {"features", "age"}
+    assert torch.equal(labels, torch.from_numpy(splits["train"].labels)[inputs["age"]])
+    first, _ = next(iter(loaders["valid"]))
+    assert torch.equal(first["features"], loaders["valid"].features[:8, 0])
+
+
 # ---------------------------------------------------------------------------- on the disk
 
 
@@ -380,8 +399,7 @@ def test_the_command_trains_on_them_and_its_model_predicts_as_it_was_tested(
 def test_the_command_says_that_features_are_too_large_and_trains_without(
     arguments, folder, tmp_path, monkeypatch, no_figures, capfd
 ):
-    for module in ("learning.features", "experiment.stages"):
-        monkeypatch.setattr(f"{module}.MAX_BYTES", 1000)
+    monkeypatch.setattr(features, "MAX_BYTES", 1000)
     assert main([*arguments, "--cached_features"]) == 0
     (warning,) = [line for line in capfd.readouterr().err.splitlines() if "features" in line]
     assert warning.startswith("train_models.py: warning: the features of resnet_head would take")
