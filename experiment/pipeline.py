@@ -372,7 +372,7 @@ def _compare(settings: Settings, data: Data) -> pd.DataFrame:
         save_dir,
         data.metadata,
         data["train"],
-        with_augmentations=settings.augmentation,
+        with_augmentations=settings.augmentation and not settings.cached_features,
         seed=settings.seed,
     )
     folder = TrainingFolder(save_dir)
