@@ -339,8 +339,9 @@ def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
 def _write_features(settings: Settings, output: str) -> int:
     from inference.features import save_features
 
-    names = ("device", "precision", "batch_size", "num_workers")
-    options = {name: getattr(settings, name) for name in names}
+    options = {
+        n: getattr(settings, n) for n in ("device", "precision", "batch_size", "num_workers")
+    }
     shape, unreadable = save_features(output, settings.model[0], settings.images, **options)
     for problem in unreadable:
         console.print_message(PROGRAM, "warning", problem)
@@ -470,7 +471,8 @@ def _check_mode(
         if arguments["features"] is not None and len(arguments["model"]) > 1:
             parser.error("--features takes one --model; write those of one at a time")
         for name in sorted(given & {"labels_csv", "label_column"}):
-            parser.error(f"--{name} has no effect without --evaluate")
+            mode = "without --evaluate" if arguments["features"] is None else "with --features"
+            parser.error(f"--{name} has no effect {mode}")
         if "overwrite" in given and not given & {"output", "gradcam", "features"}:
             others = "--output, --gradcam, --evaluate, --features or --export"
             parser.error(f"--overwrite has no effect without {others}")
