@@ -339,9 +339,8 @@ def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
 def _write_features(settings: Settings, output: str) -> int:
     from inference.features import save_features
 
-    options = {
-        n: getattr(settings, n) for n in ("device", "precision", "batch_size", "num_workers")
-    }
+    names = ("device", "precision", "batch_size", "num_workers")
+    options = {name: getattr(settings, name) for name in names}
     shape, unreadable = save_features(output, settings.model[0], settings.images, **options)
     for problem in unreadable:
         console.print_message(PROGRAM, "warning", problem)
@@ -474,8 +473,7 @@ def _check_mode(
             mode = "without --evaluate" if arguments["features"] is None else "with --features"
             parser.error(f"--{name} has no effect {mode}")
         if "overwrite" in given and not given & {"output", "gradcam", "features"}:
-            others = "--output, --gradcam, --evaluate, --features or --export"
-            parser.error(f"--overwrite has no effect without {others}")
+            parser.error("--overwrite has no effect without --output or another flag that writes")
     for name, number in Counter(name for name, _ in arguments["threshold"] or ()).items():
         if number > 1:
             parser.error(f"--threshold {name} is given twice")
