@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NUM_TURNS = 8  # flips and quarter-turns of a square
 NOISE_TABLE_SIZE = 2**22  # numbers in the table from which noise is taken; see `_noise`
 
 
@@ -72,6 +73,21 @@ class StandardViews:
         return apply_views(images, drawn), labels
 
 
+class FlipsAndQuarterTurns:
+    """One of the eight flips and quarter-turns of each image, exact to the pixel; labels stay."""
+
+    def draw(self, generator: torch.Generator, count: int) -> Tensor:
+        """Returns the number of each image's view, as `turn` takes it, int64 `(count,)`."""
+        return torch.randint(NUM_TURNS, (count,), generator=generator)
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the view of each square image, and the labels."""
+        views, drawn = torch.empty_like(images), drawn.to(images.device)
+        for view in range(NUM_TURNS):
+            views[drawn == view] = turn(images[drawn == view], view)
+        return views, labels
+
+
 # The values of a view that leaves an image as it is, wherever its noise starts.
 _UNCHANGED = {
     "hflip": 1.0,
@@ -82,7 +98,11 @@ _UNCHANGED = {
     "noise_std": 0.0,
 }
 
-POLICIES: dict[str, Policy] = {"none": (), "standard": (StandardViews(),)}
+POLICIES: dict[str, Policy] = {
+    "none": (),
+    "standard": (StandardViews(),),
+    "flips_and_quarter_turns": (FlipsAndQuarterTurns(),),
+}
 
 
 def resolve_policy(augmentation: bool | str | Policy) -> Policy:
@@ -108,6 +128,18 @@ def describe_policy(policy: Policy) -> bool | list[list[str]]:
     if tuple(policy) in (POLICIES["standard"], POLICIES["none"]):
         return len(policy) > 0
     return [[type(entry).__qualname__, repr(getattr(entry, "__dict__", entry))] for entry in policy]
+
+
+def turn(images: Tensor, view: int) -> Tensor:
+    """Returns square images `(N, C, H, H)` in one of the 8 flips and quarter-turns.
+
+    View 0 is the images themselves, 1 their mirror image; the first four are those without
+    quarter-turns.
+    """
+    turns = (0, 2, 1, 3)[view // 2]
+    # rot90 by nothing is a copy too, with the channels first in memory.
+    turned = torch.rot90(images, turns, (2, 3)) if turns > 0 else images
+    return turned.flip(3) if view % 2 else turned
 
 
 def draw_views(count: int, generator: torch.Generator) -> Views:

@@ -153,11 +153,14 @@ class LesionClassifier(nn.Module):
         with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
             return self.backbone((images - self.mean) / self.std)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits `(B, num_classes)` of images `(B, 3, H, W)` in [0, 1]."""
-        features = self.features(images)
+    def forward(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Returns the logits `(B, num_classes)` of images in [0, 1], or of their features."""
+        if images is not None:
+            features = self.features(images)
+        if features is None:
+            raise TypeError("the model takes images, or their features")
         # With the eight bits of bf16's mantissa, different logits would become equal.
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(features.device.type, enabled=False):
             return self.head(features.float())
 
 

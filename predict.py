@@ -6,7 +6,6 @@ As in train_models.py, what imports torch is imported where it is needed, so tha
 nor a mistyped flag waits for it.
 """
 
-import argparse
 import importlib
 import os
 import shlex
@@ -15,13 +14,18 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment import console
-from experiment.console import flag_field
-from inference.options import NUM_VIEWS, Paths, check_file_to_write, find_model
+
+# Those with `as` are not used here, but users import them from here.
+from experiment.prediction_settings import PROGRAM, Settings, parse_arguments
+from experiment.prediction_settings import WITHOUT_EFFECT as WITHOUT_EFFECT
+from experiment.prediction_settings import make_parser as make_parser
+from inference.options import NUM_VIEWS as NUM_VIEWS
+from inference.options import Paths, check_file_to_write, find_model
 from learning.processes import StopSignals
 from storage.files import printable
 
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
     from imaging.prepare import Preprocessor
 
-PROGRAM = "predict.py"
 MAX_ROWS_PRINTED = 20  # where there is a file that has them all
 MARK = " *"  # after a predicted class that is not the most probable one
 WHY_MARKED = (
@@ -40,11 +43,13 @@ WHY_MARKED = (
 )
 MAX_PATH_WIDTH = 60  # characters of the column of paths in the printed table; longer ones stick out
 MOST_ROWS_PRINTED, WIDEST_PATH = MAX_ROWS_PRINTED, MAX_PATH_WIDTH  # their former names
+SUFFIXES = {"output": (".csv", ".json"), "features": (".npz",), "export": (".onnx",)}
 # Public names of this module that need torch: imported from these modules when first used.
 LATE_NAMES = {
     "inference.ensemble": ("AIM", "BATCHES_AHEAD", "Ensemble", "predict_batches"),
     "inference.files": ("find_files",),
     "inference.explain": ("SMALLEST_MAP", "gradcam"),
+    "inference.features": ("extract_features",),
     "inference.export": ("ONNX_PACKAGES", "export_onnx"),
 }
 __all__ = ["main", "predict", *(name for names in LATE_NAMES.values() for name in names)]
@@ -120,146 +125,6 @@ def predict(
     return pd.concat([t for t in tables if len(t) > 0] or tables[:1], ignore_index=True)
 
 
-_positive = console.number_type(int, lambda n: 1 <= n < 2**31, "at least 1 and less than 2**31")
-_views = console.number_type(int, lambda n: 1 <= n <= NUM_VIEWS, f"from 1 to {NUM_VIEWS}")
-_probability = console.number_type(float, lambda p: 0 <= p <= 1, "a probability from 0 to 1")
-
-
-def _threshold(text: str) -> tuple[str, float]:
-    name, _, probability = text.rpartition("=")
-    if not name.strip():
-        raise argparse.ArgumentTypeError(f"must be of the form NAME=0.2, not {text!r}")
-    return name.strip(), _probability(probability)
-
-
-def _text(text: str) -> str:
-    if not text.strip():  # such as a variable of the shell that is not set
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-# The groups of flags in the order of --help.
-GROUPS = ("common", "prediction", "evaluation", "export", "machine")
-EXAMPLES = """\
-examples:
-  python predict.py --model models/resnet_head/model.pth new_images
-  python predict.py --model models/resnet_head/model.pth --output table.csv new_images
-  python predict.py --model models/resnet_head/model.pth --gradcam maps lesion.jpg
-  python predict.py --model models/resnet_head/model.pth --evaluate report other_hospital
-  python predict.py --model models/resnet_head/model.pth --export model.onnx
-
-Exit status: 0 if all is well, 1 if an image could not be read, 2 if the command cannot be run.
-For research and teaching, not for diagnosis.
-"""
-
-
-def _flag(*arguments: Any, evaluate: str | None = None, **options: Any) -> Any:
-    """Returns the field of a flag without effect with --export, and, given advice, --evaluate."""
-    no_effect = {"--export": ""} | ({} if evaluate is None else {"--evaluate": evaluate})
-    return flag_field(*arguments, no_effect=no_effect, **options)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of the command; each is a flag of the same name, but for `images`."""
-
-    images: tuple[str, ...] = flag_field(
-        (),
-        "images, folders of images, .txt lists or .csv tables of files",
-        "IMAGE_OR_FOLDER",
-        group="common",
-        nargs="*",
-    )
-    model: tuple[str, ...] = flag_field(
-        None, "a model.pth or its folder; several --model form an ensemble", "PATH",
-        group="common",
-        type=_text, action="append", required=True,
-    )  # fmt: skip
-    output: str | None = _flag(
-        None, "write the predictions to a .csv or .json file", "FILE", group="common", type=_text,
-        evaluate="its tables of predictions are in the folder that it is given",
-    )  # fmt: skip
-    top_k: int = _flag(
-        3, "how many probabilities to print for each image", "N", group="prediction",
-        type=_positive, evaluate="",
-    )  # fmt: skip
-    tta: int = _flag(
-        1, "average over this many flips and quarter-turns of each image, 1 to 8", "N",
-        group="prediction", type=_views, evaluate="",
-    )  # fmt: skip
-    gradcam: str | None = _flag(
-        None, "save a Grad-CAM figure of each image in this folder", "DIR", group="prediction",
-        type=_text, evaluate="it draws examples for each class by itself",
-    )  # fmt: skip
-    threshold: Mapping[str, float] | None = _flag(
-        None, "flag images whose probability of a class, or of malignant, is at least P; can be "
-        "repeated (default: the model's own, for a sensitivity of 95 %)", "NAME=P",
-        group="prediction", type=_threshold, action="append",
-        evaluate="it reports several thresholds of each model's own",
-    )  # fmt: skip
-    device: str = _flag(
-        "auto", "device to predict on; auto is CUDA if available", "auto|cpu|cuda",
-        group="machine",
-    )  # fmt: skip
-    precision: str = _flag(
-        "auto", "precision of the model; auto is bf16 where the hardware supports it",
-        choices=("auto", "fp32", "bf16", "fp16"), group="machine",
-    )  # fmt: skip
-    batch_size: int = _flag(32, "images per batch", "N", group="machine", type=_positive)
-    num_workers: int | None = _flag(
-        None, "threads that decode images (default: one for each core)", "N", group="machine",
-        type=_positive,
-    )  # fmt: skip
-    evaluate: str | None = flag_field(
-        None, "measure the models on a folder of labelled images, and report in DIR", "DIR",
-        group="evaluation", type=_text,
-    )  # fmt: skip
-    labels_csv: str | None = _flag(
-        None, "table of classes that override the folder names", "FILE", group="evaluation",
-        type=_text,
-    )  # fmt: skip
-    label_column: Sequence[str] | None = _flag(
-        None, "column that gives the classes in place of the folder names; repeated, one-hot "
-        "columns", "NAME", group="evaluation", type=_text, action="append",
-    )  # fmt: skip
-    id_column: str | None = _flag(
-        None, "column of the table that names the images (default: the one that matches most)",
-        "NAME", group="evaluation", type=_text,
-    )  # fmt: skip
-    class_names: Sequence[str] | None = _flag(
-        None, "class of number 0 in the column, repeated for 1, 2, ...", "NAME",
-        group="evaluation", type=_text, action="append",
-    )  # fmt: skip
-    class_map: Sequence[str] | None = _flag(
-        None, "new name of a class of the model and the images, can be repeated; probabilities of "
-        "equal ones add up, a class without one is left out; or a table with the columns old and "
-        "new", "OLD=NEW", group="evaluation", type=_text, action="append",
-    )  # fmt: skip
-    unlabelled: str = _flag(
-        "error", "what to do with images without a label", choices=("error", "drop"),
-        group="evaluation",
-    )  # fmt: skip
-    export: str | None = flag_field(
-        None, "write the model as ONNX, checked against PyTorch, and predict nothing", "FILE",
-        group="export", type=_text,
-    )  # fmt: skip
-    overwrite: bool = flag_field(False, "replace existing files", group="common")
-
-
-OF_EVALUATION = {
-    each.name for each in fields(Settings) if each.metadata["group"] == "evaluation"
-} - {"evaluate"}
-# By mode the flags without effect in it, and what to do instead; kept for those who import it.
-WITHOUT_EFFECT = {
-    mode: {
-        each.name: each.metadata["no_effect"][f"--{mode}"]
-        for each in fields(Settings)
-        if f"--{mode}" in each.metadata["no_effect"]
-    }
-    for mode in ("evaluate", "export")
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 when an image could not be read.
 
@@ -283,11 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(settings: Settings, command: str = "") -> int:
-    """Exports the model, or predicts and prints; returns the exit status."""
+    """Does what the mode is for: by default predicts and prints; returns the exit status."""
     settings = replace(settings, model=tuple(map(find_model, settings.model)))
     _check_nothing_is_lost(settings)
     if settings.evaluate is not None:
         return _evaluate_and_print(settings, settings.evaluate, command)
+    if settings.features is not None:
+        return _write_features(settings, settings.features)
     if settings.export is None:
         return _predict_and_print(settings)
     from inference.export import export_onnx
@@ -299,7 +166,7 @@ def run(settings: Settings, command: str = "") -> int:
 
 def _check_nothing_is_lost(settings: Settings) -> None:
     """Raises ValueError before the work is done when a file or an overlay would be lost."""
-    for path, suffixes in ((settings.output, (".csv", ".json")), (settings.export, (".onnx",))):
+    for path, suffixes in ((getattr(settings, name), each) for name, each in SUFFIXES.items()):
         if path is None:
             continue
         check_file_to_write(path, suffixes)
@@ -307,9 +174,8 @@ def _check_nothing_is_lost(settings: Settings) -> None:
         if os.path.exists(path) and any(os.path.samefile(path, other) for other in read):
             raise ValueError(f"{path} is also an input; choose another name")
         if os.path.lexists(path) and not settings.overwrite:
-            raise ValueError(
-                f"{path} already exists; replace it with --overwrite, or choose another name"
-            )
+            way = "replace it with --overwrite, or choose another name"
+            raise ValueError(f"{path} already exists; {way}")
     folder = settings.gradcam
     if folder is None or settings.overwrite or not os.path.isdir(folder):
         return
@@ -345,6 +211,18 @@ def _evaluate_and_print(settings: Settings, save_dir: str, command: str) -> int:
     columns = ["model", "precision", "recall", "balanced_accuracy"]
     print(comparison[columns].to_string(index=False, float_format="{:.3f}".format))
     print(f"\nEverything is in {save_dir}; start with {save_dir}/report.html.")
+    return 1 if unreadable else 0
+
+
+def _write_features(settings: Settings, output: str) -> int:
+    from inference.features import save_features
+
+    names = ("device", "precision", "batch_size", "num_workers")
+    options = {name: getattr(settings, name) for name in names}
+    shape, unreadable = save_features(output, settings.model[0], settings.images, **options)
+    for problem in unreadable:
+        console.print_message(PROGRAM, "warning", problem)
+    print(f"{output}: {shape[1]:,} features of {shape[0]:,} images")
     return 1 if unreadable else 0
 
 
@@ -427,72 +305,6 @@ class _Printer:
 def _shown_name(column: str) -> str:
     """Returns what a column `prob_<name>` or `flag_<name>` is about."""
     return printable(column.partition("_")[2])
-
-
-def parse_arguments(argv: Sequence[str]) -> Settings:
-    """Returns the settings; exits with status 2 for a flag that is wrong."""
-    argv = list(argv)
-    end = argv.index("--") if "--" in argv else len(argv)  # what follows are images, whatever it is
-    flags = [console.with_underscores(word) for word in argv[:end]]
-    parser = make_parser()
-    parser.check_flags(flags)
-    arguments = vars(parser.parse_intermixed_args(flags))
-    arguments["images"] = (*arguments["images"], *argv[end + 1 :])
-    arguments["model"] = tuple(arguments["model"])
-    _check_mode(parser, arguments, console.given_flags(parser, flags))
-    if arguments["threshold"] is not None:
-        arguments["threshold"] = dict(arguments["threshold"])
-    return Settings(**arguments)
-
-
-def _check_mode(
-    parser: argparse.ArgumentParser, arguments: dict[str, Any], given: set[str]
-) -> None:
-    """Ends with status 2 for flags and images that do not go together."""
-    images = arguments["images"]
-    if {"evaluate", "export"} <= given:
-        parser.error("--evaluate and --export cannot be combined; give one at a time")
-    console.check_flag_fields(parser, Settings, given, arguments)
-    if arguments["export"] is not None:
-        if images:
-            parser.error("--export takes no images; leave them out, or leave out --export")
-        if len(arguments["model"]) > 1:
-            parser.error("--export takes one --model; export one at a time")
-    elif arguments["evaluate"] is not None:
-        if len(images) != 1:
-            parser.error("--evaluate takes one folder of labelled images")
-        for name in sorted(given & {"label_column", "id_column", "class_names"}):
-            if "labels_csv" not in given:
-                parser.error(f"--{name} needs the table that has the column: --labels_csv")
-    else:
-        if not images:
-            parser.error("give the images or folders to predict")
-        for name in sorted(given & OF_EVALUATION):
-            parser.error(f"--{name} has no effect without --evaluate")
-        if "overwrite" in given and not given & {"output", "gradcam"}:
-            parser.error(
-                "--overwrite has no effect without --output, --gradcam, --evaluate or --export"
-            )
-    for name, number in Counter(name for name, _ in arguments["threshold"] or ()).items():
-        if number > 1:
-            parser.error(f"--threshold {name} is given twice")
-
-
-def make_parser() -> console.Parser:
-    """Returns the parser of all flags, with the defaults of `Settings`."""
-    parser = console.Parser(
-        prog=PROGRAM,
-        description="Predicts the classes of images of skin lesions with trained models.",
-        usage=f"{PROGRAM} --model FILE [--model FILE ...] [flags] IMAGE_OR_FOLDER ...",
-        epilog=EXAMPLES,
-    )
-    groups = parser.add_groups(GROUPS)
-    for each in fields(Settings):
-        name = each.name if each.name == "images" else f"--{each.name}"
-        groups[each.metadata["group"]].add_argument(
-            name, default=each.default, **each.metadata["options"]
-        )
-    return parser
 
 
 if __name__ == "__main__":

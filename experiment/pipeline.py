@@ -1,6 +1,7 @@
 """The order of a run: data, audit, models, comparison, report."""
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataset import METADATA_COLUMNS, DatasetBuilder, LesionDataset
+from dataset import METADATA_COLUMNS, DatasetBuilder, LesionDataset, LesionLoader
 from evaluation import MALIGNANT
 from experiment import results, run_folder
 from experiment.checks import (
@@ -45,11 +46,12 @@ from experiment.run_folder import (
     record_of,
 )
 from experiment.settings import Settings, command
-from experiment.stages import GUESSES, make_stages
+from experiment.stages import GUESSES, choose_features, make_stages
 from experiment.verdict import format_verdict
 from imaging.audit import unavoidable_errors
 from imaging.synthetic import is_synthetic, make_dataset
 from learning.distributed import process_group
+from learning.features import FeatureLoader, cache_features
 from learning.hardware import deterministic_algorithms
 from learning.processes import get_world_size, is_first_process
 from models import (
@@ -157,7 +159,11 @@ def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_dem
     records = folder.make_room([m for m in trained if m not in resumed], run)
     if not trained:
         return  # config.json keeps the command that trained the models
+    features = choose_features(settings, data.loaders)
     records |= {name: record_of(name, run) for name in trained}
+    for model, choice in features.items():
+        if folder_name(model) in trained:
+            records[folder_name(model)]["features"] = choice
     weights = folder.config.get("initial_weights", {})
     weights = {name: weights[name] for name in records if name in weights}
     for name, loaded in find_weights(settings, trained).items():
@@ -200,7 +206,8 @@ def _train_and_compare(settings: Settings, data: Data, device: torch.device) -> 
     folders = {name: save_dir / folder_name(name) for name in settings.models}
     is_finished = {name: (folders[name] / "metrics.json").exists() for name in settings.models}
     num_images = {split: len(data[split]) for split in SPLITS}
-    stages = make_stages(settings, is_finished, num_images, get_world_size())
+    features = choose_features(settings, data.loaders)
+    stages = make_stages(settings, is_finished, num_images, get_world_size(), features)
     with RunProgress(stages, GUESSES, is_shown=is_first_process()) as progress:
         with process_group(device), logging_redirect_tqdm():  # or lines of the log break the bars
             for number, name in enumerate(settings.models, 1):
@@ -227,7 +234,7 @@ def _compare(settings: Settings, data: Data) -> pd.DataFrame:
         save_dir,
         data.metadata,
         data["train"],
-        with_augmentations=settings.augmentation,
+        with_augmentations=settings.augmentation and not settings.cached_features,
         seed=settings.seed,
     )
     folder = TrainingFolder(save_dir)
@@ -249,10 +256,11 @@ def _train_one(
     scheduler = None
     if settings.schedule == "cosine":
         scheduler = warmup_cosine(optimizer, settings.num_steps, settings.warmup_fraction)
+    loaders = _training_loaders(model, settings, data, device, progress)
     _, history = train(
         model=model,
-        train_loader=data.loaders["train"],
-        valid_loader=data.loaders["valid"],
+        train_loader=loaders["train"],
+        valid_loader=loaders["valid"],
         num_classes=len(classes),
         num_steps=settings.num_steps,
         optimizer=optimizer,
@@ -295,6 +303,22 @@ def _train_one(
         },
         seed=settings.seed,
     )
+
+
+def _training_loaders(
+    model: LesionClassifier,
+    settings: Settings,
+    data: Data,
+    device: torch.device,
+    progress: RunProgress,
+) -> Mapping[str, LesionLoader]:
+    """Returns the loaders to train with: of images, or of the features of a frozen backbone."""
+    if not settings.cached_features or not model.is_frozen:
+        return data.loaders
+    loaders = cache_features(model, data.loaders, device=device, precision=settings.precision)
+    if isinstance(loaders["train"], FeatureLoader):
+        progress.next_stage()
+    return loaders
 
 
 def _make_model(name: str, num_classes: int, settings: Settings) -> LesionClassifier:

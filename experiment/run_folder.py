@@ -285,6 +285,7 @@ class TrainingFolder:
         # Not written by earlier versions, and the former not where it is `precision`.
         run.setdefault(TRAINING_PRECISION, run.get("precision"))
         before = {TRAINING_PRECISION: before.get("precision"), WEIGHTS: run.get(WEIGHTS)} | before
+        before = {"cached_features": False} | before  # earlier versions did not have it
         differing = [name for name in run if before.get(name) != run[name]]
         if "precision" in differing and TRAINING_PRECISION in differing:
             differing.remove(TRAINING_PRECISION)

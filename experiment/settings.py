@@ -182,6 +182,10 @@ class Settings:
         choices=("cosine", "constant"), group="training",
     )  # fmt: skip
     augmentation: bool = flag(True, "vary the training images at random", group="training")
+    cached_features: bool = flag(
+        False, "compute the features of frozen backbones once, in eight flips and quarter-turns",
+        group="training", used_by=lambda model, is_on: not is_on or model.endswith("_head"),
+    )  # fmt: skip
     balanced: bool = flag(True, "sample all classes equally often", group="training")
     class_weights: str = flag(
         "none", "weight the loss by class size", choices=("none", "balanced"), group="training"

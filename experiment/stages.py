@@ -3,16 +3,21 @@
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from augmentation import NUM_TURNS
+from dataset import LesionLoader
 from experiment.settings import Settings
+from learning.features import are_cacheable
 from models import get_model
 from storage.progress import Stage
 
-# Seconds per stage of a kind before one of them has been measured.
-GUESSES = {"figures": 10.0, "report": 10.0}
+CACHED, LIVE = "cached", "live"  # features of a frozen backbone: computed once, or at each step
+# Seconds per unit of work of a kind before a stage of it has been measured.
+GUESSES = {"figures": 10.0, "report": 10.0, "head": 0.002}
 
 
 def make_stages(
@@ -20,11 +25,14 @@ def make_stages(
     is_finished: Mapping[str, bool],
     num_images: Mapping[str, int],
     num_processes: int = 1,
+    features: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Stage]:
     """Returns the stages of a run: three of each model that is not finished, and the report.
 
-    `num_images` are those of each split. Training and evaluating are of one kind, and their work is
-    in images through a model, weighted by its multiplications.
+    `num_images` are those of each split, `features` as from `choose_features`; a model whose
+    features are cached has a stage more. Training and evaluating are of one kind, and their work is
+    in images through a model, weighted by its multiplications. That of a head on cached features is
+    of another kind, in steps.
     """
     costs = _relative_costs([name for name in settings.models if not is_finished[name]], settings)
     stages = []
@@ -39,12 +47,35 @@ def make_stages(
         passes = 1 if name.endswith("_head") else 3
         training = passes * settings.num_steps * images_per_step
         training += num_evaluations * num_images["valid"]
+        trained = [Stage(subject, "training", "model", costs[name] * training)]
+        if features.get(name) == CACHED:
+            passes = num_images["train"] * (NUM_TURNS if settings.augmentation else 1)
+            computed = costs[name] * (passes + num_images["valid"])
+            trained = [
+                Stage(subject, "computing features", "model", computed),
+                Stage(subject, "training", "head", settings.num_steps * settings.accumulate),
+            ]
         stages += [
-            Stage(subject, "training", "model", costs[name] * training),
+            *trained,
             Stage(subject, "evaluating", "model", costs[name] * num_images["test"]),
             Stage(subject, "metrics and figures", "figures"),
         ]
     return [*stages, Stage("", "comparison and report", "report")]
+
+
+def choose_features(settings: Settings, loaders: Mapping[str, LesionLoader]) -> dict[str, str]:
+    """Returns for each model with a frozen backbone whether its features are CACHED or LIVE.
+
+    It is empty without --cached_features.
+    """
+    chosen = {}
+    for name in settings.models if settings.cached_features else ():
+        if name.endswith("_head"):
+            with torch.device("meta"):
+                size = {"layers": settings.layers, "image_size": settings.image_size}
+                model = get_model(name, 2, weights=None, seed=0, **size)
+            chosen[name] = CACHED if are_cacheable(model, loaders) else LIVE
+    return chosen
 
 
 def _relative_costs(names: Sequence[str], settings: Settings) -> dict[str, float]:

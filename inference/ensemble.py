@@ -16,6 +16,7 @@ import torch
 from joblib import cpu_count
 from torch import Tensor
 
+from augmentation import turn
 from dataset import (
     Preprocessor,
     UnreadableImageError,
@@ -66,7 +67,7 @@ def predict_batches(
         _rows_to(chosen.output) as write_rows,
         ProgressBar(name="predicting", total=len(paths), unit="img") as bar,
     ):
-        for read, pixels, unreadable in _prepared_batches(paths, ensemble, chosen):
+        for read, pixels, unreadable in prepared_batches(paths, ensemble, chosen):
             raw, calibrated = ensemble.probabilities(pixels, chosen.tta)
             labels = raw.argmax(axis=1)
             flagged = ensemble.flagged(calibrated, flags)
@@ -148,7 +149,7 @@ class Ensemble:
         with torch.inference_mode():
             logits = [
                 compute_logits(model, {**inputs, "images": view}, self.device, self.dtype)
-                for view in islice(_views(inputs["images"]), tta)
+                for view in (turn(inputs["images"], number) for number in range(tta))
             ]
         return torch.stack(logits).cpu().double().softmax(dim=2).mean(dim=0).numpy()
 
@@ -204,20 +205,7 @@ class Ensemble:
         }
 
 
-def _views(images: Tensor) -> Iterator[Tensor]:
-    """Yields the 8 flips and quarter-turns of images `(N, C, H, H)`.
-
-    The first is the images themselves, the second their mirror image; the first four are those
-    without quarter-turns.
-    """
-    for turns in (0, 2, 1, 3):
-        # rot90 by nothing is a copy too, with the channels first in memory.
-        turned = torch.rot90(images, turns, (2, 3)) if turns > 0 else images
-        yield turned
-        yield turned.flip(3)
-
-
-def _prepared_batches(
+def prepared_batches(
     paths: Sequence[str], ensemble: Ensemble, options: PredictionOptions
 ) -> Iterator[tuple[list[str], np.ndarray, list[str]]]:
     """Yields batches of paths, their images uint8 `(N, H, W, 3)`, and messages on unreadable files.

@@ -26,7 +26,8 @@ from evaluation import (
 )
 from imaging.batches import Inputs
 from imaging.splits import check_at_least
-from learning.hardware import name_of_precision
+from learning.features import FeatureLoader
+from learning.hardware import describe_hardware, name_of_precision
 from learning.losses import Criterion
 from learning.processes import get_world_size, is_first_process
 from models import ModelInfo
@@ -199,7 +200,7 @@ class Run:
         if path := self._file("last.pth"):
             contents = {
                 "settings": self.settings,
-                "environment": _environment(self.model),
+                "environment": describe_hardware(self.device),
                 "progress": vars(self.progress),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -238,7 +239,7 @@ class Run:
         differing = _differences(contents["settings"], self.settings)
         if differing:
             raise ValueError(f"{path} belongs to another run: {differing}")
-        environment, before = _environment(self.model), contents.get("environment")
+        environment, before = describe_hardware(self.device), contents.get("environment")
         before = environment | (before if isinstance(before, dict) else {})
         differing = _differences(before, environment)
         if differing:
@@ -366,6 +367,8 @@ def _describe_parts(run: Run) -> dict[str, Any]:
         "scheduler": _describe_scheduler(run.scheduler, run.plan.num_steps),
         "batch_size": getattr(run.train_loader, "batch_size", None),
     }
+    if isinstance(run.train_loader, FeatureLoader):
+        described["cached_features"] = True
     for name, loader in {"train": run.train_loader, "valid": run.valid_loader}.items():
         if isinstance(loader, LesionLoader):
             images = loader.dataset.metadata[["path", "class", "content_hash"]].to_csv()
@@ -395,12 +398,3 @@ def _describe_scheduler(scheduler: LRScheduler | None, num_steps: int) -> list[A
         steps = range(0, num_steps, max(num_steps // 16, 1))
         described += [repr([factor(s) for s in steps]) for factor in scheduler.lr_lambdas]
     return described
-
-
-def _environment(model: nn.Module) -> dict[str, Any]:
-    """Returns what the last bits of the weights depend on, besides the settings."""
-    device = next(model.parameters()).device
-    name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name}

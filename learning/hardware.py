@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +51,21 @@ def resolve_training_precision(
 ) -> torch.dtype:
     """Returns the dtype that `train` trains a model in: `resolve_precision`'s, but for "auto".
 
-    On CPUs, "auto" is what the model's `cpu_training_precision` says, or else float32 for one with
-    depthwise convolutions, whose gradients are slower in bfloat16 there; evaluation is not.
+    On CPUs, "auto" is what the model's `cpu_training_precision` says, or else float32 for one that
+    trains depthwise convolutions, whose gradients are slower in bfloat16 there; evaluation is not.
     """
     dtype = resolve_precision(precision, device)
     if precision != "auto" or device.type != "cpu" or dtype is torch.float32:
         return dtype
-    own = getattr(model, "cpu_training_precision", "")
-    return PRECISIONS["fp32" if not own and _has_depthwise_convolutions(model) else own or "bf16"]
+    usual = "fp32" if _trains_depthwise_convolutions(model) else "bf16"
+    return PRECISIONS[getattr(model, "cpu_training_precision", "") or usual]
 
 
-def _has_depthwise_convolutions(model: nn.Module) -> bool:
+def _trains_depthwise_convolutions(model: nn.Module) -> bool:
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    return any(1 < each.groups == each.in_channels for each in convolutions)
+    return any(
+        1 < each.groups == each.in_channels and each.weight.requires_grad for each in convolutions
+    )
 
 
 def name_of_precision(dtype: torch.dtype) -> str:
@@ -103,12 +106,14 @@ def compute_logits(
     """Returns the model's logits in float32, computed on this device in this precision.
 
     `inputs` are images, or a dict of `images` and further inputs, of which the model is given those
-    that its `forward` has a parameter for. `forward` is called in place of the model, such as its
-    compiled form.
+    that its `forward` has a parameter for; `features` may be in place of the images. `forward` is
+    called in place of the model, such as its compiled form.
     """
     others = dict(inputs) if isinstance(inputs, Mapping) else {"images": inputs}
-    layout = memory_format_for(device, dtype)
-    images = others.pop("images").to(device, memory_format=layout, non_blocking=True)
+    images = []
+    if "images" in others or "features" not in others:
+        layout = memory_format_for(device, dtype)
+        images = [others.pop("images").to(device, memory_format=layout, non_blocking=True)]
     if others:
         parameters = inspect.signature(model.forward).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -118,7 +123,7 @@ def compute_logits(
             if takes_all or name in parameters
         }
     with autocast(device, dtype):
-        return (model if forward is None else forward)(images, **others).float()
+        return (model if forward is None else forward)(*images, **others).float()
 
 
 @contextlib.contextmanager
@@ -144,3 +149,11 @@ def deterministic_algorithms(is_on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Returns what the last bits of a result depend on, besides the settings."""
+    name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name}

@@ -15,7 +15,7 @@ from torch import nn
 import predict
 from experiment import external
 from imaging import cache
-from inference import ensemble, export
+from inference import ensemble, export, features
 from learning import hardware
 from models import get_model
 from predict import main
@@ -42,6 +42,10 @@ BASES = {
         "--model", "m/model.pth", "--evaluate", "out", "--device", "cpu", "--precision", "fp32",
         "images",
     ],
+    "--features": [
+        "--model", "m/model.pth", "--features", "m.npz", "--device", "cpu", "--precision", "fp32",
+        "images",
+    ],
     "--export": ["--model", "m/model.pth", "--export", "m.onnx"],
 }  # fmt: skip
 THREADS = str((os.cpu_count() or 1) + 1)
@@ -66,6 +70,7 @@ EFFECTS = {
         "class_map": REFUSED,
         "unlabelled": REFUSED,
         "evaluate": Changes(["--evaluate", "out"]),
+        "features": Changes(["--features", "m.npz"]),
         "export": REFUSED,  # as there are images
         "overwrite": Changes(["--overwrite"], base=["--output", "there.csv"], without=2),
     },
@@ -90,8 +95,27 @@ EFFECTS = {
             without=2,
         ),
         "evaluate": Changes(["--evaluate", "elsewhere"]),
+        "features": REFUSED,
         "export": REFUSED,
         "overwrite": Changes(["--overwrite"], base=["--evaluate", "there"], without=2),
+    },
+    "--features": COMMON | {
+        "model": Changes(["--model", "n/model.pth"], status=2),  # one at a time
+        "output": REFUSED,
+        "top_k": REFUSED,
+        "tta": REFUSED,
+        "gradcam": REFUSED,
+        "threshold": REFUSED,
+        "labels_csv": REFUSED,
+        "label_column": REFUSED,
+        "id_column": REFUSED,
+        "class_names": REFUSED,
+        "class_map": REFUSED,
+        "unlabelled": REFUSED,
+        "evaluate": REFUSED,
+        "features": Changes(["--features", "elsewhere.npz"]),
+        "export": REFUSED,
+        "overwrite": Changes(["--overwrite"], base=["--features", "there.npz"], without=2),
     },
     "--export": {
         "model": Changes(["--model", "n/model.pth"], status=2),  # one at a time
@@ -111,6 +135,7 @@ EFFECTS = {
         "class_map": REFUSED,
         "unlabelled": REFUSED,
         "evaluate": REFUSED,
+        "features": REFUSED,
         "export": Changes(["--export", "elsewhere.onnx"]),
         "overwrite": Changes(["--overwrite"], base=["--export", "there.onnx"], without=2),
     },
@@ -120,6 +145,7 @@ VALUES = {
     "device": "cpu", "precision": "fp32", "batch_size": "2", "num_workers": "2",
     "labels_csv": "labels.csv", "label_column": "dx", "evaluate": "out", "export": "m.onnx",
     "id_column": "path", "class_names": "nevus", "class_map": "a=b", "unlabelled": "drop",
+    "features": "m.npz",
 }  # fmt: skip
 FLAGS = {each.name: each for each in fields(predict.Settings) if each.name != "images"}
 
@@ -156,7 +182,7 @@ def here(tmp_path, make_images, monkeypatch):
     }
     pd.DataFrame(labels).to_csv(tmp_path / "labels.csv", index=False)
     pd.DataFrame(labels).iloc[:4].to_csv(tmp_path / "some.csv", index=False)
-    for name in ("there.csv", "there.onnx"):
+    for name in ("there.csv", "there.npz", "there.onnx"):
         (tmp_path / name).write_text("earlier")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -200,6 +226,7 @@ def observe(here, monkeypatch, capfd):
     monkeypatch.setattr(external, "write_report", lambda save_dir: None)
     for module in (ensemble, cache):
         note(module, "ThreadPoolExecutor", lambda threads: threads)
+    note(features, "compute_features", lambda model, images, *rest: len(images))
     note(hardware, "choose_device", str)
     note(ensemble, "choose_device", str)
     note(external, "create_dataloaders", lambda _, batch_size, **options: batch_size)
@@ -304,7 +331,15 @@ def test_a_flag_without_effect_is_refused_and_named_before_anything_is_read(
         (["--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
         *(
             ([f"--{flag}", value], f"--{flag}: must not be empty")
-            for flag in ("output", "gradcam", "labels_csv", "label_column", "evaluate", "export")
+            for flag in (
+                "output",
+                "gradcam",
+                "labels_csv",
+                "label_column",
+                "evaluate",
+                "features",
+                "export",
+            )
             for value in ("", " ")
         ),
     ],
@@ -328,6 +363,8 @@ def test_a_value_out_of_range_is_refused_before_anything_is_read(
         (["--label_column", "dx", "--evaluate", "out"], "--label_column needs the table"),
         (["--evaluate", "out", "more"], "--evaluate takes one folder of labelled images"),
         (["--evaluate", "out", "--export", "m.onnx"], "give one at a time"),
+        (["--evaluate", "out", "--features", "m.npz"], "give one at a time"),
+        (["--features", "m.npz", "--model", "n"], "--features takes one --model"),
         (["--export", "m.onnx"], "has no effect with --export"),
     ],
 )
@@ -358,6 +395,7 @@ def test_of_one_flag_in_several_spellings_all_are_found(tmp_path, monkeypatch, c
     [
         ("predict", ["--output", "there.csv"]),
         ("predict", ["--output", "link.json"]),
+        ("--features", ["--features", "there.npz"]),
         ("--export", ["--export", "there.onnx"]),
     ],
 )
@@ -389,9 +427,11 @@ def test_the_library_replaces_files_as_it_always_did(here):
 def test_what_is_read_is_not_written_over(here, capfd, more):
     os.link(here / "m/model.pth", here / "model.onnx")
     os.link(here / "images/nevus/0000.png", here / "image.csv")
+    os.link(here / "images/nevus/0000.png", here / "image.npz")
     before = files(here)
     for words in (
         ["--model", "m/model.pth", "--export", "model.onnx"],
+        ["--model", "m/model.pth", "--features", "image.npz", "images/nevus/0000.png"],
         ["--model", "m/model.pth", "--output", "image.csv", "image.csv"],
         ["--model", "m/model.pth", "--output", "image.csv", "images/nevus/0000.png"],
     ):

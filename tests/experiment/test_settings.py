@@ -57,6 +57,7 @@ FLAGS = {
     "schedule": (["--schedule", "constant"], []),
     "warmup_fraction": (["--warmup_fraction", "0.1"], []),
     "augmentation": (["--no-augmentation"], []),
+    "cached_features": (["--cached_features"], []),
     "balanced": (["--no-balanced"], []),
     "class_weights": (["--class_weights", "balanced"], []),
     "malignant_classes": (["--malignant_classes", "nevus"], []),
@@ -129,6 +130,7 @@ def outcome(workplace, monkeypatch, capfd):
     config = {"kind": TRAINING, "settings": {"data_dir": "data/demo"}, "runs": {"resnet_head": {}}}
     (workplace / "occupied/config.json").write_text(json.dumps(config))
     tiny = models.get_model("simple_cnn", 2, image_size=32)
+    tiny.is_frozen = True  # as in a model whose features can be cached
     record = {}
 
     def recorded(function, stand_in=None):
@@ -152,6 +154,7 @@ def outcome(workplace, monkeypatch, capfd):
         "make_optimizer": None,
         "warmup_cosine": None,
         "choose_own_device": None,
+        "cache_features": lambda model, loaders, **options: loaders,
         "train": begin,
         "claim": None,
     }.items():
