@@ -78,7 +78,7 @@ def list_names(folder: Path, num_levels: int = 3) -> list[str]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        if not os.path.isdir(entry):  # `entry.is_dir` raises OSError for a link to itself
             found.append(entry.name)
             continue
         found.append(f"{entry.name}/")

@@ -132,7 +132,7 @@ def _find_left_out(folder: Path, paths: pd.Series, duplicates: str | None) -> pd
     reasons = [_what_is_shown(path) for path in paths]
     by_name: dict[str, list[int]] = {}  # the sizes of the files with one name
     for number, path in enumerate(paths):
-        if reasons[number] is None:
+        if reasons[number] is None and (folder / path).is_file():
             sizes = by_name.setdefault(PurePosixPath(path).name.casefold(), [])
             size = (folder / path).stat().st_size
             if size in sizes:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from tests.samples import save_all_figures_as_few_pixels, save_few_pixels
@@ -23,6 +24,10 @@ from tests.samples import save_all_figures_as_few_pixels, save_few_pixels
 # A shell without job control starts its background jobs with SIGINT ignored, and the tests'
 # subprocesses would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Speed is not tested, and a busy machine is slow.
+settings.register_profile("any speed", settings(), deadline=None)
+settings.load_profile("any speed")
 
 MakeImages = Callable[..., Path]
 

@@ -77,7 +77,6 @@ def cells_of(contents):
 )
 @settings(
     max_examples=int(os.environ.get("MUTATIONS", "200")),
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 def test_what_is_understood_is_in_the_input_and_anything_else_is_refused_in_a_line(
