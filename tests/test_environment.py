@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 import pytest
 import torch
@@ -50,8 +51,12 @@ def test_a_run_is_the_same_without_home_in_ascii_and_in_folders_with_odd_names(
     run(
         "train_models.py",
         ["--data_dir", plain, "--save_dir", tmp_path / "out", *SETTINGS],
-        {"HOME": str(tmp_path), "PYTHONHASHSEED": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"},
-    )
+        # With matplotlib's folder, or it would look at all fonts of the system once more.
+        {
+            "HOME": str(tmp_path), "PYTHONHASHSEED": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1",
+            "MPLCONFIGDIR": matplotlib.get_configdir(),
+        },
+    )  # fmt: skip
     words = ["--data_dir", odd / "roh & echt", "--save_dir", odd / "Läufe 1"]
     words += ["--cache_dir", odd / "vorbe reitet", "--num_workers", "2", *SETTINGS]
     printed = run("train_models.py", words, ASCII | {"PYTHONHASHSEED": "4711"})
