@@ -58,7 +58,6 @@ from models import (
     LesionClassifier,
     check_model_name,
     get_model,
-    imagenet_weights,
     is_pretrained,
     load_model,
 )
@@ -85,7 +84,7 @@ def run(settings: Settings, is_demo: bool = False) -> int:
         check_model_name(name)
     TrainingFolder(settings.save_dir)  # raises what it raises before the demo's images are drawn
     if is_demo:
-        settings = _prepare_demo(settings)
+        _prepare_demo(settings)
     builder = make_builder(settings)
     if settings.audit_only:
         return _audit_alone(builder, settings, is_demo)
@@ -124,24 +123,14 @@ def _audit_alone(builder: DatasetBuilder, settings: Settings, is_demo: bool) -> 
     return 1 if len(findings) > 0 else 0
 
 
-def _prepare_demo(settings: Settings) -> Settings:
+def _prepare_demo(settings: Settings) -> None:
     """Draws the synthetic images if they are not there yet, and prints what the demo runs."""
-    if settings.weights == "imagenet" and not settings.audit_only:
-        try:
-            imagenet_weights(settings.layers, download=False)
-        except FileNotFoundError:
-            settings = replace(settings, weights="none")
-            print(
-                "no ImageNet weights on this machine, so resnet_head and resnet_finetuned start "
-                "from random weights"
-            )
     if not Path(settings.data_dir).exists():
         if not settings.audit_only:
             check_run(settings, is_demo=True)
         print(f"drawing synthetic images in {settings.data_dir}", flush=True)
         make_dataset(settings.data_dir, exist_ok=True)  # as another process may draw them now
     print(f"the demo is the same as: {command(settings)}", flush=True)
-    return settings
 
 
 # ---------------------------------------------------------------------------- the folder

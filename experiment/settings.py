@@ -239,13 +239,15 @@ class Settings:
 DEMO_SETTINGS = Settings(
     data_dir="data/demo",
     save_dir="models/demo",
-    layers=18,
-    image_size=32,
-    num_steps=280,
-    eval_every=70,
-    learning_rate=0.003,
+    models=(
+        "simple_cnn", "efficientnet_lite0_scratch", "efficientnet_lite0_head",
+        "efficientnet_lite0_finetuned",
+    ),
+    image_size=64,
+    num_steps=200,
+    eval_every=50,
     dropout_rate=0.1,
-)
+)  # fmt: skip
 # Settings on which no result depends: a run may be resumed with others.
 NOT_RESULTS = {each.name for each in fields(Settings) if not each.metadata["result"]}
 # The flags that have an effect with --audit_only, which neither splits nor trains.

@@ -17,9 +17,10 @@ from PIL import Image
 import dataset
 import models
 import training
-from experiment import images, pipeline
+from experiment import checks, images, pipeline
 from experiment.run_folder import TRAINING
 from experiment.settings import OF_AUDIT, PROGRAM, Settings, command, flag, parse_arguments
+from storage.weights import LoadedWeights
 from train_models import main
 
 # What is given to each flag, and before it what it needs to make sense.
@@ -153,14 +154,17 @@ def outcome(workplace, monkeypatch, capfd):
         "get_model": lambda *args, **kwargs: tiny,
         "make_optimizer": None,
         "warmup_cosine": None,
-        "choose_own_device": None,
         "cache_features": lambda model, loaders, **options: loaders,
         "train": begin,
         "claim": None,
     }.items():
         monkeypatch.setattr(pipeline, name, recorded(getattr(pipeline, name), stand_in))
-    make = images.create_dataloaders
-    monkeypatch.setattr(images, "create_dataloaders", recorded(make))
+    for module, name, stand_in in (
+        (images, "create_dataloaders", None),
+        (checks, "choose_own_device", None),
+        (checks, "check_weights", lambda *args, **kwargs: LoadedWeights("f", "0", "loaded")),
+    ):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name), stand_in))
 
     def run(words):
         record.clear()

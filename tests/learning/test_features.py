@@ -419,7 +419,7 @@ def test_without_a_frozen_backbone_the_flag_is_said_to_have_no_effect(
 
 
 def test_two_processes_wait_for_one_that_computes_the_features(
-    arguments, folder, start_processes, tmp_path
+    arguments, folder, start_processes, tmp_path, no_figures
 ):
     root = Path(__file__).parents[2]
     words = [*arguments, "--cached_features", "--batch_size", "4", "--dropout_rate", "0"]
