@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TOOLS = pytest pytest-xdist hypothesis ruff mypy pandas-stubs types-tqdm playwright onnx onnxscript \
-	onnxruntime nbclient ipykernel
+	onnxruntime nbclient ipykernel timm
 
 .PHONY: demo test lint
 
