@@ -25,7 +25,7 @@ from learning.hardware import (
     resolve_training_precision,
 )
 from learning.processes import get_world_size
-from models import check_weights, is_pretrained, name_of_backbone, plan_model
+from models import MODELS, check_weights, is_pretrained, name_of_backbone, plan_model
 from storage.weights import LoadedWeights, file_digest
 
 SPLITS = ("train", "valid", "test")
@@ -64,15 +64,19 @@ def check_batch_size(num_images: int, which: str, settings: Settings) -> None:
         )
 
 
-def check_run(settings: Settings, is_demo: bool) -> torch.device:
-    """Checks `save_dir`, device and weights, which may be downloaded, and returns the device."""
+def check_run(settings: Settings, is_demo: bool) -> tuple[torch.device, dict[str, Any]]:
+    """Checks `save_dir`, device and weights, which may be downloaded.
+
+    Returns the device, and what the results depend on, as `describe_run` does.
+    """
     device = choose_own_device(settings.device)
-    _, trained = check_folder(settings, describe_run(settings, device), is_demo)
+    run = describe_run(settings, device)
+    _, trained = check_folder(settings, run, is_demo)
     found = find_weights(settings, trained)
     if settings.weights != "imagenet":
         for summary in dict.fromkeys(weights.summary for weights in found.values()):
             print(summary, flush=True)
-    return device
+    return device, run
 
 
 def check_folder(
@@ -123,7 +127,8 @@ def describe_run(settings: Settings, device: torch.device) -> dict[str, Any]:
     # What "auto" stands for on this machine, in evaluation and in training.
     run["precision"] = name_of_precision(resolve_precision(settings.precision, device))
     run[BY_MODEL] = {}
-    for name in settings.models:
+    # The four of the specification take any size, and are trained in the usual precision.
+    for name in [name for name in settings.models if name not in MODELS]:
         precision = _training_precision(name, settings, device)
         if precision != run["precision"]:
             run[BY_MODEL][folder_name(name)] = {TRAINING_PRECISION: precision}

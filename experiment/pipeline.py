@@ -21,7 +21,6 @@ from experiment.checks import (
     check_folder,
     check_images,
     check_run,
-    describe_run,
     find_weights,
 )
 from experiment.console import format_duration, noting
@@ -89,11 +88,11 @@ def run(settings: Settings, is_demo: bool = False) -> int:
     if settings.audit_only:
         return _audit_alone(builder, settings, is_demo)
     check_images(builder.list_images(), settings)
-    device = check_run(settings, is_demo)
+    device, described = check_run(settings, is_demo)
     data = load_data(builder, settings, device)
     with claim(settings.save_dir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
-            _prepare_folder(settings, data, device, is_demo)
+            _prepare_folder(settings, data, device, described, is_demo)
         again = command(replace(settings, resume=True, overwrite=False), is_demo)
         with noting(f"continue with: {again}"), deterministic_algorithms(settings.deterministic):
             _train_and_compare(settings, data, device)
@@ -136,10 +135,15 @@ def _prepare_demo(settings: Settings) -> None:
 # ---------------------------------------------------------------------------- the folder
 
 
-def _prepare_folder(settings: Settings, data: Data, device: torch.device, is_demo: bool) -> None:
-    """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`."""
+def _prepare_folder(
+    settings: Settings, data: Data, device: torch.device, described: dict[str, Any], is_demo: bool
+) -> None:
+    """Removes results of older runs from `save_dir` and writes `config.json` and `splits.csv`.
+
+    `described` is what `describe_run` returns.
+    """
     columns = data.metadata.columns.drop(list(METADATA_COLUMNS), errors="ignore")
-    run = describe_run(settings, device) | {
+    run = described | {
         DATA: digest_of_table(data.metadata[["path", "class", "content_hash", "split"]]),
         METADATA: digest_of_table(data.metadata[columns]) if len(columns) else None,
     }

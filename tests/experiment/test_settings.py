@@ -6,7 +6,7 @@ compared with and without the flag; a flag that is not in `FLAGS` below fails th
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 import dataset
 import models
 import training
-from experiment import checks, images, pipeline
+from experiment import checks, images, pipeline, settings
 from experiment.run_folder import TRAINING
 from experiment.settings import OF_AUDIT, PROGRAM, Settings, command, flag, parse_arguments
 from storage.weights import LoadedWeights
@@ -124,6 +124,9 @@ def outcome(workplace, monkeypatch, capfd):
     Instead of that, it is the message when the command refuses the arguments.
     """
     monkeypatch.chdir(workplace)
+    # Of the demo's own models, each takes a second to check.
+    small = replace(settings.DEMO_SETTINGS, models=settings.MODEL_NAMES, layers=18)
+    monkeypatch.setattr(settings, "DEMO_SETTINGS", small)
     monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))
     finished = workplace / "occupied/resnet_head/metrics.json"
     finished.parent.mkdir(parents=True, exist_ok=True)
