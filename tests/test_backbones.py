@@ -75,7 +75,7 @@ def test_every_classification_network_of_torchvision_is_a_backbone(backbone):
     assert model.head[-1].out_features == 9
     assert not any("aux" in name.lower() for name, _ in model.named_parameters())
     # A forward pass of the deepest takes a second even without numbers.
-    if len(list(model.backbone.modules())) < 200:
+    if len(list(model.backbone.modules())) < 120:
         size = SIZES.get(backbone, 64)
         features = model.eval().features(torch.empty(2, 3, size, size, device="meta"))
         assert features.shape == (2, model.head[0].in_features)
@@ -105,13 +105,13 @@ def test_googlenet_gives_the_features_of_torchvision_s_with_its_own_normalisatio
         assert torch.allclose(model.features(images(64)), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("backbone", ["vgg11", "convnext_tiny", "densenet121", "vit_b_32"])
+@pytest.mark.parametrize("backbone", ["alexnet", "convnext_tiny", "vit_b_32"])
 def test_features_are_those_before_the_last_layer_of_torchvision(backbone):
     theirs = torchvision_model(backbone, weights=None).eval()
     head = [m for m in theirs.modules() if isinstance(m, nn.Linear) and m.out_features == 1000][-1]
     seen = []
     head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    size = 224 if backbone == "vit_b_32" else 32
+    size = {"vit_b_32": 224, "alexnet": 64}.get(backbone, 32)
     model = get_model(f"{backbone}_scratch", 3, weights=None, image_size=size).eval()
     model.backbone.load_state_dict(theirs.state_dict(), strict=False)
     with torch.no_grad():

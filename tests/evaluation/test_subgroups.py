@@ -80,7 +80,7 @@ def test_images_of_one_lesion_are_drawn_together_for_all_subgroups():
 )
 def test_the_interval_of_a_gap_holds_the_true_gap(case, monkeypatch):
     """In 200 simulated sets, so that a true share of 95 % is measured as 91 to 99 %."""
-    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 400)
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 200)
     share, _ = measure(CASES["gaps"][case], 200)["widest gap"]
     assert 0.91 <= share <= 0.99
 

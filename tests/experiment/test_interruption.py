@@ -112,8 +112,10 @@ def send(*signums):
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-@pytest.mark.parametrize("step", [5, 6, 10])  # between evaluations, at one, at the last
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "early_stopping_patience": 3}])
+@pytest.mark.parametrize(
+    ("step", "options"),  # between evaluations, at one, at the last
+    [(5, {}), (6, {"accumulate": 2, "early_stopping_patience": 3}), (10, {})],
+)
 def test_a_signal_ends_the_step_and_resuming_ends_as_if_there_had_been_none(
     loaders, tmp_path, at_step, handled, signum, step, options
 ):
@@ -229,7 +231,7 @@ def said_command(line):
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("signum", "status"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.draws)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
 )
 def test_a_stopped_run_says_the_command_that_ends_it_as_if_it_had_not_been(
     arguments, tmp_path, at_step, capfd, signum, status
