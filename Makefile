@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(VENV)/bin/python train_models.py --demo
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
