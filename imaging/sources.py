@@ -107,16 +107,15 @@ def read_images(sources: Sources, required: Sequence[str] = ()) -> Images:
     image and of images without a row. Raises FileNotFoundError or ValueError for what cannot be
     used.
     """
-    tables: list[str] = []
     images, layout, label_table = _find_images(sources)
-    tables += images.attrs.get("tables", [])
+    tables = list(images.attrs.get("tables", []))
     left_out = _count_reasons(images)
     images = images[images.pop("left_out").isna()].reset_index(drop=True)
     if label_table is not None:
         use = tables if label_table != sources.metadata_csv else []
         images = _add_labels(images, label_table, sources, use)
     images, unlabelled = _drop_unlabelled(images, sources, layout, label_table)
-    images = _rename(images, sources, label_table)
+    images = _rename(images, sources)
     is_kept = images["class"].notna()
     left_out |= unlabelled
     if not is_kept.all():
@@ -243,7 +242,7 @@ def _kind_of_unlabelled(path: str) -> str:
     return "masks" if is_mask(path) or {"mask", "segmentation"} & words else "other images"
 
 
-def _rename(images: pd.DataFrame, sources: Sources, label_table: str | Path | None) -> pd.DataFrame:
+def _rename(images: pd.DataFrame, sources: Sources) -> pd.DataFrame:
     """Returns the images with one spelling for each class, after `class_map`."""
     labels = unify_class_names(images["class"])
     class_map = read_class_map(sources.class_map)

@@ -323,11 +323,12 @@ def join_table(
     found = table[wanted].iloc[rows]
     found.index = pd.Index(numbers)
     found = _unify_rows(found, images.paths, name).reindex(range(len(images.paths)))
-    use, is_complete = _describe_use(table[match.column], match, images, name, is_correction)
-    if uses is not None:
-        uses.append(use)
-    if warn_unmatched and not is_complete:
-        warnings.warn(use, stacklevel=2)
+    if uses is not None or warn_unmatched:
+        use, is_complete = _describe_use(table[match.column], match, images, name, is_correction)
+        if uses is not None:
+            uses.append(use)
+        if warn_unmatched and not is_complete:
+            warnings.warn(use, stacklevel=2)
     return found.apply(_decode_cells) if len(found.columns) else found
 
 
